@@ -1,0 +1,5 @@
+"""The one exception that a user's mistake raises; its message is the sentence the command line prints."""
+
+
+class HalflapError(ValueError):
+    """What was wrong, the value met, what is allowed and what to do next, in one sentence."""
