@@ -1,0 +1,240 @@
+"""The model as data: a tuple of small frozen block configs and one model config.
+
+A block is `x + mixer(norm(x))`. Its config says which mixer and how wide, so blocks may differ in every width
+and any order is allowed; the pattern string (`M` Mamba-2, `*` attention, `-` MLP) is a view for people.
+Pure data: no torch. Names follow the Hugging Face config fields where one exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+from halflap.errors import HalflapError
+
+T = TypeVar("T")
+Activation = Literal["relu2", "silu"]
+ACTIVATIONS: tuple[str, ...] = ("relu2", "silu")
+
+
+def _require_positive(owner: object, *fields: str) -> None:
+    for field in fields:
+        value = getattr(owner, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise HalflapError(
+                f"{type(owner).__name__}.{field} is {value!r}; it must be a whole number of at least 1: correct the config"
+            )
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Frequency rescaling of Llama 3.1: wavelengths above the original context are slowed by `factor`."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding of the first `fraction` of each head's channels."""
+
+    theta: float = 10000.0
+    fraction: float = 1.0
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Causal grouped-query attention; `num_attention_heads * head_dim` need not equal the hidden size."""
+
+    symbol: ClassVar[str] = "*"
+    kind: ClassVar[str] = "attention"
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope: RopeConfig | None = None
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_attention_heads", "num_key_value_heads", "head_dim")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise HalflapError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads={self.num_key_value_heads}; every key/value head must serve equally many query "
+                "heads: choose a multiple"
+            )
+        if self.rope is not None and (round(self.head_dim * self.rope.fraction) % 2 or self.rope.fraction > 1):
+            raise HalflapError(
+                f"the rotary part of head_dim={self.head_dim} at fraction {self.rope.fraction} is "
+                f"{self.head_dim * self.rope.fraction:g} channels; it must be an even number of at most head_dim: correct the config"
+            )
+
+    @property
+    def queries_per_key_value_head(self) -> int:
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """Mamba-2 (Dao & Gu 2024): heads in groups, each group sharing B and C and one RMS normalisation."""
+
+    symbol: ClassVar[str] = "M"
+    kind: ClassVar[str] = "mamba2"
+
+    num_heads: int
+    head_dim: int
+    num_groups: int
+    state_size: int
+    conv_kernel: int = 4
+    chunk_size: int = 128
+    conv_bias: bool = True
+    time_step_limit: tuple[float, float] = (0.0, math.inf)
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_heads", "head_dim", "num_groups", "state_size", "conv_kernel", "chunk_size")
+        if self.num_heads % self.num_groups:
+            raise HalflapError(
+                f"mamba_num_heads={self.num_heads} is not divisible by n_groups={self.num_groups}; heads of one group "
+                "share B and C, so every group needs equally many: choose a multiple"
+            )
+
+    @property
+    def inner_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_size(self) -> int:
+        return self.inner_size + 2 * self.num_groups * self.state_size
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_heads // self.num_groups
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Two-matrix (`gated=False`) or gated three-matrix feed-forward network."""
+
+    symbol: ClassVar[str] = "-"
+    kind: ClassVar[str] = "mlp"
+
+    intermediate_size: int
+    activation: Activation = "relu2"
+    gated: bool = False
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "intermediate_size")
+        if self.activation not in ACTIVATIONS:
+            raise HalflapError(
+                f"MLP activation {self.activation!r} is not known; allowed are {', '.join(ACTIVATIONS)}: correct the config"
+            )
+
+
+BlockConfig = AttentionConfig | Mamba2Config | MLPConfig
+BLOCK_KINDS: dict[str, type[AttentionConfig] | type[Mamba2Config] | type[MLPConfig]] = {
+    kind.kind: kind for kind in (AttentionConfig, Mamba2Config, MLPConfig)
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the network's shape and arithmetic, and nothing about where or how it runs."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    blocks: tuple[BlockConfig, ...]
+    norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    residual_in_fp32: bool = False
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
+        if not self.blocks:
+            raise HalflapError("the model has no blocks; at least one of M (Mamba-2), * (attention), - (MLP) is needed: give a pattern")
+
+    def pattern(self) -> str:
+        """One symbol a block, e.g. `M-M*-`."""
+        return "".join(block.symbol for block in self.blocks)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads back to an equal config; infinities become strings."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "blocks"}
+        data["eos_token_id"] = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        data["blocks"] = [_block_to_json(block) for block in self.blocks]
+        return data
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> ModelConfig:
+        """Raise HalflapError on an unknown key, an unknown kind of block or an inconsistent size."""
+        values = dict(data)
+        values["blocks"] = tuple(_block_from_json(block) for block in values.get("blocks", ()))
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = tuple(values["eos_token_id"])
+        return _construct(ModelConfig, values)
+
+
+def _construct(kind: type[T], values: Mapping[str, Any]) -> T:
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - known):
+        raise HalflapError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}: correct the config")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise HalflapError(f"{kind.__name__} is incomplete ({error}); give the missing field") from None
+
+
+def _block_to_json(block: BlockConfig) -> dict[str, Any]:
+    data = {"kind": block.kind, **dataclasses.asdict(block)}
+    if isinstance(block, Mamba2Config):
+        data["time_step_limit"] = [str(x) if math.isinf(x) else x for x in block.time_step_limit]
+    return data
+
+
+def _block_from_json(data: Mapping[str, Any]) -> BlockConfig:
+    values = dict(data)
+    kind = values.pop("kind", None)
+    if kind not in BLOCK_KINDS:
+        raise HalflapError(f"block kind {kind!r} is not known; allowed are {', '.join(BLOCK_KINDS)}: correct the config")
+    if "time_step_limit" in values:
+        low, high = values["time_step_limit"]
+        values["time_step_limit"] = (float(low), float(high))
+    if isinstance(values.get("rope"), Mapping):
+        rope = dict(values["rope"])
+        if isinstance(rope.get("scaling"), Mapping):
+            rope["scaling"] = _construct(RopeScaling, rope["scaling"])
+        values["rope"] = _construct(RopeConfig, rope)
+    return _construct(BLOCK_KINDS[kind], values)
+
+
+def parse_pattern(pattern: str, blocks: Mapping[str, BlockConfig]) -> tuple[BlockConfig, ...]:
+    """Expand a pattern string with one block config a symbol; `|` and a `/...` suffix (Megatron) are ignored.
+
+    Raises HalflapError for MoE (`E`), by name, and for any other letter, with its position.
+    """
+    symbols = pattern.split("/")[0].replace("|", "")
+    for position, symbol in enumerate(symbols):
+        if symbol == "E":
+            raise HalflapError(
+                f"block {position} of pattern {pattern!r} is a mixture-of-experts block (E), which halflap does not "
+                "support yet; use a dense model with M, * and - blocks"
+            )
+        if symbol not in blocks:
+            raise HalflapError(
+                f"letter {symbol!r} at position {position} of pattern {pattern!r} is not a block; allowed are "
+                "M (Mamba-2), * (attention), - (MLP): correct the pattern"
+            )
+    return tuple(blocks[symbol] for symbol in symbols)

@@ -1,0 +1,39 @@
+"""Rotary position embedding (Su et al. 2021): full, partial and scaled; halves rotated as in Hugging Face models."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from halflap.models.config import RopeConfig
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Angular speed of each rotated pair, (rotary/2,) float64 radians a token; scaling as Llama 3.1 defines it."""
+    rotary = round(head_dim * rope.fraction)
+    speed = rope.theta ** -(torch.arange(0, rotary, 2, dtype=torch.float64) / rotary)
+    if (scaling := rope.scaling) is None:
+        return speed
+    turns = scaling.original_max_position_embeddings * speed / (2 * math.pi)  # full turns within the original context
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return speed * (blend + (1 - blend) / scaling.factor)
+
+
+def rotary_tables(positions: Tensor, speed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, T, rotary) for `positions` (B, T); angles in float32 or wider."""
+    wide = torch.promote_types(dtype, torch.float32)
+    angles = positions[..., None].to(wide) * speed.to(positions.device, wide)
+    angles = torch.cat([angles, angles], -1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first `rotary` channels of x (B, heads, T, head_dim)."""
+    rotary = cos.shape[-1]
+    turned, kept = x[..., :rotary], x[..., rotary:]
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([turned, kept], -1) if kept.shape[-1] else turned

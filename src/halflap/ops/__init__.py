@@ -1,0 +1,11 @@
+"""The inner loops as plain functions on tensors; no modules, no files.
+
+ssd.py              Mamba-2: the recurrence (reference), the chunked form (fast), steps from a state
+conv.py             depthwise causal convolution over a sequence or from a state
+attention.py        causal grouped-query attention: full, packed, cached
+norm.py             RMSNorm and the gated grouped RMSNorm of Mamba-2
+vocabulary_loss.py  cross-entropy and KL divergence that never hold a batch's logits
+
+Legend: B batch, T time, D hidden, H heads, K key/value heads, G state groups, P head channels,
+N state size, F MLP channels, V vocabulary, W convolution width, C chunk length.
+"""

@@ -1,0 +1,34 @@
+"""Causal grouped-query attention over PyTorch's scaled_dot_product_attention.
+
+Query head i reads key/value head i // (H/K). Scores are scaled by head_dim ** -0.5. Packed documents and cached
+keys are expressed by one boolean mask; without either, the causal kernel runs unmasked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attend: query (B, H, T, h), key and value (B, K, S, h); returns (B, H, T, h).
+
+    mask (B, 1, T, S) is True where a query may look; None means causal with S == T, or T == 1 seeing every key.
+    """
+    causal = mask is None and query.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def packed_mask(runs: Tensor) -> Tensor:
+    """Causal mask that keeps documents apart: runs (B, T) to (B, 1, T, T)."""
+    time = runs.shape[1]
+    causal = torch.ones(time, time, dtype=torch.bool, device=runs.device).tril()
+    return ((runs[:, :, None] == runs[:, None, :]) & causal)[:, None]
+
+
+def cached_mask(positions: Tensor, keys: int) -> Tensor:
+    """Queries at `positions` (B, T) see cached keys up to their own position: (B, 1, T, keys)."""
+    return (torch.arange(keys, device=positions.device) <= positions[..., None])[:, None]
