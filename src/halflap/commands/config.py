@@ -1,0 +1,429 @@
+"""One frozen recipe a verb: the single source of the flags, the YAML keys and the Python keywords.
+
+A field's docstring is its help. Fields of `flat` sections are flags without a section (`--params`); other
+sections keep their name (`--fit.learning-rate`). Only the first argument is positional. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from halflap.data.config import Data
+from halflap.recipe import SWITCH, Bytes, Common, Count, Duration, File, Files, Model, Tokens, TokensList, flat, section
+from halflap.train.config import Fit
+
+Phase = Literal["decode", "prefill"]
+NormCorrection = Literal["none", "masked", "calibrated"]
+WidthMetric = Literal["l2_of_mean", "mean_of_mean", "l2_of_signed_mean", "random", "weight_norm"]
+DepthMetric = Literal["block_influence", "kl", "loss"]
+
+
+@flat("Text")
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Text to read."""
+
+    data: Files = ()
+    """Text files (.txt, .jsonl, .json, .parquet, plain or .gz/.xz/.zst), folders of those, or token shards."""
+    field: Annotated[str, Parameter(name="--data.field")] = "text"
+    """Column of the records that holds the text."""
+    weights: Annotated[tuple[float, ...], Parameter(name="--data.weights")] = ()
+    """Share of each path in the blend; in proportion to its size when not given."""
+    packing: Annotated[Literal["segments", "stream"], Parameter(name="--data.packing")] = "segments"
+    """Keep the documents packed into a row apart (segments), or let the model read across (stream)."""
+    held_out: Annotated[float, Parameter(name="--data.held-out")] = 0.05
+    """Share of the documents, by a hash of their text, kept back to judge on when no other text is given for it."""
+
+    def source(self, sequence_length: int) -> Data:
+        """The same as the data section of lower levels, in rows of `sequence_length` tokens."""
+        return Data(self.data, self.field, self.weights or None, sequence_length, self.packing, self.held_out)
+
+
+@flat("Budgets (ceilings, all kept; 50% is a share of the teacher's)")
+@dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """Ceilings on the student; several together are all kept."""
+
+    params: Count | None = None
+    """All parameters, embeddings too: 4.3B or 50%."""
+    non_embedding_params: Count | None = None
+    """Parameters but the embeddings and the head."""
+    memory: Bytes | None = None
+    """Weights and cache together: 31.7GiB or 50%."""
+    latency: Duration | None = None
+    """Time of one pass in the given phase: 20ms or 50%."""
+    throughput: Count | None = None
+    """At least this many tokens a second in the given phase."""
+    flops: Count | None = None
+    """Floating-point operations a token in the given phase."""
+    phase: Phase = "decode"
+    """Phase that latency, throughput and FLOPs are meant in."""
+    context: Tokens = 8192
+    """Context length of the memory, latency and FLOP budgets, in tokens."""
+    batch: int = 1
+    """Sequences at once in the memory, latency and throughput budgets."""
+    weight_bits: int = 16
+    """Bits a weight takes in the memory budget."""
+    cache_bits: int = 16
+    """Bits a key or value takes in the memory budget; SSM states take 32."""
+
+
+@section("Sizes of the student")
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of the student; a size not given stays the teacher's."""
+
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    intermediate_size: int | None = None
+    """Neurons of each MLP."""
+    mamba_num_heads: int | None = None
+    """Heads of each Mamba block, a multiple of its groups."""
+    mamba_head_dim: int | None = None
+    """Channels of a Mamba head."""
+    ssm_state_size: int | None = None
+    """State size of a Mamba block."""
+    num_attention_heads: int | None = None
+    """Query heads of each attention block, a multiple of its key/value heads."""
+    num_key_value_heads: int | None = None
+    """Key/value heads of each attention block."""
+    num_blocks: int | None = None
+    """How many blocks stay; the least important go."""
+    drop_blocks: tuple[int, ...] = ()
+    """Blocks that go, by index."""
+
+
+@section("Search space (sizes to try; an axis not given is chosen automatically)")
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """Sizes to try on each axis."""
+
+    hidden_size: tuple[int, ...] = ()
+    """Widths of the residual stream."""
+    intermediate_size: tuple[int, ...] = ()
+    """Neurons of each MLP."""
+    mamba_num_heads: tuple[int, ...] = ()
+    """Heads of each Mamba block."""
+    mamba_head_dim: tuple[int, ...] = ()
+    """Channels of a Mamba head."""
+    ssm_state_size: tuple[int, ...] = ()
+    """State sizes of a Mamba block."""
+    num_attention_heads: tuple[int, ...] = ()
+    """Query heads of each attention block."""
+    num_key_value_heads: tuple[int, ...] = ()
+    """Key/value heads of each attention block."""
+    num_blocks: tuple[int, ...] = ()
+    """Numbers of blocks that stay."""
+    max_width_cut: float = 0.4
+    """Largest share of an axis that automatic choices cut."""
+    max_depth_cut: float = 0.2
+    """Largest share of the blocks that automatic choices drop."""
+
+
+@flat("Search")
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """How candidates are ranked."""
+
+    method: Literal["homogeneous"] = "homogeneous"
+    """One size an axis for all blocks."""
+    shortlist: int = 8
+    """Candidates that are built and scored by loss."""
+    shortlist_tokens: Tokens = 0
+    """Tokens each shortlisted candidate is distilled on before it is scored; 0 scores it as cut."""
+    score_tokens: Tokens = 16384
+    """Tokens on which a candidate's loss is measured."""
+
+
+@flat("Importance")
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """How importance is measured."""
+
+    metric: WidthMetric = "l2_of_mean"
+    """Statistic that ranks widths."""
+    depth_metric: DepthMetric = "kl"
+    """Statistic that ranks blocks."""
+
+
+@flat("Distillation")
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What the student learns from its teacher."""
+
+    loss: Literal["forward_kl", "next_token"] = "forward_kl"
+    """Divergence to the teacher's distribution, or plain next-token loss."""
+    temperature: float = 1.0
+    """Temperature of both distributions."""
+    top_k: int = 0
+    """Keep only this many teacher logits a token; 0 keeps all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectRecipe:
+    """Pattern, parameter counts, FLOPs and cache of a model; reads no weights."""
+
+    model: Model | None = field(default=None, kw_only=False)
+    """Hugging Face directory, run directory, preset, or YAML of a model."""
+    context: TokensList = (8192, 65536)
+    """Context lengths for the cache and FLOP columns."""
+    batch: int = 1
+    """Sequences at once."""
+    cache_bits: int = 16
+    """Bits a key or value takes."""
+    list_presets: Annotated[bool, SWITCH, Parameter(name="--list")] = False
+    """Print the presets and stop."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportRecipe:
+    """GGUF or another dialect of a known family to a Hugging Face directory."""
+
+    source: File = field(kw_only=False)
+    """GGUF file or checkpoint directory."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRecipe:
+    """Write a checkpoint in the form that stock tools load."""
+
+    model: Model = field(kw_only=False)
+    """Hugging Face directory or run directory."""
+    format: Literal["hf"] = "hf"
+    """Target form."""
+    pad_to_stock: Annotated[bool, SWITCH] = False
+    """Pad unequal blocks with zeros to equal widths, so that stock classes load them with the same logits."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe:
+    """Train a byte-level BPE tokenizer."""
+
+    text: Text = Text()
+    vocab_size: int = 8192
+    """Entries, special tokens included."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusRecipe:
+    """Text to memory-mapped token shards with a manifest."""
+
+    text: Text = Text()
+    tokenizer: File | None = None
+    """Directory with the tokenizer (or a checkpoint that has one)."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRecipe:
+    """Train a model from text."""
+
+    shape: Model = field(kw_only=False)
+    """Preset, YAML of a model, or a checkpoint to go on from."""
+    text: Text = Text()
+    tokens: Tokens = 10_000_000
+    """Tokens to train on."""
+    tokenizer: File | None = None
+    """Directory with the tokenizer; token shards bring their own."""
+    eval_data: Files = ()
+    """Held-out text for the loss curve."""
+    fit: Annotated[Fit, section("Training")] = Fit()
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRecipe:
+    """Measure the importance of every axis on calibration text."""
+
+    model: Model = field(kw_only=False)
+    """The teacher: Hugging Face directory or run directory."""
+    text: Text = Text()
+    tokens: Tokens = 262_144
+    """Calibration tokens to read."""
+    settings: ScoreSettings = ScoreSettings()
+    sequence_length: int = 512
+    """Tokens of a calibration row."""
+    batch_size: int = 4
+    """Rows at once."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRecipe:
+    """Find the best sizes under budgets."""
+
+    model: Model = field(kw_only=False)
+    """The teacher: Hugging Face directory or run directory."""
+    importance: File | None = None
+    """File that `score` wrote."""
+    text: Text = Text()
+    budgets: Budgets = Budgets()
+    settings: SearchSettings = SearchSettings()
+    space: Space = Space()
+    norm_correction: NormCorrection = "masked"
+    """What replaces the cut channels in the mean of the norms."""
+    fit: Annotated[Fit, section("Training of shortlisted candidates")] = Fit()
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRecipe:
+    """Write the student."""
+
+    model: Model = field(kw_only=False)
+    """The teacher: Hugging Face directory or run directory."""
+    importance: File | None = None
+    """File that `score` wrote; not needed with --plan."""
+    plan: File | None = None
+    """Pruning plan or search result to follow instead of budgets or sizes."""
+    budgets: Budgets = Budgets()
+    sizes: Sizes = Sizes()
+    space: Space = Space()
+    norm_correction: NormCorrection = "masked"
+    """What replaces the cut channels in the mean of the norms."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyRecipe:
+    """Check that a pruned student is exactly its masked teacher."""
+
+    student: Model = field(kw_only=False)
+    """Checkpoint or run directory with a pruning plan."""
+    teacher: Model | None = None
+    """The teacher it was cut from; found through the lineage when it has not moved."""
+    tokens: Tokens = 256
+    """Tokens compared."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRecipe:
+    """Train a student on its teacher's outputs."""
+
+    student: Model = field(kw_only=False)
+    """Checkpoint or run directory of the student."""
+    teacher: Model | None = None
+    """Checkpoint or run directory of the teacher; found through the lineage when it has not moved."""
+    text: Text = Text()
+    tokens: Tokens = 10_000_000
+    """Tokens to train on."""
+    loss_settings: LossSettings = LossSettings()
+    eval_data: Files = ()
+    """Held-out text for the loss curve."""
+    fit: Annotated[Fit, section("Training")] = Fit()
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressRecipe:
+    """Score, search, prune, verify, distill, evaluate and report in one run."""
+
+    model: Model = field(kw_only=False)
+    """The teacher: Hugging Face directory or run directory."""
+    text: Text = Text()
+    tokens: Tokens = 10_000_000
+    """Tokens the student is distilled on."""
+    calibration_tokens: Tokens = 262_144
+    """Tokens read to measure importance."""
+    eval_data: Files = ()
+    """Text to judge on; without it the last 5 % of the documents, by a hash of their text, are kept back."""
+    eval_tokens: Tokens = 131_072
+    """Tokens to judge on at most."""
+    importance: File | None = None
+    """File that `score` wrote, to save measuring it again."""
+    budgets: Budgets = Budgets()
+    sizes: Sizes = Sizes()
+    settings: SearchSettings = SearchSettings()
+    space: Space = Space()
+    score_settings: ScoreSettings = ScoreSettings()
+    norm_correction: NormCorrection = "masked"
+    """What replaces the cut channels in the mean of the norms."""
+    loss_settings: LossSettings = LossSettings()
+    controls: tuple[Literal["scratch", "group_blind", "random"], ...] = ()
+    """Arms to train beside the student: the same shape from scratch, a group-blind cut, a random ranking."""
+    fit: Annotated[Fit, section("Training")] = Fit()
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRecipe:
+    """Loss on held-out text, and tasks of lm-evaluation-harness."""
+
+    model: Model = field(kw_only=False)
+    """Hugging Face directory or run directory."""
+    text: Text = Text()
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, by name."""
+    limit: int | None = None
+    """Items of each task at most."""
+    tokens: Tokens | None = None
+    """Tokens of text at most; all when not given."""
+    context: Tokens | None = None
+    """Window in tokens; the model's, at most 2048, when not given."""
+    stride: Tokens | None = None
+    """Step between windows; the window when not given."""
+    batch_size: int = 4
+    """Windows at once."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRecipe:
+    """Prefill and decode speed, memory and cache over a grid."""
+
+    model: Model = field(kw_only=False)
+    """Hugging Face directory, run directory or preset (random weights)."""
+    prompt: TokensList = (512,)
+    """Prompt lengths in tokens."""
+    output: TokensList = (32,)
+    """Tokens to decode."""
+    batch: tuple[int, ...] = (1,)
+    """Sequences at once."""
+    repeats: int = 3
+    """Timed passes of each cell; the median is reported."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRecipe:
+    """Write text."""
+
+    model: Model = field(kw_only=False)
+    """Hugging Face directory or run directory."""
+    prompt: tuple[str, ...] = ()
+    """Prompts; standard input when not given."""
+    max_new_tokens: Tokens = 128
+    """New tokens at most."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; above it samples."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0 is all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens of this total probability."""
+    ignore_eos: Annotated[bool, SWITCH] = False
+    """Go on after the end token."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRecipe:
+    """One self-contained HTML page from finished runs."""
+
+    runs: Files = field(default=(), kw_only=False)
+    """Run directories."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorRecipe:
+    """Versions, kernels chosen, device limits, and what is missing."""
+
+    common: Common = Common()
