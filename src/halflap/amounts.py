@@ -99,9 +99,9 @@ def parse_count(value: str | float) -> int:
 def _scale(suffix: str, unit: Unit | None) -> tuple[Unit | None, Decimal]:
     """The unit that owns the suffix; the case of a suffix matters only where it would be ambiguous, so nowhere."""
     suffix = {"µs": "us", "μs": "us", "sec": "s", "m": "M", "k": "K", "b": "B", "t": "T"}.get(suffix, suffix)
-    for kind in [unit] if unit else list(UNITS):
-        for known, scale in UNITS[kind].items():
-            if suffix.lower() == known.lower():
+    for kind, scales in UNITS.items():
+        for known, scale in scales.items():
+            if unit in (None, kind) and suffix.lower() == known.lower():
                 return kind, scale
     return None, Decimal(1)
 

@@ -84,7 +84,7 @@ class Common:
 
 
 PATHS = "paths"
-"""In YAML a list with fields beside it is nested: `data: {paths: [a, b], field: text}` is `--data a b --data.field text`."""
+"""In YAML a list with fields beside it is nested: `data: {paths: [a], field: b}` is `--data a --data.field b`."""
 
 NOT_CONTENT = ("out", "json", "quiet", "overwrite")
 """Names that change where a run goes or how it talks, and not what it is."""
@@ -145,18 +145,20 @@ def leaves(kind: type, path: tuple[str, ...] = (), prefix: str = "") -> dict[str
         hint = hints[field.name]
         base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         if isinstance(base, type) and dataclasses.is_dataclass(base):
-            flattened = any("*" in parameter.name for parameter in _parameters(hint, base))
-            found |= leaves(base, (*path, field.name), prefix if flattened else f"{prefix}{field.name}.")
+            within = prefix if "*" in _names(hint, base) else f"{prefix}{field.name}."
+            found |= leaves(base, (*path, field.name), within)
             continue
-        named = next((p.name[0] for p in _parameters(hint, None) if p.name), None)
-        name = named.lstrip("-").replace("-", "_") if named else f"{prefix}{field.name}"
+        named = _names(hint, None)
+        name = named[0].lstrip("-").replace("-", "_") if named else f"{prefix}{field.name}"
         found[name] = Leaf(name, (*path, field.name), hint, field.default)
     return found
 
 
-def _parameters(hint: Any, base: type | None) -> list[Parameter]:
+def _names(hint: Any, base: type | None) -> list[str]:
+    """Names that the annotation or the section's class gives instead of the field's own; `*` is none."""
     own = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Parameter)]
-    return own + list(getattr(getattr(base, "__cyclopts__", None), "parameters", ()))
+    parameters = own + list(getattr(getattr(base, "__cyclopts__", None), "parameters", ()))
+    return [str(name) for parameter in parameters for name in parameter.name or ()]
 
 
 def settings_of(recipe: Any) -> dict[str, Any]:
