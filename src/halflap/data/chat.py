@@ -1,0 +1,74 @@
+"""Chat templates: messages to the text a model was trained on.
+
+Templates come with checkpoints and are other people's code, so they run in jinja2's sandbox. The environment is the
+one of Hugging Face's `apply_chat_template` (trimmed blocks, loop controls, `raise_exception`, `strftime_now`, a
+`tojson` that escapes nothing, and `{% generation %}` blocks, which only mark the assistant's text).
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from halflap.errors import HalflapError
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+Message = Mapping[str, Any]
+
+
+def render(template: str, messages: Sequence[Message], **variables: object) -> str:
+    """The text of a conversation under a jinja2 chat template.
+
+    `variables` are what the template may ask for: `add_generation_prompt`, `bos_token`, `tools`, ...
+    Raises HalflapError when the template is broken or refuses the messages.
+    """
+    import jinja2
+
+    for message in messages:
+        if "role" not in message or "content" not in message:
+            raise HalflapError(f"chat message {dict(message)!r} lacks a role or content; each message needs both")
+    try:
+        compiled = _environment().from_string(template)
+        return compiled.render(messages=list(messages), **variables)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise HalflapError(
+            f"the chat template refuses these messages: {error}; change the messages or the template"
+        ) from error
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags: ClassVar[set[str]] = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _refuse(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
