@@ -1,0 +1,83 @@
+"""New tokens to text while they come: whole UTF-8 characters only, and nothing that a stop string may still swallow.
+
+A character may be spread over several tokens, and some decoders strip a leading space, so text is always decoded
+together with a few tokens before it and the difference is taken. The concatenated pieces equal the decoded whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+CONTEXT = 8  # tokens decoded again before the new ones
+WINDOW = 64  # tokens after which the decoded window moves on
+REPLACEMENT = "�"
+MOST_PENDING = 3  # replacement characters that one more byte may still turn into a letter (UTF-8 has at most 4 bytes)
+
+
+class Decodes(Protocol):
+    """What is needed of a tokenizer here."""
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str: ...
+
+
+class TextStream:
+    """Text of one row: `push(token)` returns what became certain, `finish()` the rest; `stopped` after a stop."""
+
+    def __init__(self, tokenizer: Decodes, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids = list(prompt[-CONTEXT:])
+        self._certain = len(self._decode()[0])  # characters of the decoded window already taken over
+        self._text = ""
+        self._shown = 0
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """Everything certain so far, cut before the stop string."""
+        return self._text
+
+    def push(self, token: int) -> str:
+        """Take one token; returns the text that is now certain and safe to show."""
+        self._ids.append(token)
+        certain, pending = self._decode()
+        self._take(certain[self._certain :])
+        self._certain = max(self._certain, len(certain))
+        if not pending and len(self._ids) > WINDOW:
+            self._ids = self._ids[-CONTEXT:]
+            self._certain = len(self._decode()[0])
+        return self._show(self._held_back())
+
+    def finish(self) -> str:
+        """The rest: unfinished characters as replacement characters, and text held back for a stop string."""
+        if not self.stopped:
+            certain, pending = self._decode()
+            self._take((certain + pending)[self._certain :])
+        return self._show(0)
+
+    def _decode(self) -> tuple[str, str]:
+        """The window's text, and the trailing replacement characters that are not certain yet."""
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        pending = min(len(text) - len(text.rstrip(REPLACEMENT)), MOST_PENDING)
+        return text[: len(text) - pending], text[len(text) - pending :]
+
+    def _take(self, piece: str) -> None:
+        before = len(self._text)
+        self._text += piece
+        starts = [self._text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop]
+        if found := [start for start in starts if start >= 0]:
+            self.stopped = True
+            self._text = self._text[: min(found)]
+
+    def _held_back(self) -> int:
+        """Length of the longest tail that begins a stop string."""
+        if self.stopped:
+            return 0
+        lengths = (k for stop in self._stop for k in range(len(stop) - 1, 0, -1) if self._text.endswith(stop[:k]))
+        return max(lengths, default=0)
+
+    def _show(self, held: int) -> str:
+        end = len(self._text) - held
+        piece = self._text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return piece

@@ -1,0 +1,241 @@
+"""Text from prompts, one batch at a time: all prompts are read together, then every row decodes until it ends.
+
+Rows may be unequal: prompts are right-padded and the model is told how many tokens count, so a row gets what it would
+get alone. Finished rows leave the batch, and only the last position's logits are ever made.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from halflap.errors import HalflapError
+from halflap.inference.detokenize import TextStream
+from halflap.inference.sampling import SamplingParams, choose, row_generators
+from halflap.models.cache import Cache
+from halflap.models.config import AttentionConfig, ModelConfig
+from halflap.models.model import HybridModel
+
+if TYPE_CHECKING:
+    from halflap.data.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+PREFILL_TOKENS = 8192  # tokens of one prefill pass, all rows together: bounds its memory whatever the prompts
+SMALLEST_CHUNK = 256
+CACHE_AHEAD = 512  # new tokens for which cache memory is taken at once
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`tokens` are the new ones, an end token included; `text` is theirs without special tokens or stop string."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass
+class _Row:
+    """A sequence being decoded."""
+
+    stream: TextStream | None
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+
+    def push(self, token: int, end_tokens: frozenset[int], limit: int) -> str:
+        """Take one token; returns the text that may be shown."""
+        self.tokens.append(token)
+        ended = token in end_tokens
+        piece = "" if self.stream is None or ended else self.stream.push(token)
+        if ended or (self.stream is not None and self.stream.stopped):
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= limit:
+            self.finish_reason = "length"
+        if self.finish_reason and self.stream is not None:
+            piece += self.stream.finish()
+        return piece
+
+    def completion(self) -> Completion:
+        return Completion(self.stream.text if self.stream else "", self.tokens, self.finish_reason or "length")
+
+
+@torch.inference_mode()
+def generate(
+    model: HybridModel,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 128,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+    tokenizer: Tokenizer | None = None,
+    stream: Callable[[int, str], None] | None = None,
+) -> list[Completion]:
+    """Continue prompts (text or token ids) as one batch; greedy unless `temperature` is above 0.
+
+    `tokenizer` defaults to `model.tokenizer`; without any, prompts must be token ids and `text` is "". `stream(row,
+    piece)` is called as text becomes certain. Row i samples as a single prompt with seed `seed + i` would. Raises
+    HalflapError for a wrong prompt, token id or sampling value, or when the model's positions do not suffice.
+    """
+    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    tokenizer = tokenizer or getattr(model, "tokenizer", None)
+    stop = _checked_stop(stop, tokenizer)
+    if max_new_tokens < 1:
+        raise HalflapError(f"max_new_tokens is {max_new_tokens}; it must be at least 1: ask for a token or more")
+    ids = encode_prompts(prompts, model.config, tokenizer)
+    if not ids:
+        return []
+    require_positions(model.config, max(map(len, ids)) + max_new_tokens, "the longest prompt and its new tokens need")
+    ends = frozenset() if ignore_eos else end_tokens(model.config, tokenizer)
+    rows = [_Row(None if tokenizer is None else TextStream(tokenizer, prompt, stop)) for prompt in ids]
+    for index, piece in _decode(model, ids, rows, params, ends, max_new_tokens):
+        if stream is not None:
+            stream(index, piece)
+    return [row.completion() for row in rows]
+
+
+def _decode(
+    model: HybridModel,
+    prompts: list[list[int]],
+    rows: list[_Row],
+    params: SamplingParams,
+    ends: frozenset[int],
+    limit: int,
+):
+    """Advance all rows until each is finished; yields (row, text) as text becomes certain."""
+    cache, logits = prefill(model, prompts, ahead=min(limit, CACHE_AHEAD))
+    generators = row_generators(params, len(rows))
+    seen = _seen(prompts, logits) if params.repetition_penalty != 1 else None
+    active = list(range(len(rows)))
+    while True:
+        tokens = choose(logits, params, [generators[row] for row in active], seen)
+        for row, token in zip(active, tokens.tolist(), strict=True):
+            if piece := rows[row].push(token, ends, limit):
+                yield row, piece
+        keep = [place for place, row in enumerate(active) if rows[row].finish_reason is None]
+        if not keep:
+            return
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        if len(keep) < len(active):
+            active, cache, tokens = [active[place] for place in keep], cache.select(keep), tokens[keep]
+            seen = None if seen is None else seen[keep]
+        logits = model(tokens[:, None], cache=cache)[:, -1]
+
+
+def prefill(model: HybridModel, prompts: Sequence[Sequence[int]], *, ahead: int = 0) -> tuple[Cache, Tensor]:
+    """Read non-empty prompts of any lengths as one batch; returns their cache and the next token's logits (B, V).
+
+    Long prompts go in several passes, so that memory is bounded; `ahead` is how many more tokens to reserve for.
+    """
+    weight = model.head_weight
+    device, dtype = weight.device, weight.dtype
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = int(lengths.max())
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    tokens = tokens.to(device)
+    cache = Cache.create(model.config, len(prompts), longest + ahead, dtype, device)
+    last = torch.zeros(len(prompts), model.config.hidden_size, dtype=dtype, device=device)
+    chunk = max(SMALLEST_CHUNK, PREFILL_TOKENS // len(prompts))
+    for start in range(0, longest, chunk):
+        part = tokens[:, start : start + chunk]
+        count = (lengths - start).clamp(0, part.shape[1])
+        ragged = bool((count < part.shape[1]).any())
+        hidden = model.hidden_states(part, cache=cache, lengths=count if ragged else None)
+        here = (lengths > start) & (lengths <= start + chunk)  # rows whose last token is in this pass
+        last[here] = hidden[here, count[here] - 1].to(dtype)
+    logits = F.linear(last, weight)
+    return cache, logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _seen(prompts: list[list[int]], logits: Tensor) -> Tensor:
+    """(B, V) True at each prompt's tokens."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, torch.tensor(prompt, device=logits.device)] = True
+    return seen
+
+
+def end_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Ids that end a sequence: the config's and the tokenizer's."""
+    ids = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    return frozenset(i for i in (*ids, tokenizer.eos_id if tokenizer else None) if i is not None)
+
+
+def require_positions(config: ModelConfig, length: int, what: str) -> None:
+    """Raise HalflapError when `length` passes what rotary attention was made for; without it there is no such end."""
+    rotary = any(isinstance(block, AttentionConfig) and block.rope is not None for block in config.blocks)
+    if rotary and length > config.max_position_embeddings:
+        raise HalflapError(
+            f"{what} {length} positions, and the model's rotary embedding has {config.max_position_embeddings}: "
+            "ask for a shorter text"
+        )
+
+
+def encode_prompts(prompts: Sequence[Prompt], config: ModelConfig, tokenizer: Tokenizer | None) -> list[list[int]]:
+    """Token ids of each prompt; an empty one becomes the token that starts a document. Raises HalflapError."""
+    if isinstance(prompts, str):
+        raise HalflapError("prompts is one text; it must be a list of prompts: write [prompt]")
+    if tokenizer is not None:
+        tokenizer.check_matches(config.vocab_size)
+    return [_encode_prompt(index, prompt, config, tokenizer) for index, prompt in enumerate(prompts)]
+
+
+def _encode_prompt(index: int, prompt: object, config: ModelConfig, tokenizer: Tokenizer | None) -> list[int]:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise HalflapError(f"prompt {index} is text and the model has no tokenizer; give token ids, or a tokenizer")
+        ids = with_prefix(tokenizer, tokenizer.encode(prompt))
+    else:
+        ids = _checked_ids(index, prompt, config.vocab_size)
+    if not ids:
+        known = (config.bos_token_id, tokenizer.bos_id if tokenizer else None, *sorted(end_tokens(config, tokenizer)))
+        ids = [i for i in known if i is not None][:1]
+    if not ids:
+        raise HalflapError(f"prompt {index} is empty and the model has no token to start from; give at least one token")
+    return ids
+
+
+def with_prefix(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """Ids of a text behind what the tokenizer puts before every text, unless the text brings that along."""
+    prefix = list(tokenizer.prefix_ids)
+    return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+
+def _checked_ids(index: int, prompt: object, vocab_size: int) -> list[int]:
+    values = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    try:
+        ids = [operator.index(value) for value in values]  # type: ignore[union-attr]
+    except TypeError:
+        raise HalflapError(
+            f"prompt {index} is {prompt!r:.60} ({type(prompt).__name__}); "
+            "a prompt is text or a list of token ids: change it"
+        ) from None
+    if wrong := [i for i in ids if not 0 <= i < vocab_size]:
+        raise HalflapError(
+            f"prompt {index} has token id {wrong[0]}; the model's ids go from 0 to {vocab_size - 1}: "
+            "use its own tokenizer"
+        )
+    return ids
+
+
+def _checked_stop(stop: Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    if texts and tokenizer is None:
+        raise HalflapError("stop strings need a tokenizer and the model has none; give one, or stop by token count")
+    if "" in texts:
+        raise HalflapError("a stop string is empty; it must have at least one character: remove it")
+    return texts

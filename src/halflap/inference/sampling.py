@@ -1,0 +1,93 @@
+"""From logits to the next token: penalties, filters and one draw, as pure functions.
+
+Order and definitions are those of Hugging Face's `generate`: repetition penalty (Keskar et al. 2019), temperature,
+top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). A draw inverts the cumulative distribution at one
+uniform number a row, so what a row gets depends on its own generator only, never on the rest of the batch.
+Legend: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halflap.errors import HalflapError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen; temperature 0 takes the likeliest; top_k 0, top_p 1, min_p 0 filter nothing."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
+            ("top_k", self.top_k, self.top_k >= 0, "a whole number of at least 0 (0 keeps every token)"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps every token)"),
+            ("min_p", self.min_p, 0 <= self.min_p < 1, "at least 0 and below 1 (0 keeps every token)"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 changes nothing)"),
+        )
+        for name, value, fine, allowed in checks:
+            if not fine:
+                raise HalflapError(f"{name} is {value}; it must be {allowed}: choose another value")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def row_generators(params: SamplingParams, rows: int) -> list[torch.Generator]:
+    """One CPU generator a row: row i draws as a single prompt with seed `seed + i` would."""
+    return [torch.Generator().manual_seed(params.seed + row) for row in range(rows)]
+
+
+def choose(
+    logits: Tensor, params: SamplingParams, generators: Sequence[torch.Generator], seen: Tensor | None = None
+) -> Tensor:
+    """The next token of each row (B,) int64 from logits (B, V) in float32.
+
+    `seen` (B, V) is True at tokens of the prompt and the text so far; it is needed only with a repetition penalty.
+    """
+    if seen is not None and params.repetition_penalty != 1:
+        logits = penalise(logits, seen, params.repetition_penalty)
+    if params.greedy:
+        return logits.argmax(-1)
+    return draw(filtered(logits / params.temperature, params), generators)
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits (B, V) of the tokens in `seen` by the penalty."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Logits (B, V) with -inf at every token that top-k, then top-p, then min-p removes; one token always stays."""
+    if 0 < params.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[:, -1:], -torch.inf)
+    if params.top_p < 1:
+        ordered, order = logits.sort(-1)
+        removed = ordered.softmax(-1).cumsum(-1) <= 1 - params.top_p
+        removed[:, -1] = False
+        logits = logits.masked_fill(torch.zeros_like(removed).scatter(1, order, removed), -torch.inf)
+    if params.min_p > 0:
+        probabilities = logits.softmax(-1)
+        logits = logits.masked_fill(probabilities < params.min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
+    return logits
+
+
+def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token a row (B,) from softmax(logits (B, V)); float64 sums keep removed tokens at exactly no mass."""
+    total = logits.double().softmax(-1).cumsum(-1)
+    uniform = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    target = uniform.to(logits.device)[:, None] * total[:, -1:]
+    # right=True: the first token whose cumulative mass exceeds the target, so that a token without mass is never drawn
+    return torch.searchsorted(total, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,61 @@
+"""Pieces add up to the decoded whole, never show half a character, and never show a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halflap.inference.detokenize import TextStream
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes; 256 is special and has no text."""
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+def stream(ids: list[int], prompt: list[int] | None = None, stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
+    text = TextStream(Bytes(), prompt or [], stop)
+    pieces = [text.push(token) for token in ids]
+    return [*pieces, text.finish()], text
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(max_size=120), prompt=st.text(max_size=20))
+def test_pieces_add_up(text: str, prompt: str) -> None:
+    pieces, result = stream(list(text.encode()), list(prompt.encode()))
+    assert "".join(pieces) == result.text == text
+    assert all(piece == "" or piece in text for piece in pieces)
+
+
+@settings(deadline=None, max_examples=100)
+@given(ids=st.lists(st.integers(0, 256), max_size=150))
+def test_bytes_that_are_no_text_add_up_too(ids: list[int]) -> None:
+    pieces, result = stream(ids)
+    assert "".join(pieces) == result.text == Bytes().decode(ids)
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text("abc", max_size=60), stop=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_stop_strings_never_show(text: str, stop: list[str]) -> None:
+    result = TextStream(Bytes(), (), tuple(stop))
+    shown = ""
+    for token in text.encode():
+        shown += result.push(token)
+        if result.stopped:
+            break
+    shown += result.finish()
+    ends = [text.find(word) + len(word) for word in stop if word in text]
+    if not ends:
+        assert not result.stopped and shown == text
+        return
+    came = text[: min(ends)]  # the text when the first stop string was complete
+    assert result.stopped and shown == result.text == came[: min(came.find(w) for w in stop if w in came)]
+
+
+def test_a_character_split_by_the_prompt_is_shown_whole() -> None:
+    whole = "🙂!".encode()
+    assert "".join(stream(list(whole[2:]), list(whole[:2]))[0]) == "🙂!"

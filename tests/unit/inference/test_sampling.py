@@ -1,0 +1,67 @@
+"""Filters keep what they say, and draws follow the distribution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halflap.inference.sampling import SamplingParams, choose, draw, filtered, penalise, row_generators
+
+
+def logits_of(probabilities: list[float]) -> torch.Tensor:
+    return torch.tensor([probabilities]).log()
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 2}, [0, 2]),
+        ({"top_k": 9}, [0, 1, 2, 3]),
+        ({"top_p": 0.45}, [0]),
+        ({"top_p": 0.55}, [0, 2]),
+        ({"top_p": 1e-9}, [0]),
+        ({"min_p": 0.3}, [0, 2]),
+        ({"top_k": 3, "top_p": 0.99, "min_p": 0.1}, [0, 1, 2]),
+    ],
+)
+def test_filters(options: dict, kept: list[int]) -> None:
+    left = filtered(logits_of([0.5, 0.12, 0.3, 0.08]), SamplingParams(temperature=1, **options))
+    assert left[0].isfinite().nonzero().flatten().tolist() == kept
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=st.integers(0, 1000),
+    top_k=st.integers(0, 12),
+    top_p=st.floats(0.01, 1),
+    min_p=st.floats(0, 0.99),
+    size=st.integers(1, 10),
+)
+def test_a_token_always_stays_and_only_kept_ones_are_drawn(
+    seed: int, top_k: int, top_p: float, min_p: float, size: int
+) -> None:
+    logits = torch.randn(3, size, generator=torch.Generator().manual_seed(seed)) * 4
+    params = SamplingParams(1.0, top_k, top_p, min_p, seed=seed)
+    left = filtered(logits, params)
+    assert left.isfinite().any(-1).all()
+    drawn = draw(left, row_generators(params, 3))
+    assert left.gather(1, drawn[:, None]).isfinite().all()
+
+
+def test_draws_follow_the_distribution() -> None:
+    probabilities = [0.5, 0.0, 0.3, 0.2]
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw(logits_of(probabilities).expand(20000, -1), [generator] * 20000)
+    share = drawn.bincount(minlength=4) / 20000
+    torch.testing.assert_close(share, torch.tensor(probabilities), atol=0.015, rtol=0)
+    assert share[1] == 0
+
+
+def test_penalty_divides_positive_and_multiplies_negative() -> None:
+    seen = torch.tensor([[True, False, True]])
+    assert penalise(torch.tensor([[2.0, 2.0, -2.0]]), seen, 2.0).tolist() == [[1.0, 2.0, -4.0]]
+    greedy = SamplingParams(repetition_penalty=3.0)
+    assert choose(torch.tensor([[2.0, 1.0, -2.0]]), greedy, row_generators(greedy, 1), seen).tolist() == [1]
