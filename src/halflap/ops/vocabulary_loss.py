@@ -1,0 +1,253 @@
+"""Cross-entropy and KL divergence over a large vocabulary that never hold a batch's logits.
+
+Tokens are taken in chunks. A chunk's logits are made once, turned into the loss and at once into its gradient, and
+overwritten by the next chunk, so peak memory is a chunk and each matrix product is done once (forward; both
+gradients). Products run in the autocast dtype (or the hidden states'), softmax and sums in float32 (float64 for
+float64 input), and the head's gradient is accumulated in that wide dtype.
+
+KL needs a factor: with z / temperature the gradient shrinks by 1 / temperature^2, so the sum is multiplied by
+temperature^2 (Hinton et al. 2015), which leaves temperature 1 as it is.
+
+Legend: M tokens, D hidden, V vocabulary, k stored teacher entries. `weights` (M,) multiply each token's loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Direction = Literal["forward", "reverse", "symmetric"]
+
+# Logits of a chunk should stay in the last-level cache on a CPU and fill the machine on a GPU; below `rows`
+# a matrix product would read the head more often than its arithmetic pays for.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+CHUNK_ROWS = {"cpu": 128, "cuda": 1024}
+
+
+def cross_entropy_sum(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int | None = None
+) -> Tensor:
+    """sum_m weights[m] * -log softmax(head_weight @ hidden[m])[targets[m]], a wide scalar.
+
+    hidden (M, D), head_weight (V, D), targets (M,) int64, weights (M,). Differentiable in hidden and head_weight.
+    A target of a token with weight 0 may be any number (for example -100).
+    """
+    return _apply(_cross_entropy, (hidden, head_weight), (targets,), weights, chunk)
+
+
+def kl_divergence_sum(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    weights: Tensor,
+    temperature: float = 1.0,
+    direction: Direction = "forward",
+    *,
+    chunk: int | None = None,
+) -> Tensor:
+    """temperature^2 * sum_m weights[m] * KL of softmax(logits / temperature), a wide scalar.
+
+    "forward" is KL(teacher || student), whose gradient for the student's logits is (p_s - p_t) at temperature 1;
+    "reverse" is KL(student || teacher); "symmetric" their mean. The teacher's width may differ; it gets no gradient.
+    """
+    narrow, _ = _dtypes(student_hidden)
+    loss = _divergence(DIVERGENCES[direction], teacher_head.detach().to(narrow), temperature)
+    return _apply(loss, (student_hidden, student_head), (teacher_hidden.detach(),), weights, chunk)
+
+
+def kl_from_top_k_sum(
+    hidden: Tensor,
+    head_weight: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    weights: Tensor,
+    *,
+    chunk: int | None = None,
+) -> Tensor:
+    """Forward KL against a teacher known by its k best entries: the rest of both is one lumped category.
+
+    indices (M, k) int64, log_probs (M, k) of the teacher at temperature 1. A lower bound of the full KL, equal to
+    it when k = V.
+    """
+    return _apply(_top_k, (hidden, head_weight), (indices, log_probs), weights, chunk)
+
+
+# A chunk loss takes (logits (C, V), the chunk's rows of what belongs to its tokens, scratch) and returns each token's
+# loss (C,), with the gradient for the logits written over `logits`.
+ChunkLoss = Callable[[Tensor, tuple[Tensor, ...], "_Buffers"], Tensor]
+
+
+def _cross_entropy(logits: Tensor, rows: tuple[Tensor, ...], buffers: _Buffers) -> Tensor:
+    targets = rows[0][:, None]
+    picked = logits.gather(1, targets)[:, 0]
+    log_total = _softmax_(logits)
+    logits.scatter_add_(1, targets, torch.full_like(logits[:, :1], -1.0))
+    return log_total - picked
+
+
+def _divergence(divergence: Callable[..., Tensor], teacher_head: Tensor, temperature: float) -> ChunkLoss:
+    def loss(logits: Tensor, rows: tuple[Tensor, ...], buffers: _Buffers) -> Tensor:
+        teacher = buffers.project(rows[0], teacher_head, "teacher")
+        if temperature != 1.0:
+            logits.div_(temperature)
+            teacher.div_(temperature)
+        difference = torch.sub(teacher, logits, out=buffers.wide("difference", logits))
+        log_total = _softmax_(logits)
+        per_token = divergence(logits, teacher, difference, log_total - _softmax_(teacher))
+        if temperature != 1.0:
+            logits.mul_(temperature)  # temperature^2 of the loss, 1 / temperature of the inner derivative
+            per_token = per_token * temperature**2
+        return per_token
+
+    return loss
+
+
+def _forward_kl(student: Tensor, teacher: Tensor, difference: Tensor, offset: Tensor) -> Tensor:
+    """Probabilities of both, z_t - z_s and log Z_s - log Z_t; leaves the gradient in `student`."""
+    student.sub_(teacher)
+    return difference.mul_(teacher).sum(1) + offset
+
+
+def _reverse_kl(student: Tensor, teacher: Tensor, difference: Tensor, offset: Tensor) -> Tensor:
+    per_token = -(difference * student).sum(1) - offset
+    student.mul_(difference.add_((offset + per_token)[:, None]).neg_())
+    return per_token
+
+
+def _symmetric_kl(student: Tensor, teacher: Tensor, difference: Tensor, offset: Tensor) -> Tensor:
+    reverse_gradient = student.clone()
+    reverse = _reverse_kl(reverse_gradient, teacher, difference.clone(), offset)
+    forward = _forward_kl(student, teacher, difference, offset)
+    student.add_(reverse_gradient).mul_(0.5)
+    return 0.5 * (forward + reverse)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "forward": _forward_kl,
+    "reverse": _reverse_kl,
+    "symmetric": _symmetric_kl,
+}
+
+
+def _top_k(logits: Tensor, rows: tuple[Tensor, ...], buffers: _Buffers) -> Tensor:
+    """d/dz is q - p on the stored entries and q (1 - r / q_tail) elsewhere; r and q_tail are the lumped masses."""
+    indices, log_p = rows[0], rows[1].to(logits.dtype)
+    p = log_p.exp()
+    rest = (1 - p.sum(1)).clamp_min(0)
+    picked = logits.gather(1, indices)
+    log_total = _softmax_(logits)
+    q = logits.gather(1, indices)
+    logits.scatter_(1, indices, 0.0)
+    tail = logits.sum(1)  # summed, not 1 - sum(q): exact when the tail is small
+    tiny = torch.finfo(logits.dtype).tiny
+    known = (p * (log_p - picked + log_total[:, None])).sum(1)
+    lumped = torch.where(rest > 0, rest * (rest.clamp_min(tiny) / tail.clamp_min(tiny)).log(), 0.0)
+    logits.mul_((1 - rest / tail.clamp_min(tiny))[:, None]).scatter_(1, indices, q - p)
+    return known + lumped
+
+
+def _softmax_(logits: Tensor) -> Tensor:
+    """Turn logits (C, V) into probabilities in place; return log of the normaliser (C,).
+
+    log Z = max z - log max p: one cheap pass, exact because max p is at least 1 / V.
+    """
+    top = logits.amax(1)
+    torch.softmax(logits, 1, out=logits)
+    return top - logits.amax(1).log()
+
+
+class _Buffers:
+    """Chunk-sized scratch tensors, allocated once a call: fresh pages for every chunk would cost more than the sums."""
+
+    def __init__(self, narrow: torch.dtype, wide: torch.dtype, rows: int) -> None:
+        self.narrow, self.dtype, self.rows = narrow, wide, rows
+        self.held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:
+        if name not in self.held:
+            self.held[name] = torch.empty(self.rows, shape[1], dtype=dtype, device=like.device)
+        return self.held[name][: shape[0]]
+
+    def wide(self, name: str, like: Tensor) -> Tensor:
+        return self.take(name, (like.shape[0], like.shape[1]), like, self.dtype)
+
+    def project(self, hidden: Tensor, head: Tensor, name: str) -> Tensor:
+        """Wide logits (C, V) of hidden (C, D) and a head (V, D) already in the narrow dtype."""
+        shape = (hidden.shape[0], head.shape[0])
+        logits = self.take(name, shape, hidden, self.dtype)
+        if self.narrow == self.dtype:
+            return torch.mm(hidden.to(self.narrow), head.t(), out=logits)
+        narrow = self.take("narrow", shape, hidden, self.narrow)
+        return logits.copy_(torch.mm(hidden.to(self.narrow), head.t(), out=narrow))
+
+    def narrowed(self, gradient: Tensor) -> Tensor:
+        if self.narrow == self.dtype:
+            return gradient
+        return self.take("narrow", (gradient.shape[0], gradient.shape[1]), gradient, self.narrow).copy_(gradient)
+
+
+def _dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of the matrix products, and of softmax, sums and the head's gradient."""
+    kind = hidden.device.type
+    narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return narrow, torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _apply(
+    loss: ChunkLoss, trained: tuple[Tensor, Tensor], rows: tuple[Tensor, ...], weights: Tensor, chunk: int | None
+) -> Tensor:
+    hidden, head = trained
+    narrow, wide = _dtypes(hidden)
+    if chunk is None:
+        place = "cpu" if hidden.device.type == "cpu" else "cuda"
+        chunk = max(CHUNK_ROWS[place], CHUNK_BYTES[place] // (head.shape[0] * wide.itemsize))
+    if not bool(weights.all()):  # tokens that do not count are not computed, which also drops their targets
+        kept = weights.nonzero()[:, 0]
+        hidden, weights = hidden.index_select(0, kept), weights.index_select(0, kept)
+        rows = tuple(row.index_select(0, kept) for row in rows)
+    return _ChunkedLoss.apply(hidden, head, weights, rows, loss, (narrow, wide, chunk), torch.is_grad_enabled())  # type: ignore[no-any-return]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and gradients in one sweep over chunks of tokens; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, weights, rows, loss, plan, grad_enabled):  # type: ignore[override, no-untyped-def]
+        narrow, wide, chunk = plan
+        wants_hidden, wants_head = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_head = torch.zeros_like(head, dtype=wide) if wants_head else None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            weights, head_n = weights.to(wide), head.to(narrow)
+            buffers = _Buffers(narrow, wide, min(chunk, len(hidden)))
+            for start in range(0, len(hidden), chunk):
+                part = slice(start, start + chunk)
+                hidden_n, weight = hidden[part].to(narrow), weights[part]
+                logits = buffers.project(hidden_n, head_n, "student")
+                total += loss(logits, tuple(row[part] for row in rows), buffers) @ weight
+                if not (wants_hidden or wants_head):
+                    continue
+                gradient = buffers.narrowed(logits)
+                # The weights scale D columns here, not V of the gradient: the same product at D / V of the cost.
+                if grad_hidden is not None:
+                    grad_hidden[part] = (gradient @ head_n) * weight[:, None]
+                if grad_head is not None:
+                    grad_head += gradient.t() @ (hidden_n * weight[:, None]).to(narrow)
+        ctx.save_for_backward(*(g for g in (grad_hidden, grad_head) if g is not None))
+        ctx.wants = (wants_hidden, wants_head)
+        ctx.head_dtype = head.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):  # type: ignore[override, no-untyped-def]
+        saved = list(ctx.saved_tensors)
+        grad_hidden = saved.pop(0) * grad_output if ctx.wants[0] else None
+        grad_head = (saved.pop(0) * grad_output).to(ctx.head_dtype) if ctx.wants[1] else None
+        return grad_hidden, grad_head, None, None, None, None, None

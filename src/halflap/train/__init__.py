@@ -1,0 +1,10 @@
+"""Training: one loop, and a method is an objective.
+
+config.py          settings of a fit: batch, learning rate, schedule, how often to save and judge; no torch
+fit.py             the loop: accumulation with exact counts, clipping, saving, judging, interruption
+optim.py           parameter groups, AdamW, learning-rate schedules as functions of tokens
+resume.py          the state of an interrupted fit on disk
+losses.py          LossTerms: a sum, and metrics as (sum, count)
+teacher_logits.py  a teacher's best k log-probabilities, stored and read by batch
+objectives/        next token, distillation
+"""

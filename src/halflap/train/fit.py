@@ -1,0 +1,334 @@
+"""The training loop: every method trains here, an `Objective` says with which loss.
+
+A step is `batches(step)`, cut into micro-batches; the sum of their losses is divided once, by the exact count of
+the whole step over all micro-batches and ranks. The learning rate follows the tokens seen. State is saved now and
+then, on Ctrl-C and on SIGTERM, and a fit that finds state in its directory goes on from it bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from halflap.errors import HalflapError
+from halflap.parallel import mesh
+from halflap.progress import Progress
+from halflap.train import resume
+from halflap.train.config import Fit
+from halflap.train.interrupts import Interrupts
+from halflap.train.losses import Objective
+from halflap.train.objectives.language import NextToken
+from halflap.train.optim import learning_rate, make_optimizer, set_learning_rate, trained_parameters
+
+HeldOut = Callable[[nn.Module], Mapping[str, float]] | Sequence[Any]
+RECENT_STEPS = 20  # the returned loss is the mean of this many last steps
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    batches: Callable[[int], Any],
+    settings: Fit,
+    *,
+    tokens: int,
+    directory: str | Path | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
+    held_out: HeldOut | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train `model` in place until at least `tokens` tokens with weight were seen on all ranks together.
+
+    batches(step) gives this rank's rows of a step and must depend on the step alone. dtype "bfloat16" computes
+    under autocast and keeps weights and optimiser in float32; "auto" takes it where the device multiplies it fast.
+    held_out is a list of batches (judged by next-token loss) or a function of the model; its numbers are logged
+    as `held_out_<name>`. Returns loss (mean of the last steps), tokens, tokens_per_second, steps, and the last
+    held-out numbers. Raises HalflapError when a loss or gradient is not finite; KeyboardInterrupt after saving.
+    """
+    model.to(device).train()
+    state = _State(model, objective, settings, tokens, torch.device(device), resolve_dtype(dtype, device))
+    place = None if directory is None else Path(directory)
+    _start(state, place, seed, log)
+    steps = max(1, math.ceil(tokens / (settings.tokens_per_step * mesh.world_size())))
+    save_every = max(1, steps // 20) if settings.save_every is None else settings.save_every
+    evaluate_every = max(1, steps // 10) if settings.evaluate_every is None else settings.evaluate_every
+    shown = Progress("train", tokens, unit="tokens") if progress and mesh.is_main() else None
+    with Interrupts() as interrupts, shown or contextlib.nullcontext():
+        if shown is not None:
+            shown.start_at(state.tokens)
+        try:
+            while state.tokens < tokens:
+                row = _step(state, batches(state.step), interrupts)
+                if shown is not None:
+                    shown.note(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}")
+                    shown.advance(row["seen"])
+                _log_window(state, row, log)
+                if held_out is not None and _due(state, evaluate_every) and state.tokens < tokens:
+                    _judge(state, held_out, log)
+                if place is not None and _due(state, save_every):
+                    _save(state, place)
+        except KeyboardInterrupt:
+            if place is not None and not state.updating:
+                _save(state, place)
+            raise interrupts.reason() from None
+    model.eval()
+    if held_out is not None and state.judged.get("step") != state.step:
+        _judge(state, held_out, log)
+    if place is not None:
+        _save(state, place)
+    return _result(state)
+
+
+@dataclass
+class _State:
+    """What a running fit knows; the last group is saved."""
+
+    model: nn.Module
+    objective: Objective
+    settings: Fit
+    total: int
+    device: torch.device
+    dtype: torch.dtype
+    parameters: dict[str, nn.Parameter] = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    updating: bool = False
+    random: bytes = b""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    window: dict[str, list[float]] = field(default_factory=dict)
+    judged: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.parameters = trained_parameters(self.model)
+        for name, parameter in self.parameters.items():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise HalflapError(
+                    f"{name} is {parameter.dtype}; weights being trained must be float32 (bfloat16 is the dtype of "
+                    "the arithmetic): load the model with dtype float32"
+                )
+        self.optimizer = make_optimizer(self.parameters.values(), self.settings)
+
+
+SAVED = ("tokens", "seconds", "recent", "window", "judged")
+
+
+def resolve_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where the device has instructions for it."""
+    if dtype == "auto":
+        on_cpu = torch.device(device).type == "cpu"
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if dtype not in ("float32", "bfloat16"):
+        raise HalflapError(f"dtype {dtype!r} is not known; allowed are auto, float32 and bfloat16: correct --dtype")
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+
+
+def precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to `dtype`, or nothing for float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def _start(state: _State, place: Path | None, seed: int, log: Callable[[dict[str, Any]], None] | None) -> None:
+    torch.manual_seed(seed + mesh.rank())
+    found = resume.restore(place, state.parameters, state.optimizer) if place is not None else None
+    if found is not None:
+        state.step, counters = found
+        for name in SAVED:
+            setattr(state, name, counters[name])
+        _log({"resumed_at": state.step, "tokens": state.tokens}, log)
+    state.random = resume.random_state()
+    if state.settings.compile:
+        for block in getattr(state.model, "blocks", [state.model]):
+            block.compile()
+
+
+def _step(state: _State, batch: Any, interrupts: Interrupts) -> dict[str, Any]:
+    """One update; raises KeyboardInterrupt between micro-batches with the model as it was before the step."""
+    started = time.perf_counter()
+    rows = state.settings.micro_batch_rows
+    parts = [batch.rows(start, start + rows) for start in range(0, len(batch.tokens), rows)]
+    counted = [sum(map(state.objective.count, parts)), float((batch.weights > 0).sum()), float(interrupts.requested)]
+    count, seen, stop = mesh.all_reduce_sum(torch.tensor(counted, dtype=torch.float64, device=_wire(state))).tolist()
+    if stop:
+        raise KeyboardInterrupt
+    if not count > 0:
+        raise HalflapError(
+            f"step {state.step + 1} has nothing to learn from: the weights of all its targets are 0; check the data"
+        )
+    totals = _backward(state, parts, count, interrupts)
+    loss, norm = totals["loss"][0] / count, _clip(state)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise HalflapError(_not_finite(state, loss))
+    rate = learning_rate(state.settings, state.tokens + seen, state.total)
+    set_learning_rate(state.optimizer, rate)
+    state.updating = True
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step, state.tokens = state.step + 1, state.tokens + int(seen)
+    state.random, state.updating = resume.random_state(), False
+    seconds = time.perf_counter() - started
+    state.seconds += seconds
+    state.recent = [*state.recent[1 - RECENT_STEPS :], loss]
+    return {"loss": loss, "lr": rate, "norm": norm, "seen": int(seen), "seconds": seconds, "totals": totals}
+
+
+def _backward(state: _State, parts: Sequence[Any], count: float, interrupts: Interrupts) -> dict[str, list[float]]:
+    """Accumulate the step's gradient; return loss and metrics as [sum, count] over all ranks."""
+    totals: dict[str, list[Any]] = {"loss": [0.0, count / mesh.world_size()]}
+    for part in parts:
+        with precision(state.device, state.dtype):
+            terms = state.objective.loss(state.model, part.to(state.device))
+        (terms.sum / count).backward()
+        for name, (total, number) in {"loss": (terms.sum.detach(), 0.0), **terms.metrics}.items():
+            held = totals.setdefault(name, [0.0, 0.0])
+            held[0], held[1] = held[0] + total, held[1] + number
+        if interrupts.requested and mesh.world_size() == 1:
+            state.optimizer.zero_grad(set_to_none=True)
+            raise KeyboardInterrupt
+    names = sorted(totals)
+    flat = [float(value) for name in names for value in totals[name]]
+    summed = mesh.all_reduce_sum(torch.tensor(flat, dtype=torch.float64, device=_wire(state))).tolist()
+    return {name: summed[2 * i : 2 * i + 2] for i, name in enumerate(names)}
+
+
+def _clip(state: _State) -> float:
+    """Sum the gradient over ranks, shorten it to `clip`, return its norm before."""
+    if mesh.world_size() > 1:
+        for parameter in state.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        mesh.all_reduce_sum_many(p.grad for p in state.parameters.values() if p.grad is not None)
+    gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if 0 < state.settings.clip < float(norm) < math.inf:
+        parameters = state.parameters.values()
+        torch.nn.utils.clip_grads_with_norm_(parameters, state.settings.clip, norm, foreach=True)
+    return float(norm)
+
+
+def _wire(state: _State) -> torch.device:
+    """Where tensors travel between ranks: a GPU's own memory for nccl; alone, nothing needs to leave the CPU."""
+    return state.device if mesh.world_size() > 1 else torch.device("cpu")
+
+
+def _not_finite(state: _State, loss: float) -> str:
+    where = "every parameter and gradient is finite, but the gradient's norm is not"
+    for name, parameter in state.parameters.items():
+        for what, value in (("parameter", parameter), ("gradient of", parameter.grad)):
+            if value is not None and not bool(torch.isfinite(value).all()):
+                where = f"the first that is not finite is the {what} {name}"
+                break
+        else:
+            continue
+        break
+    return (
+        f"training stopped at step {state.step + 1} with loss {loss:g}: {where}; the last saved state is untouched: "
+        "lower --fit.learning-rate or lengthen --fit.warmup"
+    )
+
+
+def _log_window(state: _State, row: dict[str, Any], log: Callable[[dict[str, Any]], None] | None) -> None:
+    """Add a step to the window of unlogged steps; log their means when it is full or the run ends."""
+    for name, (total, number) in {
+        **row["totals"],
+        "step_seconds": (row["seconds"], 1),
+        "seen": (row["seen"], 1),
+    }.items():
+        held = state.window.setdefault(name, [0.0, 0.0])
+        state.window[name] = [held[0] + total, held[1] + number]
+    if not _due(state, state.settings.log_every) and state.tokens < state.total:
+        return
+    window, state.window = state.window, {}
+    (seconds, _), (seen, _) = window.pop("step_seconds"), window.pop("seen")
+    means = {name: total / number if number else math.nan for name, (total, number) in window.items()}
+    _log(
+        {
+            "step": state.step,
+            "tokens": state.tokens,
+            **means,
+            "lr": row["lr"],
+            "grad_norm": row["norm"],
+            "tokens_per_second": seen / seconds,
+            "seconds": state.seconds,
+            "peak_memory_bytes": peak_memory(state.device),
+        },
+        log,
+    )
+
+
+def _log(row: dict[str, Any], log: Callable[[dict[str, Any]], None] | None) -> None:
+    if log is not None and mesh.is_main():
+        log(row)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the process's peak resident size, or the GPU's peak allocation."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, objective: Objective, batches: Sequence[Any], device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """Loss and metrics of `objective` over all batches of all ranks, each sum divided by its exact count."""
+    totals: dict[str, list[float]] = {}
+    for batch in batches:
+        with precision(device, dtype):
+            terms = objective.loss(model, batch.to(device))
+        for name, (total, number) in {"loss": (terms.sum, objective.count(batch)), **terms.metrics}.items():
+            held = totals.setdefault(name, [0.0, 0.0])
+            totals[name] = [held[0] + float(total), held[1] + float(number)]
+    return {name: total / number for name, (total, number) in totals.items()}
+
+
+def _judge(state: _State, held_out: HeldOut, log: Callable[[dict[str, Any]], None] | None) -> None:
+    training = state.model.training
+    state.model.eval()
+    if callable(held_out):
+        numbers = held_out(state.model)
+    else:
+        numbers = mean_loss(state.model, NextToken(), held_out, state.device, state.dtype)
+    state.model.train(training)
+    named = {f"held_out_{name}": value for name, value in numbers.items()}
+    state.judged = {"step": state.step, **named}
+    _log({"step": state.step, "tokens": state.tokens, **named}, log)
+
+
+def _due(state: _State, every: int) -> bool:
+    return every > 0 and state.step % every == 0
+
+
+def _save(state: _State, place: Path) -> None:
+    generators = resume.random_state()
+    resume.set_random_state(state.random)  # as after the last whole step, whatever an abandoned one has drawn
+    counters = {name: getattr(state, name) for name in SAVED}
+    resume.save(place, state.step, state.parameters, state.optimizer, counters)
+    resume.set_random_state(generators)
+
+
+def _result(state: _State) -> dict[str, Any]:
+    numbers = {name: value for name, value in state.judged.items() if name != "step"}
+    return {
+        "loss": sum(state.recent) / max(len(state.recent), 1),
+        "tokens": state.tokens,
+        "tokens_per_second": state.tokens / state.seconds if state.seconds else 0.0,
+        "steps": state.step,
+        **numbers,
+    }

@@ -1,0 +1,5 @@
+"""What a model is trained for; each has `count(batch)` and `loss(model, batch)`.
+
+language.py      next token of text
+distillation.py  a teacher's distribution over the next token, live or from disk
+"""
