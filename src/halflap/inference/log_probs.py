@@ -8,13 +8,19 @@ Legend: B batch, T time, M positions asked for, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from halflap.models.model import HybridModel
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Ids = Sequence[int] | NDArray[np.int64]
 
 CHUNK_BYTES = 32 << 20  # of one chunk's wide logits
 SMALLEST_CHUNK = 16
@@ -80,7 +86,7 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
 
 
 def padded_batch(
-    sequences: Iterable[Sequence[int]], scored: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    sequences: Iterable[Ids], scored: Sequence[int] | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, targets, wanted), each (B, T): what is read, what follows, and where the last `scored[b]` targets are.
 
