@@ -57,13 +57,13 @@ class Progress:
         self._started = self._last_line = self._clock()
         if not _quiet and self._stream.isatty():
             self._bar = _open_bar(self._stream)
-            self._task = self._bar.add_task(self.what, total=self.total, amount="", notes="")
+            self._task = self._bar.add_task(self.what, total=self.total, state="")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._draw()
-            _close_bar(self._bar)
+            _close_bar(self._bar, self._task)
         elif self._printed and not _quiet and kind is None:
             self._print(f"{self.what}: {self._amount()} done in {duration(self._clock() - self._started)}")
 
@@ -103,8 +103,7 @@ class Progress:
         return parts if left is None else [*parts, f"{duration(left)} left"]
 
     def _draw(self) -> None:
-        notes = " ".join(f"{name} {value}" for name, value in self._notes.items())
-        self._bar.update(self._task, completed=self.done, amount=self._amount(), notes=notes)
+        self._bar.update(self._task, completed=self.done, state=", ".join(self._parts()))
 
     def _print(self, line: str) -> None:
         self._printed = True
@@ -146,22 +145,22 @@ def _open_bar(stream: TextIO) -> Any:
     return bar
 
 
-def _close_bar(bar: Any) -> None:
+def _close_bar(bar: Any, task: Any) -> None:
     _bars.pop()
-    if not _bars:
+    if _bars:
+        bar.remove_task(task)  # an inner piece of work goes when it is done
+    else:
         bar.stop()
 
 
 def _rich_bar(stream: TextIO) -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar
 
     return Bar(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[amount]} {task.fields[notes]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
         console=Console(file=stream),
-        speed_estimate_period=120,
     )

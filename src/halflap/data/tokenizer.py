@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ SPLIT = (
 class Tokenizer:
     """A tokenizer as data: the text of `tokenizer.json`, `tokenizer_config.json` as a dict, and the chat template."""
 
-    content: str
+    content: str = field(repr=False)
     config: dict[str, Any]
     special_tokens: dict[str, Any]
-    chat_template: str | None = None
+    chat_template: str | None = field(default=None, repr=False)
 
     @staticmethod
     def load(directory: str | Path) -> Tokenizer:

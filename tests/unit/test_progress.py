@@ -1,0 +1,95 @@
+"""Progress: silent when quiet, a line now and then without a terminal, a bar on one."""
+
+import io
+
+import pytest
+
+from halflap.progress import Progress, duration, is_quiet, set_quiet, short, track
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def quiet():
+    set_quiet(True)
+    yield
+    set_quiet(False)
+
+
+def run(stream, seconds_each, steps=10, **options):
+    clock = Clock()
+    with Progress("train", steps, unit="steps", stream=stream, clock=clock, **options) as progress:
+        for _ in range(steps):
+            clock.now += seconds_each
+            progress.note(loss="2.5")
+            progress.advance()
+
+
+def test_short_work_says_nothing_without_a_terminal():
+    stream = io.StringIO()
+    run(stream, 0.5)
+    assert stream.getvalue() == ""
+
+
+def test_long_work_says_a_line_at_most_every_ten_seconds():
+    stream = io.StringIO()
+    run(stream, 6)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "train: 2/10 steps, loss 2.5, 48s left"
+    assert lines[-1] == "train: 10/10 steps done in 1m00s"
+    assert len(lines) == 6
+
+
+def test_quiet_says_nothing(quiet):
+    assert is_quiet()
+    for stream in (io.StringIO(), Terminal()):
+        run(stream, 60)
+        assert stream.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left():
+    stream = Terminal()
+    run(stream, 6)
+    assert "10/10 steps, loss 2.5, 0s left" in stream.getvalue()
+
+
+def test_bars_nest_on_a_terminal():
+    stream = Terminal()
+    with Progress("outer", 2, stream=stream) as outer:
+        for _ in range(2):
+            with Progress("inner", 1, stream=stream) as inner:
+                inner.advance()
+            outer.advance()
+    assert "2/2" in stream.getvalue()
+
+
+def test_a_resumed_run_estimates_from_its_own_speed():
+    clock = Clock()
+    progress = Progress("train", 100, clock=clock)
+    with progress:
+        progress.start_at(90)
+        assert progress.seconds_left() is None
+        clock.now = 10
+        progress.advance(5)
+        assert progress.seconds_left() == pytest.approx(10)
+
+
+def test_track_yields_everything():
+    assert list(track(range(5), "count")) == [0, 1, 2, 3, 4]
+    assert list(track(iter("ab"), "count", total=2)) == ["a", "b"]
+
+
+def test_wording_of_amounts_and_times():
+    assert [short(x) for x in (7, 9999, 12300, 4.3e9, 1e12)] == ["7", "9999", "12.3K", "4.3B", "1T"]
+    assert [duration(x) for x in (0.4, 59.7, 185, 7620)] == ["0s", "1m00s", "3m05s", "2h07m"]
