@@ -1,0 +1,317 @@
+"""Checkpoints: open one, stream it, load a model from it, write one.
+
+On disk a checkpoint is a Hugging Face directory (config.json, model*.safetensors, tokenizer files) with halflap.json
+and lineage.json beside. Tensors stream one at a time under our names; `A_log`, `D` and `dt_bias` are float32 in a
+loaded model whatever the file holds (numerics of the SSM), and a stream keeps the file's own types.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from halflap import __version__
+from halflap.checkpoints import files
+from halflap.checkpoints.config import (
+    FAMILIES,
+    Lineage,
+    family_of,
+    find_directory,
+    read_config,
+    read_lineage,
+    uses_own_names,
+    write_config,
+)
+from halflap.checkpoints.family import Family
+from halflap.checkpoints.files import CODES, DTYPES, Entry, TensorSpec
+from halflap.checkpoints.names import expand, match_tensors
+from halflap.errors import HalflapError
+from halflap.files import atomic_write, write_json
+from halflap.models.config import ModelConfig
+from halflap.models.count import count_non_embedding_parameters, count_parameters
+from halflap.models.layout import layout, shape
+from halflap.models.model import HybridModel
+
+__all__ = ["FAMILIES", "Checkpoint", "load_model", "read_config", "save_model", "write_checkpoint"]
+
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+ALWAYS_WIDE = (".A_log", ".D", ".dt_bias")  # float32 or wider in a model, and where a type is asked for on disk
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its config and where each tensor is; weights are read when asked for."""
+
+    path: Path
+    config: ModelConfig
+    entries: Mapping[str, Entry]  # by our names, in the order of the layout
+    lineage: list[dict[str, Any]]
+
+    @staticmethod
+    def open(path: str | Path) -> Checkpoint:
+        """Open a Hugging Face directory or a run directory: read config and tensor headers, check that they fit.
+
+        Raises HalflapError, in one sentence, for everything that can be wrong with the files.
+        """
+        directory = find_directory(path)
+        config = read_config(directory)
+        family = family_of(config)
+        own = uses_own_names(directory)
+        entries = files.open_tensors(directory)
+        ignored = (*family.ignored, r"^lm_head\.weight$") if config.tie_word_embeddings else family.ignored
+        found = match_tensors(
+            str(directory),
+            config,
+            expand(config, () if own else family.rows),
+            {name: entry.spec.shape for name, entry in entries.items()},
+            prefixes=() if own else family.prefixes,
+            ignored=ignored,
+        )
+        ordered = {ours: entries[found[ours]] for ours in layout(config)}
+        for name, entry in ordered.items():
+            if not DTYPES[entry.spec.code].is_floating_point or entry.spec.code.startswith("F8"):
+                raise HalflapError(
+                    f"tensor {name} in {directory} is {entry.spec.code}, a quantized type; allowed are F32, BF16, F16 "
+                    "and F64: dequantize the checkpoint first"
+                )
+        return Checkpoint(directory, config, ordered, read_lineage(directory))
+
+    @property
+    def family(self) -> str:
+        return self.config.family
+
+    @property
+    def depth_unit(self) -> int:
+        """Blocks that must be dropped together."""
+        return family_of(self.config).depth_unit
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Our name to the stored type, e.g. "bfloat16"; given to `write_checkpoint` it keeps every type."""
+        return {name: _name(DTYPES[entry.spec.code]) for name, entry in self.entries.items()}
+
+    @cached_property
+    def dtype(self) -> str:
+        """The type most of the stored bytes have."""
+        sizes: dict[str, int] = {}
+        for entry in self.entries.values():
+            sizes[entry.spec.code] = sizes.get(entry.spec.code, 0) + entry.spec.nbytes
+        return _name(DTYPES[max(sizes, key=lambda code: sizes[code])])
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(entry.spec.nbytes for entry in self.entries.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the content, as 64 hexadecimal digits: the same config and tensors, however sharded and spelled.
+
+        Tensors above 1 MiB are sampled (`files.digest_entry` says what that may miss).
+        """
+        total = sha256(dumps(self.config.to_json(), sort_keys=True).encode())
+        for name, entry in self.entries.items():
+            total.update(name.encode() + files.digest_entry(entry))
+        return total.hexdigest()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by our name, as stored."""
+        if name not in self.entries:
+            raise HalflapError(
+                f"{self.path} has no parameter {name!r}: take a name of the layout, e.g. {next(iter(self.entries))}"
+            )
+        return files.read_tensor(self.entries[name])
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor as stored, one at a time, in the order of the layout."""
+        for name in self.entries:
+            yield name, self.read(name)
+
+
+def load_model(path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> HybridModel:
+    """The model of a checkpoint in evaluation mode; "auto" is the stored type.
+
+    Memory stays at the model's own size and one tensor: the model is built without storage and filled as tensors come.
+    """
+    checkpoint = Checkpoint.open(path)
+    wanted = float_dtype(checkpoint.dtype if dtype == "auto" else dtype)
+    with torch.device("meta"), _NoInitialisation():
+        model = HybridModel(checkpoint.config)
+    state = {name: _place(name, tensor, wanted, device) for name, tensor in checkpoint.tensors()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skip random initialisation: without storage nothing can be filled, and torch takes seconds to find that out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **kwargs)
+
+
+def float_dtype(name: str) -> torch.dtype:
+    """The torch type of a name that users give."""
+    if name not in FLOATS:
+        raise HalflapError(f"dtype {name!r} is not known; allowed are {', '.join(FLOATS)}: choose one of them")
+    return FLOATS[name]
+
+
+def _place(name: str, tensor: Tensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    if name.endswith(ALWAYS_WIDE):
+        dtype = torch.promote_types(dtype, torch.float32)
+    return tensor.to(device, dtype)
+
+
+def save_model(
+    model: HybridModel,
+    directory: str | Path,
+    *,
+    dtype: str | None = None,
+    tokenizer_from: str | Path | None = None,
+    lineage: Lineage = (),
+    extra_files: Mapping[str, str | bytes] | None = None,
+) -> Checkpoint:
+    """Write a model; without `dtype` every parameter keeps its own type."""
+    state = model.state_dict()
+    return write_checkpoint(
+        directory,
+        model.config,
+        state.items(),
+        dtype=dtype or {name: _name(tensor.dtype) for name, tensor in state.items()},
+        tokenizer_from=tokenizer_from,
+        lineage=lineage,
+        extra_files=extra_files,
+    )
+
+
+def write_checkpoint(
+    directory: str | Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: str | Mapping[str, str] = "auto",
+    tokenizer_from: str | Path | None = None,
+    lineage: Lineage = (),
+    extra_files: Mapping[str, str | bytes] | None = None,
+    max_shard_bytes: int = 4_000_000_000,
+    license: str | None = None,
+) -> Checkpoint:
+    """Write a stream of (our name, tensor) as a checkpoint directory, one tensor in memory at a time, and open it.
+
+    dtype: a type for all (`A_log`, `D`, `dt_bias` stay float32 or wider), "auto" for the first tensor's, or our name to
+    type. The stock class's config and tensor names are used where it can express the model, ours where not.
+    tokenizer_from: directory whose tokenizer files travel along. extra_files: name to content.
+    Raises HalflapError for tensors that do not fit the config and for a full disk; old weights survive that.
+    """
+    directory = Path(directory)
+    family = family_of(config)
+    names = expand(config, family.rows if family.cannot_write(config) is None else ())
+    tensors = iter(tensors)
+    if dtype == "auto":
+        first = next(tensors, None)
+        tensors = itertools.chain([] if first is None else [first], tensors)
+        dtype = "float32" if first is None else _name(first[1].dtype)
+    specs = {names[ours]: spec for ours, spec in _specs(config, dtype).items()}
+    spelled = ((names.get(ours, ours), tensor) for ours, tensor in tensors)
+    files.write_shards(directory, specs, spelled, max_shard_bytes=max_shard_bytes)
+    most = max(specs.values(), key=lambda spec: spec.nbytes)
+    write_config(directory, config, _name(DTYPES[most.code]), __version__)
+    write_json(directory / "lineage.json", {"steps": [dict(step) for step in lineage]})
+    if tokenizer_from is not None:
+        copy_tokenizer(Path(tokenizer_from), directory)
+    for name, content in (extra_files or {}).items():
+        with atomic_write(directory / name) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+    with atomic_write(directory / "README.md", "w") as file:
+        file.write(model_card(directory.resolve().name, config, family, lineage, license))
+    return Checkpoint.open(directory)
+
+
+def _specs(config: ModelConfig, dtype: str | Mapping[str, str]) -> dict[str, TensorSpec]:
+    specs = {}
+    for name, dims in layout(config).items():
+        if isinstance(dtype, str):
+            chosen = float_dtype(dtype)
+            if name.endswith(ALWAYS_WIDE):
+                chosen = torch.promote_types(chosen, torch.float32)
+        elif name in dtype:
+            chosen = float_dtype(dtype[name])
+        else:
+            raise HalflapError(f"no dtype is given for tensor {name}: name one for every parameter of the layout")
+        specs[name] = TensorSpec(CODES[chosen], shape(dims))
+    return specs
+
+
+def copy_tokenizer(source: Path, directory: Path) -> list[str]:
+    """Copy the tokenizer files that `source` (a checkpoint or run directory) has; returns their names."""
+    source = source / "checkpoint" if (source / "checkpoint").is_dir() else source
+    copied = []
+    for name in TOKENIZER_FILES:
+        if (source / name).exists() and source.resolve() != directory.resolve():
+            with open(source / name, "rb") as read, atomic_write(directory / name) as write:
+                shutil.copyfileobj(read, write)
+            copied.append(name)
+    return copied
+
+
+def model_card(name: str, config: ModelConfig, family: Family, lineage: Lineage, license: str | None) -> str:
+    """README.md of a checkpoint: what it is, how large, how it came to be."""
+    reason = family.cannot_write(config)
+    loads = (
+        f"stock transformers (`{family.architecture}`) and halflap"
+        if reason is None
+        else f"halflap only, because {reason}"
+    )
+    steps = "\n".join(f"{i}. {_step(step)}" for i, step in enumerate(lineage, 1)) or "Not recorded."
+    return f"""---
+library_name: transformers
+license: {license or "unknown"}
+tags: [halflap, {family.name}]
+---
+
+# {name}
+
+| | |
+|---|---|
+| family | {family.name} |
+| pattern | `{config.pattern()}` |
+| parameters | {count_parameters(config):,} |
+| without embeddings | {count_non_embedding_parameters(config):,} |
+| hidden size | {config.hidden_size} |
+| vocabulary | {config.vocab_size} |
+| opens in | {loads} |
+
+## How it came to be
+
+{steps}
+
+Written by halflap {__version__}; `lineage.json` has the digests.
+"""
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    numbers = ", ".join(
+        f"{key} {value}" for key, value in step.items() if isinstance(value, (int, float, str)) and key != "verb"
+    )
+    return f"{step.get('verb', 'step')}{': ' + numbers if numbers else ''}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,97 @@
+"""What a family is: its config in both directions, its tensor names, and how blocks go together.
+
+Also the small helpers with which families read a Hugging Face `config.json`, whose keys have had several spellings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from halflap.checkpoints.names import NameRow
+from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of Hugging Face.
+
+    cannot_write(config) is the reason why no stock config.json can express a config, or None; depth_unit is the
+    number of consecutive blocks that are one layer there; prefixes lists the canonical tensor prefix first.
+    """
+
+    name: str
+    architecture: str
+    read_config: Callable[[Json], ModelConfig]
+    write_config: Callable[[ModelConfig], dict[str, Any]]
+    cannot_write: Callable[[ModelConfig], str | None]
+    rows: tuple[NameRow, ...]
+    depth_unit: int = 1
+    prefixes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+def pick(data: Json, default: Any, *keys: str) -> Any:
+    """The value under whichever of `keys` is there, null counting as absent, or the default; refuse two that differ."""
+    present = {key: data[key] for key in keys if data.get(key) is not None}
+    values = list(present.values())
+    if any(value != values[0] for value in values):
+        listed = ", ".join(f"{key}={value!r}" for key, value in present.items())
+        raise HalflapError(f"config.json says one thing twice and differently ({listed}): keep the right one")
+    return values[0] if values else default
+
+
+def refuse(data: Json, family: str, allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise HalflapError when a key of `allowed` has a value that is neither null nor among those listed."""
+    for key, values in allowed.items():
+        value = data.get(key)
+        if value is not None and value not in values:
+            names = " or ".join(repr(v) for v in values) or "null"
+            raise HalflapError(
+                f"config.json has {key}={value!r}, which halflap's {family} does not support; allowed is {names}: "
+                "use a checkpoint without it"
+            )
+    if data.get("quantization_config"):
+        raise HalflapError(
+            "config.json has a quantization_config; quantized weights are not read: "
+            "dequantize the checkpoint to bfloat16 or float32 first"
+        )
+
+
+def read_float(value: Any) -> float:
+    """A number as JSON spells it, infinity included: `Infinity`, "inf", or transformers' {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        value = value.get("__float__")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise HalflapError(f"config.json has {value!r} where a number is needed: correct it") from None
+
+
+def token_ids(data: Json, defaults: Mapping[str, int | None]) -> dict[str, Any]:
+    """bos, eos and pad token ids; an absent key takes the class default, an explicit null stays None."""
+    ids = {key: data.get(key, default) for key, default in defaults.items()}
+    if isinstance(ids.get("eos_token_id"), list):
+        ids["eos_token_id"] = tuple(ids["eos_token_id"])
+    return ids
+
+
+def write_token_ids(config: ModelConfig) -> dict[str, Any]:
+    eos = config.eos_token_id
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def only(values: set[Any], what: str) -> str | None:
+    """None when all blocks agree on `what`, else the sentence that says they do not."""
+    if len(values) <= 1:
+        return None
+    shown = sorted(values, key=str)
+    return f"its blocks differ in {what} ({', '.join(map(str, shown[:4]))}{', ...' if len(shown) > 4 else ''})"
