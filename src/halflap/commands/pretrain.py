@@ -1,0 +1,131 @@
+"""From text to a model: train a tokenizer, cut text into token shards, pretrain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halflap.checkpoints.checkpoint import load_model, save_model
+from halflap.checkpoints.config import find_directory, lineage_step, read_config, read_lineage
+from halflap.commands.config import CorpusRecipe, PretrainRecipe, TokenizerRecipe
+from halflap.commands.corpora import Corpora, held_out_batches, open_corpora, training_loader
+from halflap.data.corpus import build_corpus, is_corpus
+from halflap.data.text import read_documents
+from halflap.data.tokenizer import Tokenizer, train_tokenizer
+from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
+from halflap.models.model import HybridModel, initialize
+from halflap.models.presets import PRESETS, preset
+from halflap.parallel import mesh
+from halflap.run import Run
+from halflap.train.fit import fit
+from halflap.train.objectives.language import NextToken
+
+
+def tokenizer(recipe: TokenizerRecipe, run: Run) -> dict[str, Any]:
+    """Train a byte-level BPE tokenizer; its files are the run's."""
+    trained = train_tokenizer(read_documents(recipe.text.data, recipe.text.field), recipe.vocab_size)
+    trained.save(run.path)
+    sample = next(read_documents(recipe.text.data, recipe.text.field))
+    return {
+        "vocab_size": trained.vocab_size,
+        "tokens": len(trained.encode(sample)),
+        "bytes": len(sample.encode()),
+        "path": str(run.path),
+    }
+
+
+def corpus(recipe: CorpusRecipe, run: Run) -> dict[str, Any]:
+    """Tokenise text into the run's directory, which is then a folder of token shards with its tokenizer beside."""
+    if recipe.tokenizer is None:
+        raise HalflapError("no tokenizer was given; name a directory that has one with --tokenizer")
+    chosen = Tokenizer.load(recipe.tokenizer)
+    manifest = build_corpus(recipe.text.data, chosen, run.path, field=recipe.text.field)
+    chosen.save(run.path)
+    numbers = {"tokens": manifest.tokens, "bytes": manifest.bytes, "documents": manifest.documents}
+    return numbers | {"duplicates": manifest.tally.duplicates, "path": str(run.path)}
+
+
+def pretrain(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
+    """Train a model from text, from random weights or from a checkpoint's."""
+    chosen = _choose_tokenizer(recipe, run.path)
+    model, lineage = _start_model(recipe.shape, recipe.common.seed)
+    chosen.check_matches(model.config.vocab_size)
+    corpora = open_corpora(recipe.text, chosen, run.path / "corpus", recipe.eval_data)
+    loader = training_loader(
+        corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed
+    )
+    result = fit(
+        model,
+        NextToken(),
+        loader.batch,
+        recipe.fit,
+        tokens=recipe.tokens,
+        directory=run.path / "training",
+        log=run.log,
+        held_out=held_out_batches(corpora, recipe.fit.sequence_length, recipe.fit.micro_batch_rows) or None,
+        device=_device(recipe.common.device),
+        dtype=recipe.common.dtype,
+        seed=recipe.common.seed,
+    )
+    if mesh.is_main():
+        step = lineage_step("pretrain", _inputs(corpora), tokens=result["tokens"], loss=result["loss"])
+        save_model(
+            model.cpu(), run.checkpoint_dir, lineage=[*lineage, step], tokenizer_from=_save_tokenizer(chosen, run)
+        )
+    return result | {"held_out": corpora.held_out_is, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def read_shape(shape: str) -> ModelConfig:
+    """The config of a preset, a YAML of a model, or a checkpoint."""
+    if shape in PRESETS:
+        return preset(shape)
+    if Path(shape).suffix in (".yaml", ".yml"):
+        from halflap.recipe import read_yaml
+
+        return ModelConfig.from_json(read_yaml(shape, "model"))
+    if Path(shape).exists():
+        return read_config(shape)
+    return preset(shape)  # says which presets there are
+
+
+def _start_model(shape: str, seed: int) -> tuple[HybridModel, list[dict[str, Any]]]:
+    """A model to train in float32 and how it came to be: random from a shape, or a checkpoint's weights."""
+    path = Path(shape)
+    if shape not in PRESETS and path.is_dir():
+        directory = find_directory(path)
+        return load_model(directory, dtype="float32"), read_lineage(directory)
+    model = HybridModel(read_shape(shape))
+    initialize(model, seed)
+    return model, []
+
+
+def _choose_tokenizer(recipe: PretrainRecipe, place: Path) -> Tokenizer:
+    """The recipe's tokenizer, else the one beside the token shards or the checkpoint, else one trained on the text."""
+    beside = [recipe.tokenizer] if recipe.tokenizer else [path for path in recipe.text.data if is_corpus(path)]
+    if not beside and recipe.shape not in PRESETS and Path(recipe.shape).is_dir():
+        beside = [str(find_directory(recipe.shape))]
+    if beside:
+        return Tokenizer.load(beside[0])
+    trained_before = place / "tokenizer"
+    if not (trained_before / "tokenizer.json").exists():
+        documents = read_documents(recipe.text.data, recipe.text.field)
+        train_tokenizer(documents, read_shape(recipe.shape).vocab_size).save(trained_before)
+    return Tokenizer.load(trained_before)
+
+
+def _save_tokenizer(chosen: Tokenizer, run: Run) -> Path:
+    chosen.save(run.path / "tokenizer")
+    return run.path / "tokenizer"
+
+
+def _inputs(corpora: Corpora) -> dict[str, str]:
+    return {corpus.path.name: corpus.manifest.digest for corpus in corpora.train}
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
