@@ -22,8 +22,8 @@ from cyclopts import Group, Parameter
 from halflap.amounts import Amount, Unit, parse_amount, parse_count
 from halflap.errors import RecipeError
 
-INPUT = "halflap input"
-"""Marks an annotated field whose value names files that the run reads."""
+INPUT, SHAPE = "halflap input", "halflap shape"
+"""Mark an annotated field whose value names files that the run reads; a shape may also be the name of a preset."""
 
 
 def _amount(unit: Unit) -> Parameter:
@@ -60,6 +60,7 @@ TokensList = Annotated[tuple[int, ...], Parameter(converter=_counts)]
 File = Annotated[str, INPUT]
 Files = Annotated[tuple[str, ...], INPUT]
 Model = Annotated[str, INPUT]
+Shape = Annotated[str, INPUT, SHAPE]
 
 
 @flat("Common to all verbs")
@@ -122,9 +123,8 @@ class Leaf:
     def is_list(self) -> bool:
         return any(get_origin(part) is tuple for part in _parts(self.hint))
 
-    @property
-    def is_input(self) -> bool:
-        return any(INPUT in getattr(part, "__metadata__", ()) for part in _parts(self.hint))
+    def is_marked(self, mark: str) -> bool:
+        return any(mark in getattr(part, "__metadata__", ()) for part in _parts(self.hint))
 
 
 def _parts(hint: Any) -> Iterator[Any]:
@@ -184,7 +184,7 @@ def plain(value: Any) -> Any:
 def inputs_of(recipe: Any) -> dict[str, list[str]]:
     """What the recipe names as input, by dotted field name, without the fields left empty."""
     settings = settings_of(recipe)
-    named = {leaf.name: settings[leaf.name] for leaf in leaves(type(recipe)).values() if leaf.is_input}
+    named = {leaf.name: settings[leaf.name] for leaf in leaves(type(recipe)).values() if leaf.is_marked(INPUT)}
     return {name: value if isinstance(value, list) else [value] for name, value in named.items() if value}
 
 
@@ -194,6 +194,7 @@ def normalise(kind: type, given: Mapping[str, Any], source: str) -> tuple[dict[s
     Raises RecipeError on an unknown name (with the nearest one), a name met twice, or a value of the wrong form.
     """
     known = leaves(kind)
+    where = f"{source}: " if source else ""
     settings: dict[str, Any] = {}
     remarks: list[str] = []
     for written, value in _flatten(given, known):
@@ -201,15 +202,15 @@ def normalise(kind: type, given: Mapping[str, Any], source: str) -> tuple[dict[s
         if name is None and written in ALIASES and (ours := ALIASES[written][0]) in known:
             unit = ALIASES[written][1]
             value = f"{value}{unit}" if isinstance(value, int | float) else value
-            remarks.append(f"{source}: {written} is called {ours} here; read as {ours}: {plain(value)}")
+            remarks.append(f"{where}{written} is called {ours} here; read as {ours}: {plain(value)}")
             name = ours
         if name is None:
-            raise RecipeError(f"{source}: {unknown_name(written, list(known), 'field')}")
+            raise RecipeError(f"{where}{unknown_name(written, list(known), 'field')}")
         if name in settings:
-            raise RecipeError(f"{source}: {name} is given twice; keep one of the two")
+            raise RecipeError(f"{where}{name} is given twice; keep one of the two")
         if isinstance(value, Mapping) or (isinstance(value, list | tuple) and not known[name].is_list):
             wanted = "a list" if known[name].is_list else "a single value"
-            raise RecipeError(f"{source}: {name} is {plain_text(value)}; {wanted} is allowed: write {name}: VALUE")
+            raise RecipeError(f"{where}{name} is {plain_text(value)}; {wanted} is allowed: write {name}: VALUE")
         settings[name] = plain(value)
     return settings, remarks
 
@@ -278,6 +279,17 @@ def to_yaml(verb: str, settings: Mapping[str, Any]) -> str:
         else:
             tree[name] = value
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+
+
+def from_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that `to_yaml` nested, by their dotted names again."""
+    settings: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            settings |= from_tree(value, f"{prefix}{name}.")
+        else:
+            settings[f"{prefix}{name}".removesuffix(f".{PATHS}")] = value
+    return settings
 
 
 def content_of(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from halflap.commands.sections import (
     Space,
     Text,
 )
-from halflap.recipe import SWITCH, Common, File, Files, Model, Tokens, TokensList, section
+from halflap.recipe import SWITCH, Common, File, Files, Model, Shape, Tokens, TokensList, section
 from halflap.train.config import Fit
 
 
@@ -28,7 +28,7 @@ from halflap.train.config import Fit
 class InspectRecipe:
     """Pattern, parameter counts, FLOPs and cache of a model; reads no weights."""
 
-    model: Model | None = field(default=None, kw_only=False)
+    model: Shape | None = field(default=None, kw_only=False)
     """Hugging Face directory, run directory, preset, or YAML of a model."""
     context: TokensList = (8192, 65536)
     """Context lengths for the cache and FLOP columns."""
@@ -87,7 +87,7 @@ class CorpusRecipe:
 class PretrainRecipe:
     """Train a model from text."""
 
-    shape: Model = field(kw_only=False)
+    shape: Shape = field(kw_only=False)
     """Preset, YAML of a model, or a checkpoint to go on from."""
     text: Text = Text()
     tokens: Tokens = 10_000_000
@@ -241,7 +241,7 @@ class EvaluateRecipe:
 class BenchRecipe:
     """Prefill and decode speed, memory and cache over a grid."""
 
-    model: Model = field(kw_only=False)
+    model: Shape = field(kw_only=False)
     """Hugging Face directory, run directory or preset (random weights)."""
     prompt: TokensList = (512,)
     """Prompt lengths in tokens."""

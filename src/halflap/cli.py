@@ -1,0 +1,185 @@
+"""The command line and the verbs from Python: one table of verbs, exit statuses, errors in one sentence.
+
+Exit status 0 done, 1 failed, 2 the command line or recipe is wrong, 130 interrupted. Standard output carries the
+result alone. Nothing here imports torch; a verb's module is loaded when the verb is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from halflap.binding import Call, bind
+from halflap.commands import config
+from halflap.errors import HalflapError, RecipeError
+from halflap.files import atomic_write
+from halflap.progress import set_quiet
+from halflap.recipe import inputs_of, settings_of, to_yaml
+from halflap.run import Run, open_run
+
+
+class Verb(NamedTuple):
+    """A recipe; the function in commands/ that follows it; whether it keeps a run directory when --out is not given."""
+
+    recipe: type
+    function: str
+    keeps: bool = True
+    artifact: str = ""
+    """--out may name a file like this one instead of a directory."""
+
+
+VERBS: dict[str, Verb] = {
+    "inspect": Verb(config.InspectRecipe, "checkpoint:inspect", keeps=False),
+    "import": Verb(config.ImportRecipe, "checkpoint:import_"),
+    "export": Verb(config.ExportRecipe, "checkpoint:export"),
+    "tokenizer": Verb(config.TokenizerRecipe, "pretrain:tokenizer"),
+    "corpus": Verb(config.CorpusRecipe, "pretrain:corpus"),
+    "pretrain": Verb(config.PretrainRecipe, "pretrain:pretrain"),
+    "score": Verb(config.ScoreRecipe, "compress:score", artifact="importance.safetensors"),
+    "search": Verb(config.SearchRecipe, "compress:search", artifact="search.json"),
+    "prune": Verb(config.PruneRecipe, "compress:prune"),
+    "verify": Verb(config.VerifyRecipe, "compress:verify", keeps=False),
+    "distill": Verb(config.DistillRecipe, "compress:distill"),
+    "compress": Verb(config.CompressRecipe, "compress:compress"),
+    "evaluate": Verb(config.EvaluateRecipe, "evaluate:evaluate", keeps=False),
+    "bench": Verb(config.BenchRecipe, "evaluate:bench", keeps=False),
+    "generate": Verb(config.GenerateRecipe, "generate:generate", keeps=False),
+    "report": Verb(config.ReportRecipe, "report:report", keeps=False, artifact="report.html"),
+    "doctor": Verb(config.DoctorRecipe, "doctor:doctor", keeps=False),
+}
+EXTRAS = {"transformers": "hf", "lm_eval": "eval", "gguf": "gguf", "pyarrow": "data", "zstandard": "data"}
+"""Packages that only some verbs need, and the extra that brings each."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    trace = "--traceback" in words
+    try:
+        with _terminating():
+            return _main(words)
+    except KeyboardInterrupt:
+        say("interrupted; what was done is kept, and the same command goes on from there")
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: `halflap inspect ... | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except HalflapError as error:
+        if trace:
+            traceback.print_exc()
+        say(str(error))
+        return 2 if isinstance(error, RecipeError) else 1
+    except Exception as error:
+        if trace:
+            traceback.print_exc()
+        say(_unexpected(error))
+        return 1
+
+
+def _main(words: list[str]) -> int:
+    call = bind({verb: row.recipe for verb, row in VERBS.items()}, words)
+    if call is None:
+        return 0
+    for remark in call.remarks:
+        say(remark)
+    common = call.recipe.common
+    set_quiet(common.quiet)
+    if call.control.show:
+        settings = settings_of(call.recipe)
+        print(json.dumps(settings) if common.json else to_yaml(call.verb, settings), end="\n" if common.json else "")
+        return 0
+    with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints is no result
+        result = _resolve("cost:estimate")(call.recipe, Run(call.verb)) if call.control.dry_run else execute(call)
+    if common.json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    else:
+        import_module("halflap.commands.show").show("dry_run" if call.control.dry_run else call.verb, result)
+    return 0
+
+
+def execute(call: Call) -> dict[str, Any]:
+    """Follow a recipe and return what `--json` prints."""
+    from halflap.commands.resolve import check_inputs
+
+    verb, recipe, row = call.verb, call.recipe, VERBS[call.verb]
+    check_inputs(recipe)
+    function = _resolve(row.function)
+    settings = settings_of(recipe)
+    out = recipe.common.out
+    file = Path(out) if out and row.artifact and Path(out).suffix == Path(row.artifact).suffix else None
+    if not row.keeps and (out is None or file is not None):
+        return Run(verb).finish(function(recipe, Run(verb)))
+    if file is not None:
+        settings["out"] = None
+    with open_run(verb, settings, inputs_of(recipe), overwrite=recipe.common.overwrite) as run:
+        if run.result is not None:
+            say(f"this run is finished: {run.path} holds its result (--overwrite starts it again)")
+        else:
+            if run.resumed:
+                say(f"going on with the interrupted run in {run.path}")
+            run.finish(function(recipe, run))
+        if file is not None:
+            _publish(run.path / row.artifact, file)
+        return run.result or {}
+
+
+def _resolve(function: str) -> Callable[[Any, Run], dict[str, Any]]:
+    module, name = function.split(":")
+    return getattr(import_module(f"halflap.commands.{module}"), name)
+
+
+def _publish(artifact: Path, file: Path) -> None:
+    """What --out FILE asked for: a copy of the run's artifact."""
+    with artifact.open("rb") as source, atomic_write(file) as target:
+        shutil.copyfileobj(source, target)
+
+
+def say(sentence: str) -> None:
+    """A remark or an error, on standard error."""
+    print(f"halflap: {sentence}", file=sys.stderr, flush=True)
+
+
+def _unexpected(error: Exception) -> str:
+    """One sentence for an error that no code of ours foresaw."""
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
+        return (
+            f"the package {package!r} is needed here and is not installed; `pip install 'halflap[{EXTRAS[package]}]'`"
+        )
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return "the memory does not suffice; take a smaller batch, shorter rows, or a machine with more"
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror or error}{where}; what was written before is whole, and the same command goes on"
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"unexpected {type(error).__name__}: {first}; --traceback shows where, please report it"
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """A polite kill saves what Ctrl-C saves."""
+
+    def stop(_signal: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

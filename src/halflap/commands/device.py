@@ -1,0 +1,14 @@
+"""Which device a verb computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from halflap.errors import HalflapError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is a CUDA device when there is one. Raises HalflapError when `cuda` is asked for in vain."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise HalflapError("device is 'cuda', and PyTorch sees no CUDA device here; take --device cpu or auto")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)

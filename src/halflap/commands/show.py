@@ -1,0 +1,157 @@
+"""A verb's result for people: on a terminal in colour, in a pipe as plain text. `--json` never comes here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+COLOURS = {"M": "cyan", "*": "bold yellow", "-": "green"}
+KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+
+
+def show(verb: str, result: Mapping[str, Any]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    VIEWS.get(verb, generic)(result, console)
+
+
+def generic(result: Mapping[str, Any], console: Console) -> None:
+    """Name and value a line; a list of records becomes a table."""
+    pairs = Table.grid(padding=(0, 2))
+    tables: list[tuple[str, Sequence[Mapping[str, Any]]]] = []
+    for name, value in result.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            tables.append((name, value))
+        elif isinstance(value, Mapping):
+            inner = ", ".join(
+                f"{key} {number(item)}" for key, item in value.items() if not isinstance(item, dict | list)
+            )
+            pairs.add_row(Text(name.replace("_", " "), style="bold"), inner)
+        else:
+            pairs.add_row(Text(name.replace("_", " "), style="bold"), number(value))
+    console.print(pairs)
+    for name, rows in tables:
+        console.print(records(rows, name.replace("_", " ")))
+
+
+def records(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    columns = list(
+        dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict | list))
+    )
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        numeric = all(isinstance(row.get(column), int | float | None) for row in rows)
+        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(number(row.get(column)) for column in columns))
+    return table
+
+
+def number(value: Any) -> str:
+    """Whole numbers with separators, fractions with four digits, text as it is."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(number(item) for item in value)
+    return "" if value is None else str(value)
+
+
+def size(value: int) -> str:
+    """Bytes with a binary unit."""
+    amount = float(value)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.4g} TiB"
+
+
+def short(value: float) -> str:
+    """Counts as 4.49 B, 12 M, 512 K."""
+    for scale, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " K")):
+        if abs(value) >= scale:
+            return f"{value / scale:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def strip(pattern: str) -> Text:
+    """The model at a glance: one coloured symbol a block."""
+    text = Text()
+    for symbol in pattern:
+        text.append(symbol, style=COLOURS.get(symbol, ""))
+    return text
+
+
+def inspect(result: Mapping[str, Any], console: Console) -> None:
+    if "presets" in result:
+        console.print(records(result["presets"], ""))
+        return
+    pattern = result["pattern"]
+    console.print(strip(pattern))
+    counts = ", ".join(f"{pattern.count(symbol)} {KINDS.get(symbol, symbol)}" for symbol in dict.fromkeys(pattern))
+    grid = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("family", result["family"]),
+        ("blocks", f"{len(pattern)} ({counts})"),
+        ("parameters", f"{result['parameters']:,} ({short(result['parameters'])})"),
+        ("without embeddings", f"{result['non_embedding_parameters']:,}"),
+        ("hidden size", f"{result['hidden_size']:,}"),
+        ("vocabulary", f"{result['vocab_size']:,}"),
+    ):
+        grid.add_row(Text(name, style="bold"), value)
+    console.print(grid)
+    console.print()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("context", "cache", "FLOPs a token, decode", "prefill"):
+        table.add_column(column, justify="right")
+    for context, cached in result["cache_bytes"].items():
+        decode, prefill = (result["flops"][phase][context] for phase in ("decode", "prefill"))
+        table.add_row(f"{int(context):,}", size(cached), short(decode), short(prefill))
+    console.print(table)
+    console.print()
+    console.print(records(_runs(result["blocks"]), ""))
+
+
+def _runs(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Blocks of equal widths in one row."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for index, block in enumerate(blocks):
+        shape = {key: value for key, value in block.items() if not isinstance(value, dict | list) and value is not None}
+        row = rows.setdefault(tuple(shape.items()), {"block": block["symbol"], "how many": 0, "first": index})
+        row["how many"] += 1
+        sizes = ", ".join(
+            f"{key} {number(value)}" for key, value in shape.items() if key not in ("symbol", "kind", "parameters")
+        )
+        row |= {"kind": block["kind"], "parameters each": block["parameters"], "sizes": sizes}
+    return list(rows.values())
+
+
+def doctor(result: Mapping[str, Any], console: Console) -> None:
+    for heading in ("versions", "device", "kernels"):
+        console.print(Text(heading, style="bold"))
+        grid = Table.grid(padding=(0, 2))
+        for name, value in result[heading].items():
+            grid.add_row(f"  {name}", size(value) if name.endswith("_bytes") else number(value))
+        console.print(grid)
+    for line in result["missing"] or ["nothing is missing"]:
+        console.print(Text(f"- {line}" if result["missing"] else line))
+
+
+def generate(result: Mapping[str, Any], console: Console) -> None:
+    texts = result["text"] if isinstance(result["text"], list) else [result["text"]]
+    for text in texts:
+        console.print(text, markup=False)
+
+
+VIEWS: dict[str, Callable[[Mapping[str, Any], Console], None]] = {
+    "inspect": inspect,
+    "doctor": doctor,
+    "generate": generate,
+}
