@@ -46,7 +46,7 @@ def save(model: HybridModel, directory: str | Path) -> Path:
 
 
 def tokenizer(path: str | Path | None = None, **fields: Any) -> Tokenizer | dict[str, Any]:
-    """Open the tokenizer of a checkpoint or run directory, or, with `data=[...]` instead, train one as the verb does."""
+    """Open the tokenizer of a checkpoint or run directory, or train one from `data=[...]`, as the verb does."""
     if path is None:
         return verb("tokenizer")(**fields)
     if fields:
