@@ -2,12 +2,13 @@
 
 Shuffling is a keyed permutation by a balanced Feistel network with cycle walking (Black & Rogaway 2002), so any
 position of any epoch is found without a table. Blending gives slot p to a source such that after any number of slots
-each source has its exact share of them, to within about one: the first source's count is round(share * slots), and
-the slots left over are divided among the other sources by the same rule.
+each source has its exact share of them, to within less than two however many sources there are (mostly within one):
+a binary tree over the sources divides the slots at each node by rounding.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Sequence
@@ -52,11 +53,23 @@ def shuffled(position: int, size: int, key: int) -> int:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Sources in two parts; of n slots the first part gets round(share * n), the second the others."""
+
+    share: Fraction
+    first: Split | int
+    second: Split | int
+
+    def first_count(self, slots: int) -> int:
+        return math.floor(self.share * slots + Fraction(1, 2))
+
+
+@dataclass(frozen=True)
 class Phase:
-    """From slot `start` on, sources are drawn by these shares, which sum to 1."""
+    """From slot `start` on, sources are drawn by this tree."""
 
     start: int
-    shares: tuple[Fraction, ...]
+    sources: Split | int
 
 
 @dataclass(frozen=True)
@@ -69,47 +82,57 @@ class Blend:
     @staticmethod
     def of(phases: Sequence[tuple[int, Sequence[float]]]) -> Blend:
         """A blend from (first slot, weights) of each phase; weights need not sum to 1."""
-        made = tuple(Phase(start, _shares(weights)) for start, weights in phases)
-        offsets = [(0,) * len(made[0].shares)]
+        made = tuple(Phase(start, _tree(weights)) for start, weights in phases)
+        offsets = [(0,) * len(phases[0][1])]
         for phase, following in itertools.pairwise(made):
-            given = _counts(phase.shares, following.start - phase.start)
-            offsets.append(tuple(a + b for a, b in zip(offsets[-1], given, strict=True)))
+            offsets.append(_counts(phase.sources, following.start - phase.start, offsets[-1]))
         return Blend(made, tuple(offsets))
 
     def locate(self, slot: int) -> tuple[int, int]:
         """The source of a slot, and how many rows that source gave before."""
-        number = max(i for i, phase in enumerate(self.phases) if phase.start <= slot)
-        phase, offset = self.phases[number], self.offsets[number]
-        before, after = (_counts(phase.shares, slot - phase.start + extra) for extra in (0, 1))
-        source = next(i for i, (a, b) in enumerate(zip(before, after, strict=True)) if b > a)
-        return source, offset[source] + before[source]
+        number = self._phase(slot)
+        node, before = self.phases[number].sources, slot - self.phases[number].start
+        while isinstance(node, Split):
+            first = node.first_count(before)
+            if node.first_count(before + 1) > first:
+                node, before = node.first, first
+            else:
+                node, before = node.second, before - first
+        return node, self.offsets[number][node] + before
 
     def counts(self, slots: int) -> tuple[int, ...]:
         """How many of the first `slots` slots each source gets."""
-        number = max(i for i, phase in enumerate(self.phases) if phase.start <= slots)
-        given = _counts(self.phases[number].shares, slots - self.phases[number].start)
-        return tuple(a + b for a, b in zip(self.offsets[number], given, strict=True))
+        number = self._phase(slots)
+        return _counts(self.phases[number].sources, slots - self.phases[number].start, self.offsets[number])
+
+    def _phase(self, slot: int) -> int:
+        return max(i for i, phase in enumerate(self.phases) if phase.start <= slot)
 
 
-def _shares(weights: Sequence[float]) -> tuple[Fraction, ...]:
+def _tree(weights: Sequence[float]) -> Split | int:
+    """Huffman's tree: any two levels at least halve a share, and with it the rounding passed down."""
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
         raise HalflapError(
             f"blend weights are {list(weights)}; each must be a number of at least 0 and one above 0: correct them "
             "(--data.weights)"
         )
-    exact = [Fraction(str(weight)) for weight in weights]  # what was written: 0.1 is a tenth
-    return tuple(weight / sum(exact) for weight in exact)
+    # str, because what was written is meant: 0.1 is a tenth
+    heap: list[tuple[Fraction, int, Split | int]] = [(Fraction(str(w)), -i, i) for i, w in enumerate(weights) if w]
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (small, order, second), (large, _, first) = heapq.heappop(heap), heapq.heappop(heap)
+        heapq.heappush(heap, (small + large, order, Split(large / (small + large), first, second)))
+    return heap[0][2]
 
 
-def _counts(shares: Sequence[Fraction], slots: int) -> tuple[int, ...]:
-    """Slots of each source among the first `slots`; grows by one for exactly one source with every slot."""
-    counts = [0] * len(shares)
-    rest = Fraction(1)
-    # large shares first: what rounding shifts to the others stays below one slot
-    for source in sorted(range(len(shares)), key=lambda i: -shares[i]):
-        if not shares[source]:
-            break
-        # round half up, in whole numbers
-        counts[source] = math.floor(shares[source] / rest * slots + Fraction(1, 2))
-        slots, rest = slots - counts[source], rest - shares[source]
+def _counts(node: Split | int, slots: int, offsets: Sequence[int]) -> tuple[int, ...]:
+    """`offsets` plus the slots of each source among the first `slots`."""
+    counts, parts = list(offsets), [(node, slots)]
+    while parts:
+        node, slots = parts.pop()
+        if isinstance(node, Split):
+            first = node.first_count(slots)
+            parts += [(node.first, first), (node.second, slots - first)]
+        else:
+            counts[node] += slots
     return tuple(counts)
