@@ -219,7 +219,7 @@ def build_corpus(
     if not shards:
         raise HalflapError(
             f"no document was left to tokenise: of {documents.seen}, {documents.excluded} were not to be kept; "
-            "give more text"
+            "give more documents, or text of its own to judge on (--eval-data)"
         )
     manifest = Manifest(settings, documents.tally, inputs, tuple(shards))
     write_json(folder / "manifest.json", manifest.to_json())
