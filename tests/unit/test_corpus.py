@@ -121,6 +121,8 @@ def test_an_interrupted_build_goes_on_where_it_stopped(monkeypatch, source, toke
     interrupted_build(monkeypatch, source, tokenizer, out, after)
     assert not is_corpus(out)
     assert not list(out.glob(".*.tmp"))
+    out.mkdir(exist_ok=True)
+    (out / ".shard-00000.tokens.0123abcd.tmp").write_bytes(b"left by a killed process")
     if after > 1:
         with pytest.raises(HalflapError, match="is unfinished; give its command again"):
             open_corpus(out)

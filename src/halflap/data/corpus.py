@@ -207,8 +207,9 @@ def build_corpus(
         return _same_or_refused(folder, settings, documents)
     shards = _resume(folder, settings, documents)
     if shards is None:
-        _remove_unfinished(folder)
+        _remove(folder, "build.json", "shard-*.tokens", "shard-*.starts.npy")
         documents, shards = Documents(read_documents(sources, field), keep), []
+    _remove(folder, ".shard-*.tmp")  # what a killed process was writing
     with Progress("tokenise", unit="tokens") as progress:
         progress.start_at(sum(shard.tokens for shard in shards))
         batches = tokenised(documents, tokenizer, settings, progress.advance)
@@ -253,8 +254,8 @@ def _resume(folder: Path, settings: Settings, documents: Documents) -> list[Shar
     return shards if same else None
 
 
-def _remove_unfinished(folder: Path) -> None:
-    for pattern in ("build.json", "shard-*.tokens", "shard-*.starts.npy", ".shard-*.tmp"):
+def _remove(folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
         for file in folder.glob(pattern):
             file.unlink()
 
