@@ -15,8 +15,9 @@ from halflap.errors import HalflapError
 Schedule = Literal["wsd", "cosine", "constant"]
 DecayShape = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 
-# A micro-batch of about this many tokens keeps a small model's matrix products large and its activations modest.
-MICRO_BATCH_TOKENS = 8192
+# Measured on 2 cores with 10 M parameters: 2048 tokens make large matrix products, while with 8192 each activation is
+# over 32 MiB, which the C allocator maps anew every time: 1.5 to 3 times slower and 2.4 times the memory.
+MICRO_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Fit:
     """Rows of one step on one rank."""
 
     micro_batch_size: int | None = None
-    """Rows of one forward and backward pass; by default as many as make about 8192 tokens."""
+    """Rows of one forward and backward pass; by default as many as make about 2048 tokens."""
 
     sequence_length: int = 512
     """Tokens of a row."""
