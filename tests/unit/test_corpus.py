@@ -7,7 +7,7 @@ import pytest
 
 import halflap.data.shards as shards
 from halflap.data.corpus import build_corpus, is_corpus, open_corpus
-from halflap.data.text import is_held_out
+from halflap.data.text import hash_position
 from halflap.data.tokenizer import train_tokenizer
 from halflap.errors import HalflapError
 
@@ -66,11 +66,11 @@ def test_the_manifest_says_what_was_read(source, tokenizer, tmp_path):
 
 def test_duplicates_and_unwanted_documents_are_left_out_and_counted(tokenizer, tmp_path):
     source = write(tmp_path / "a.jsonl", TEXTS + TEXTS[:10] + [""])
-    manifest = build_corpus([source], tokenizer, tmp_path / "out", keep=lambda text: not is_held_out(text, 0.3))
-    kept = [text for text in TEXTS if not is_held_out(text, 0.3)]
+    manifest = build_corpus([source], tokenizer, tmp_path / "out", keep=lambda text: hash_position(text) <= 0.7)
+    kept = [text for text in TEXTS if hash_position(text) <= 0.7]
     assert documents(open_corpus(tmp_path / "out"), tokenizer) == kept
     assert 0 < len(kept) < 60
-    excluded = sum(is_held_out(text, 0.3) for text in TEXTS + TEXTS[:10])
+    excluded = sum((hash_position(text) > 0.7) for text in TEXTS + TEXTS[:10])
     assert (manifest.tally.seen, manifest.tally.excluded) == (70, excluded)
     assert manifest.documents + manifest.tally.excluded + manifest.tally.duplicates == 70
 

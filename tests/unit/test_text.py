@@ -5,8 +5,10 @@ import json
 import lzma
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from halflap.data.text import is_held_out, list_files, read_documents, split_held_out
+from halflap.data.text import cut_into_pieces, hash_position, held_out_from, list_files, read_documents
 from halflap.errors import HalflapError
 
 DOCUMENTS = ["first\r\n document é", "second 👩‍🚀", "third\n\n", " "]
@@ -147,18 +149,26 @@ def test_missing_and_useless_paths(tmp_path):
         read(tmp_path)
 
 
-def test_held_out_is_a_stable_share_of_the_texts():
-    texts = [f"document {number}" for number in range(4000)]
-    kept, held = split_held_out(texts)
-    assert 0.035 < len(held) / len(texts) < 0.065
-    assert sorted(kept + held) == sorted(texts)
-    assert all(is_held_out(text, 0.2) for text in held)  # a larger share contains the smaller one
-    assert not any(is_held_out(text, 0) for text in texts)
-    assert is_held_out("document 5", 0.05) == ("document 5" in held)
+def test_held_out_is_the_last_share_by_hash_whatever_the_order():
+    texts = [f"document {number}" for number in range(400)]
+    border = held_out_from(texts, 0.05)
+    held = [text for text in texts if hash_position(text) >= border]
+    assert len(held) == 20
+    assert held_out_from(reversed(texts), 0.05) == border
+    assert held_out_from(texts * 2, 0.05) == border  # a repeated document is one document
+    assert held_out_from(texts, 0.2) < border  # a larger share contains the smaller one
 
 
-def test_held_out_refuses_empty_halves_and_bad_fractions():
+def test_held_out_is_never_nothing_and_refuses_what_cannot_be_split():
+    assert 0 < held_out_from(["one", "two", "three"], 0.01) == max(map(hash_position, ("one", "two", "three")))
     with pytest.raises(HalflapError, match=r"of 1 documents leaves .* give text of its own"):
-        split_held_out(["one"])
-    with pytest.raises(HalflapError, match=r"fraction is 1\.5"):
-        is_held_out("a", 1.5)
+        held_out_from(["one"])
+    with pytest.raises(HalflapError, match=r"share is 1\.5"):
+        held_out_from(["a", "b"], 1.5)
+
+
+@given(st.text(alphabet="ab \n", max_size=400), st.integers(5, 60))
+def test_pieces_make_up_the_text_and_have_about_the_asked_size(text: str, characters: int):
+    pieces = cut_into_pieces(text, characters)
+    assert "".join(pieces) == text
+    assert all(characters / 2 <= len(piece) <= 1.5 * characters for piece in pieces[:-1])

@@ -6,20 +6,27 @@ on, a share of the documents, chosen by a hash of their text, is kept back and n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from halflap.commands.sections import Text
 from halflap.data.batch import Batch
 from halflap.data.corpus import Corpus, build_corpus, is_corpus, open_corpus
 from halflap.data.loader import Loader
-from halflap.data.text import is_held_out
+from halflap.data.text import cut_into_pieces, hash_position, held_out_from, read_documents
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
+from halflap.files import atomic_write
+from halflap.parallel import mesh
 
 HELD_OUT_TOKENS = 131_072
 """At most this many tokens are judged on while training."""
+FEW_DOCUMENTS, PIECES, SHORTEST_PIECE = 20, 100, 1000
+"""Text of fewer documents is cut into about so many pieces, of at least so many characters, before some are kept back."""
 
 
 @dataclass(frozen=True)
@@ -41,43 +48,64 @@ def open_corpora(text: Text, tokenizer: Tokenizer, place: Path, eval_data: Seque
     """Open shards as they are and tokenise other text under `place`; keep documents back when no `eval_data` is given."""
     if not text.data:
         raise HalflapError("no text was given; name files, folders or token shards with --data")
-    share = 0.0 if eval_data else text.held_out
     train: list[Corpus] = []
     held_out: list[Corpus] = []
+    share = 0.0 if eval_data else text.held_out
     for number, path in enumerate(text.data):
-        if is_corpus(path):
-            train.append(open_corpus(path, tokenizer))
+        if is_corpus(path) or not share:
+            train.append(_open(path, text.field, tokenizer, place / f"train-{number}"))
             continue
-        train.append(_build(path, text.field, tokenizer, place / f"train-{number}", keep_held_out=False, share=share))
-        if share:
-            held_out.append(
-                _build(path, text.field, tokenizer, place / f"held-out-{number}", keep_held_out=True, share=share)
-            )
+        source = _with_enough_documents(path, text.field, place / f"pieces-{number}.jsonl")
+        border = held_out_from(read_documents([source], text.field), share)
+        build = partial(_open, source, text.field, tokenizer)
+        train.append(build(place / f"train-{number}", lambda text, border=border: hash_position(text) < border))
+        held_out.append(build(place / f"held-out-{number}", lambda text, border=border: hash_position(text) >= border))
     for number, path in enumerate(eval_data):
-        if is_corpus(path):
-            held_out.append(open_corpus(path, tokenizer))
-        else:
-            held_out.append(
-                _build(path, text.field, tokenizer, place / f"eval-{number}", keep_held_out=True, share=1.0)
-            )
+        held_out.append(_open(path, text.field, tokenizer, place / f"eval-{number}"))
     return Corpora(tuple(train), tuple(held_out), _described(eval_data, share, bool(held_out)))
 
 
-def _build(path: str, field: str, tokenizer: Tokenizer, out: Path, *, keep_held_out: bool, share: float) -> Corpus:
-    build_corpus([path], tokenizer, out, field=field, keep=lambda text: is_held_out(text, share) == keep_held_out)
+def _open(
+    path: str | Path, field: str, tokenizer: Tokenizer, out: Path, keep: Callable[[str], bool] | None = None
+) -> Corpus:
+    """Token shards as they are; other text tokenised into `out`, by the first rank alone."""
+    if is_corpus(path):
+        return open_corpus(path, tokenizer)
+    if mesh.is_main():
+        build_corpus([path], tokenizer, out, field=field, keep=keep)
+    mesh.barrier()
     return open_corpus(out, tokenizer)
+
+
+def _with_enough_documents(path: str, field: str, pieces: Path) -> str | Path:
+    """The same path, or, when it holds few documents (one long file), its text cut into pieces, so that some can be kept back."""
+    few = list(itertools.islice(read_documents([path], field), FEW_DOCUMENTS))
+    if len(few) == FEW_DOCUMENTS:
+        return path
+    characters = max(SHORTEST_PIECE, sum(map(len, few)) // PIECES)
+    if mesh.is_main():
+        with atomic_write(pieces, "w") as file:
+            for document in few:
+                for piece in cut_into_pieces(document, characters):
+                    file.write(json.dumps({field: piece}, ensure_ascii=False) + "\n")
+    mesh.barrier()
+    return pieces
 
 
 def _described(eval_data: Sequence[str], share: float, any_held_out: bool) -> str:
     if eval_data:
-        return "eval-data"
-    return f"{share:g} of the documents, by a hash of their text" if any_held_out else "none"
+        return "the text given with eval-data"
+    if any_held_out:
+        return f"the last {share:.3g} of the documents by a hash of their text, kept back from training"
+    return (
+        "nothing: no share was to be kept back"
+        if not share
+        else "nothing: token shards cannot be split; give eval-data"
+    )
 
 
 def training_loader(corpora: Corpora, text: Text, sequence_length: int, rows: int, seed: int) -> Loader:
     """Batches of `rows` rows of this rank."""
-    from halflap.parallel import mesh
-
     return Loader(
         corpora.train,
         sequence_length=sequence_length,

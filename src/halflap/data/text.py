@@ -49,27 +49,38 @@ def list_files(paths: Sequence[str | Path]) -> list[Path]:
     return [file for path in paths for file in _expand(Path(path))]
 
 
-def is_held_out(text: str, fraction: float = 0.05) -> bool:
-    """Whether a document belongs to the held-out share: its sha256, read as a number in [0, 1), is in the top part."""
-    if not 0 <= fraction < 1:
-        raise HalflapError(f"the held-out fraction is {fraction}; it must be at least 0 and below 1: choose e.g. 0.05")
-    position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-    return position >= 1 - fraction
+def hash_position(text: str) -> float:
+    """A document's place in [0, 1) by the sha256 of its text: a shuffle that everyone agrees on."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def split_held_out(documents: Iterable[str], fraction: float = 0.05) -> tuple[list[str], list[str]]:
-    """Documents to train on, and documents held out; raises HalflapError when either would be empty."""
-    parts: tuple[list[str], list[str]] = ([], [])
-    for text in documents:
-        parts[is_held_out(text, fraction)].append(text)
-    kept, held = parts
-    if not kept or not held:
+def held_out_from(documents: Iterable[str], share: float = 0.05) -> float:
+    """The hash position from which on documents are held out: the last `share` of them, and at least one.
+
+    Raises HalflapError for a share outside [0, 1) and when fewer than two distinct documents are there.
+    """
+    if not 0 <= share < 1:
+        raise HalflapError(f"the held-out share is {share}; it must be at least 0 and below 1: choose e.g. 0.05")
+    positions = sorted({hash_position(text) for text in documents})
+    if len(positions) < 2:
         raise HalflapError(
-            f"holding out {fraction:g} of {len(kept) + len(held)} documents leaves {len(kept)} to train on and "
-            f"{len(held)} to judge on; neither may be empty: give text of its own to judge on (--eval-data) or more "
-            "documents"
+            f"holding out {share:g} of {len(positions)} documents leaves none to train on or none to judge on; give "
+            "text of its own to judge on (--eval-data) or more documents"
         )
-    return kept, held
+    return positions[-max(1, round(share * len(positions)))]
+
+
+def cut_into_pieces(text: str, characters: int) -> list[str]:
+    """A long text as pieces of about `characters`, cut at ends of paragraphs, else of lines, else anywhere."""
+    pieces: list[str] = []
+    start = 0
+    while len(text) - start > 1.5 * characters:
+        window = (start + characters // 2, start + characters)
+        ends = (text.rfind(mark, *window) + len(mark) for mark in ("\n\n", "\n") if text.rfind(mark, *window) >= 0)
+        end = next(ends, window[1])
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
 
 
 # ---- files
