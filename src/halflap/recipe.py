@@ -208,8 +208,9 @@ def normalise(kind: type, given: Mapping[str, Any], source: str) -> tuple[dict[s
             raise RecipeError(f"{where}{unknown_name(written, list(known), 'field')}")
         if name in settings:
             raise RecipeError(f"{where}{name} is given twice; keep one of the two")
-        if isinstance(value, Mapping) or (isinstance(value, list | tuple) and not known[name].is_list):
-            wanted = "a list" if known[name].is_list else "a single value"
+        nested = isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value)
+        if isinstance(value, Mapping) or nested or (isinstance(value, list | tuple) and not known[name].is_list):
+            wanted = "a plain list" if known[name].is_list else "a single value"
             raise RecipeError(f"{where}{name} is {plain_text(value)}; {wanted} is allowed: write {name}: VALUE")
         settings[name] = plain(value)
     return settings, remarks
@@ -243,7 +244,8 @@ def unknown_name(written: str, allowed: list[str], what: str) -> str:
 
 
 def plain_text(value: Any) -> str:
-    text = json.dumps(plain(value) if not isinstance(value, Mapping) else value, default=str, ensure_ascii=False)
+    """A value as short JSON, for a sentence."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -278,7 +280,15 @@ def to_yaml(verb: str, settings: Mapping[str, Any]) -> str:
             tree.setdefault(head, {})[tail or PATHS] = value
         else:
             tree[name] = value
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+
+    class Dumper(yaml.SafeDumper):
+        """Sections a line a field, lists on one line."""
+
+        def represent_list(self, data: Any) -> Any:
+            return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+    Dumper.add_representer(list, Dumper.represent_list)
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=110)
 
 
 def from_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

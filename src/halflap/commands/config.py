@@ -16,10 +16,10 @@ from halflap.commands.sections import (
     NormCorrection,
     ScoreSettings,
     SearchSettings,
-    Sizes,
-    Space,
     Text,
 )
+from halflap.compress.axes import Sizes
+from halflap.compress.space import SearchSpace
 from halflap.recipe import SWITCH, Common, File, Files, Model, Shape, Tokens, TokensList, section
 from halflap.train.config import Fit
 
@@ -128,7 +128,7 @@ class SearchRecipe:
     text: Text = Text()
     budgets: Budgets = Budgets()
     settings: SearchSettings = SearchSettings()
-    space: Space = Space()
+    space: Annotated[SearchSpace, section("Search space")] = SearchSpace()
     norm_correction: NormCorrection = "masked"
     """What replaces the cut channels in the mean of the norms."""
     fit: Annotated[Fit, section("Training of shortlisted candidates")] = Fit()
@@ -146,8 +146,8 @@ class PruneRecipe:
     plan: File | None = None
     """Pruning plan or search result to follow instead of budgets or sizes."""
     budgets: Budgets = Budgets()
-    sizes: Sizes = Sizes()
-    space: Space = Space()
+    sizes: Annotated[Sizes, section("Sizes of the student")] = Sizes()
+    space: Annotated[SearchSpace, section("Search space")] = SearchSpace()
     norm_correction: NormCorrection = "masked"
     """What replaces the cut channels in the mean of the norms."""
     common: Common = Common()
@@ -202,9 +202,9 @@ class CompressRecipe:
     importance: File | None = None
     """File that `score` wrote, to save measuring it again."""
     budgets: Budgets = Budgets()
-    sizes: Sizes = Sizes()
+    sizes: Annotated[Sizes, section("Sizes of the student")] = Sizes()
     settings: SearchSettings = SearchSettings()
-    space: Space = Space()
+    space: Annotated[SearchSpace, section("Search space")] = SearchSpace()
     score_settings: ScoreSettings = ScoreSettings()
     norm_correction: NormCorrection = "masked"
     """What replaces the cut channels in the mean of the norms."""

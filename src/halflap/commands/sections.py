@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from halflap.data.config import Data
-from halflap.recipe import Bytes, Count, Duration, Files, Tokens, flat, section
+from halflap.recipe import Bytes, Count, Duration, Files, Tokens, flat
 
 Phase = Literal["decode", "prefill"]
 NormCorrection = Literal["none", "masked", "calibrated"]
-WidthMetric = Literal["l2_of_mean", "mean_of_mean", "l2_of_signed_mean", "random", "weight_norm"]
-DepthMetric = Literal["block_influence", "kl", "loss"]
+WidthMetric = Literal["activation", "weight_norm", "random"]
+DepthMetric = Literal["kl", "block_influence", "loss", "hidden_mse", "logit_mse"]
 
 
 @flat("Text")
@@ -70,58 +70,6 @@ class Budgets:
     """Bits a key or value takes in the memory budget; SSM states take 32."""
 
 
-@section("Sizes of the student")
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Sizes of the student; a size not given stays the teacher's."""
-
-    hidden_size: int | None = None
-    """Width of the residual stream."""
-    intermediate_size: int | None = None
-    """Neurons of each MLP."""
-    mamba_num_heads: int | None = None
-    """Heads of each Mamba block, a multiple of its groups."""
-    mamba_head_dim: int | None = None
-    """Channels of a Mamba head."""
-    ssm_state_size: int | None = None
-    """State size of a Mamba block."""
-    num_attention_heads: int | None = None
-    """Query heads of each attention block, a multiple of its key/value heads."""
-    num_key_value_heads: int | None = None
-    """Key/value heads of each attention block."""
-    num_blocks: int | None = None
-    """How many blocks stay; the least important go."""
-    drop_blocks: tuple[int, ...] = ()
-    """Blocks that go, by index."""
-
-
-@section("Search space (sizes to try; an axis not given is chosen automatically)")
-@dataclass(frozen=True, kw_only=True)
-class Space:
-    """Sizes to try on each axis."""
-
-    hidden_size: tuple[int, ...] = ()
-    """Widths of the residual stream."""
-    intermediate_size: tuple[int, ...] = ()
-    """Neurons of each MLP."""
-    mamba_num_heads: tuple[int, ...] = ()
-    """Heads of each Mamba block."""
-    mamba_head_dim: tuple[int, ...] = ()
-    """Channels of a Mamba head."""
-    ssm_state_size: tuple[int, ...] = ()
-    """State sizes of a Mamba block."""
-    num_attention_heads: tuple[int, ...] = ()
-    """Query heads of each attention block."""
-    num_key_value_heads: tuple[int, ...] = ()
-    """Key/value heads of each attention block."""
-    num_blocks: tuple[int, ...] = ()
-    """Numbers of blocks that stay."""
-    max_width_cut: float = 0.4
-    """Largest share of an axis that automatic choices cut."""
-    max_depth_cut: float = 0.2
-    """Largest share of the blocks that automatic choices drop."""
-
-
 @flat("Search")
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
@@ -142,10 +90,10 @@ class SearchSettings:
 class ScoreSettings:
     """How importance is measured."""
 
-    metric: WidthMetric = "l2_of_mean"
-    """Statistic that ranks widths."""
+    metric: WidthMetric = "activation"
+    """What ranks widths; weight_norm and random are controls."""
     depth_metric: DepthMetric = "kl"
-    """Statistic that ranks blocks."""
+    """What ranks blocks: the effect of leaving one out, or how little it moves the residual stream."""
 
 
 @flat("Distillation")
