@@ -26,7 +26,7 @@ from halflap.parallel import mesh
 HELD_OUT_TOKENS = 131_072
 """At most this many tokens are judged on while training."""
 FEW_DOCUMENTS, PIECES, SHORTEST_PIECE = 20, 100, 1000
-"""Text of fewer documents is cut into about so many pieces, of at least so many characters, before some are kept back."""
+"""Text of fewer documents is cut into about so many pieces, each of at least so many characters, to keep some back."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Corpora:
 
 
 def open_corpora(text: Text, tokenizer: Tokenizer, place: Path, eval_data: Sequence[str] = ()) -> Corpora:
-    """Open shards as they are and tokenise other text under `place`; keep documents back when no `eval_data` is given."""
+    """Open shards as they are and tokenise other text under `place`; without `eval_data` keep documents back."""
     if not text.data:
         raise HalflapError("no text was given; name files, folders or token shards with --data")
     train: list[Corpus] = []
@@ -78,7 +78,7 @@ def _open(
 
 
 def _with_enough_documents(path: str, field: str, pieces: Path) -> str | Path:
-    """The same path, or, when it holds few documents (one long file), its text cut into pieces, so that some can be kept back."""
+    """The same path, or the text of its few long documents cut into pieces, so that some can be kept back."""
     few = list(itertools.islice(read_documents([path], field), FEW_DOCUMENTS))
     if len(few) == FEW_DOCUMENTS:
         return path
