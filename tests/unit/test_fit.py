@@ -120,11 +120,11 @@ def test_kill_while_saving_loses_only_the_unsaved(tmp_path: Path, monkeypatch: p
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert [path.name for path in resume.states(tmp_path)] == ["step-00000003"]
-    assert list((tmp_path / "training").glob(".*.tmp"))
+    assert list(tmp_path.glob(".*.tmp"))
     resumed = make_model(seed=1)
     run(resumed, 10, tmp_path)
     assert same(weights(straight), weights(resumed))
-    assert not list((tmp_path / "training").glob(".*.tmp"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_full_disk_is_one_sentence_and_keeps_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_full_disk_is_one_sentence_and_keeps_the_state(tmp_path: Path, monkeypat
     with pytest.raises(HalflapError, match="No space left"):
         run(make_model(), 10, tmp_path)
     assert [path.name for path in resume.states(tmp_path)] == ["step-00000003", "step-00000004"]
-    assert not list((tmp_path / "training").glob(".*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_damaged_state_falls_back_to_the_one_before(tmp_path: Path) -> None:

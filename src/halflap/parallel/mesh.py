@@ -54,8 +54,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def wire(device: torch.device) -> torch.device:
+    """Where a small tensor must lie to travel between ranks: on the GPU for nccl; alone, nothing leaves the CPU."""
+    return device if world_size() > 1 else torch.device("cpu")
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over ranks, in place and returned; gloo and nccl need it on the group's device."""
+    """The sum over ranks, in place and returned; between ranks it must lie where `wire` says."""
     if _grouped():
         dist.all_reduce(tensor)
     return tensor

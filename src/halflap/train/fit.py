@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +24,8 @@ from halflap.progress import Progress
 from halflap.train import resume
 from halflap.train.config import Fit
 from halflap.train.interrupts import Interrupts
-from halflap.train.losses import Objective
+from halflap.train.losses import Objective, add_over_ranks, mean_loss
+from halflap.train.numerics import keep_freed_memory, not_finite, peak_memory, precision, resolve_dtype
 from halflap.train.objectives.language import NextToken
 from halflap.train.optim import learning_rate, make_optimizer, set_learning_rate, trained_parameters
 
@@ -53,10 +52,12 @@ def fit(
 
     batches(step) gives this rank's rows of a step and must depend on the step alone. dtype "bfloat16" computes
     under autocast and keeps weights and optimiser in float32; "auto" takes it where the device multiplies it fast.
-    held_out is a list of batches (judged by next-token loss) or a function of the model; its numbers are logged
-    as `held_out_<name>`. Returns loss (mean of the last steps), tokens, tokens_per_second, steps, and the last
-    held-out numbers. Raises HalflapError when a loss or gradient is not finite; KeyboardInterrupt after saving.
+    directory holds the saved states; a fit that finds some there goes on from the newest. held_out is a list of
+    batches (judged by next-token loss) or a function of the model; its numbers are logged as `held_out_<name>`.
+    Returns loss (mean of the last steps), tokens, tokens_per_second, steps, and the last held-out numbers. Raises
+    HalflapError when a loss or gradient is not finite, and KeyboardInterrupt or SystemExit after saving.
     """
+    keep_freed_memory()
     model.to(device).train()
     state = _State(model, objective, settings, tokens, torch.device(device), resolve_dtype(dtype, device))
     place = None if directory is None else Path(directory)
@@ -127,22 +128,6 @@ class _State:
 SAVED = ("tokens", "seconds", "recent", "window", "judged")
 
 
-def resolve_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the device has instructions for it."""
-    if dtype == "auto":
-        on_cpu = torch.device(device).type == "cpu"
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    if dtype not in ("float32", "bfloat16"):
-        raise HalflapError(f"dtype {dtype!r} is not known; allowed are auto, float32 and bfloat16: correct --dtype")
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
-
-
-def precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Autocast to `dtype`, or nothing for float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
 def _start(state: _State, place: Path | None, seed: int, log: Callable[[dict[str, Any]], None] | None) -> None:
     torch.manual_seed(seed + mesh.rank())
     found = resume.restore(place, state.parameters, state.optimizer) if place is not None else None
@@ -163,7 +148,9 @@ def _step(state: _State, batch: Any, interrupts: Interrupts) -> dict[str, Any]:
     rows = state.settings.micro_batch_rows
     parts = [batch.rows(start, start + rows) for start in range(0, len(batch.tokens), rows)]
     counted = [sum(map(state.objective.count, parts)), float((batch.weights > 0).sum()), float(interrupts.requested)]
-    count, seen, stop = mesh.all_reduce_sum(torch.tensor(counted, dtype=torch.float64, device=_wire(state))).tolist()
+    count, seen, stop = mesh.all_reduce_sum(
+        torch.tensor(counted, dtype=torch.float64, device=mesh.wire(state.device))
+    ).tolist()
     if stop:
         raise KeyboardInterrupt
     if not count > 0:
@@ -173,7 +160,7 @@ def _step(state: _State, batch: Any, interrupts: Interrupts) -> dict[str, Any]:
     totals = _backward(state, parts, count, interrupts)
     loss, norm = totals["loss"][0] / count, _clip(state)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise HalflapError(_not_finite(state, loss))
+        raise HalflapError(not_finite(state.step + 1, loss, state.parameters))
     rate = learning_rate(state.settings, state.tokens + seen, state.total)
     set_learning_rate(state.optimizer, rate)
     state.updating = True
@@ -200,10 +187,7 @@ def _backward(state: _State, parts: Sequence[Any], count: float, interrupts: Int
         if interrupts.requested and mesh.world_size() == 1:
             state.optimizer.zero_grad(set_to_none=True)
             raise KeyboardInterrupt
-    names = sorted(totals)
-    flat = [float(value) for name in names for value in totals[name]]
-    summed = mesh.all_reduce_sum(torch.tensor(flat, dtype=torch.float64, device=_wire(state))).tolist()
-    return {name: summed[2 * i : 2 * i + 2] for i, name in enumerate(names)}
+    return add_over_ranks(totals, state.device)
 
 
 def _clip(state: _State) -> float:
@@ -219,27 +203,6 @@ def _clip(state: _State) -> float:
         parameters = state.parameters.values()
         torch.nn.utils.clip_grads_with_norm_(parameters, state.settings.clip, norm, foreach=True)
     return float(norm)
-
-
-def _wire(state: _State) -> torch.device:
-    """Where tensors travel between ranks: a GPU's own memory for nccl; alone, nothing needs to leave the CPU."""
-    return state.device if mesh.world_size() > 1 else torch.device("cpu")
-
-
-def _not_finite(state: _State, loss: float) -> str:
-    where = "every parameter and gradient is finite, but the gradient's norm is not"
-    for name, parameter in state.parameters.items():
-        for what, value in (("parameter", parameter), ("gradient of", parameter.grad)):
-            if value is not None and not bool(torch.isfinite(value).all()):
-                where = f"the first that is not finite is the {what} {name}"
-                break
-        else:
-            continue
-        break
-    return (
-        f"training stopped at step {state.step + 1} with loss {loss:g}: {where}; the last saved state is untouched: "
-        "lower --fit.learning-rate or lengthen --fit.warmup"
-    )
 
 
 def _log_window(state: _State, row: dict[str, Any], log: Callable[[dict[str, Any]], None] | None) -> None:
@@ -274,28 +237,6 @@ def _log_window(state: _State, row: dict[str, Any], log: Callable[[dict[str, Any
 def _log(row: dict[str, Any], log: Callable[[dict[str, Any]], None] | None) -> None:
     if log is not None and mesh.is_main():
         log(row)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the process's peak resident size, or the GPU's peak allocation."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@torch.no_grad()
-def mean_loss(
-    model: nn.Module, objective: Objective, batches: Sequence[Any], device: torch.device, dtype: torch.dtype
-) -> dict[str, float]:
-    """Loss and metrics of `objective` over all batches of all ranks, each sum divided by its exact count."""
-    totals: dict[str, list[float]] = {}
-    for batch in batches:
-        with precision(device, dtype):
-            terms = objective.loss(model, batch.to(device))
-        for name, (total, number) in {"loss": (terms.sum, objective.count(batch)), **terms.metrics}.items():
-            held = totals.setdefault(name, [0.0, 0.0])
-            totals[name] = [held[0] + float(total), held[1] + float(number)]
-    return {name: total / number for name, (total, number) in totals.items()}
 
 
 def _judge(state: _State, held_out: HeldOut, log: Callable[[dict[str, Any]], None] | None) -> None:

@@ -1,8 +1,8 @@
 """The state of an interrupted fit on disk: weights, optimiser, counters and random states, bit for bit.
 
-`DIR/training/step-00000120/` holds `model.safetensors`, `optimizer.safetensors` and `state.json`. The three are
-written into a hidden directory that is renamed when complete, so a kill at any moment leaves the former states
-whole; the last two are kept. Only the main rank writes; with several ranks each has the same weights.
+The directory holds one folder a state, `step-00000120/` with `model.safetensors`, `optimizer.safetensors` and
+`state.json`. They are written into a hidden folder that is renamed when complete, so a kill at any moment leaves the
+former states whole; the last two are kept. Only the main rank writes; with several ranks each has the same weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from halflap.errors import HalflapError
 from halflap.files import sync
 from halflap.parallel import mesh
 
-FOLDER = "training"
 KEPT = 2
 FORMAT = 1
 
@@ -37,7 +36,7 @@ def save(
 ) -> Path:
     """Write the state after `step` steps and drop all but the last two. Raises HalflapError on a full disk."""
     random_states = mesh.gather_bytes(random_state())
-    final = directory / FOLDER / f"step-{step:08d}"
+    final = directory / f"step-{step:08d}"
     if mesh.is_main() and not final.exists():
         state = {
             "format": FORMAT,
@@ -87,7 +86,7 @@ def _write(
 
 def states(directory: Path) -> list[Path]:
     """Complete states, oldest first."""
-    return sorted(path for path in (directory / FOLDER).glob("step-*") if path.is_dir())
+    return sorted(path for path in directory.glob("step-*") if path.is_dir())
 
 
 def restore(
@@ -115,7 +114,7 @@ def restore(
         return state["step"], state["counters"]
     if found:
         raise HalflapError(
-            f"none of the {len(found)} training states under {directory / FOLDER} can be read; remove that folder to "
+            f"none of the {len(found)} training states in {directory} can be read; remove that folder to "
             "start the training again"
         )
     return None
