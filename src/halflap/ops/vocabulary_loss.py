@@ -77,6 +77,21 @@ def kl_from_top_k_sum(
     return _apply(_top_k, (hidden, head_weight), (indices, log_probs), weights, chunk)
 
 
+@torch.no_grad()
+def top_k_log_probs(hidden: Tensor, head_weight: Tensor, k: int, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """The k most likely tokens (M, k) int64 and their wide log-probabilities (M, k), best first."""
+    narrow, wide = _dtypes(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        chunk, head = chunk or _chunk_rows(head_weight, wide), head_weight.to(narrow)
+        buffers = _Buffers(narrow, wide, min(chunk, len(hidden)))
+        parts = []
+        for rows in hidden.split(chunk):
+            logits = buffers.project(rows, head, "student")
+            top, indices = logits.topk(k, dim=1)
+            parts.append((indices, top - torch.logsumexp(logits, 1, keepdim=True)))
+    return torch.cat([indices for indices, _ in parts]), torch.cat([log_probs for _, log_probs in parts])
+
+
 # A chunk loss takes (logits (C, V), the chunk's rows of what belongs to its tokens, scratch) and returns each token's
 # loss (C,), with the gradient for the logits written over `logits`.
 ChunkLoss = Callable[[Tensor, tuple[Tensor, ...], "_Buffers"], Tensor]
@@ -97,8 +112,8 @@ def _divergence(divergence: Callable[..., Tensor], teacher_head: Tensor, tempera
             logits.div_(temperature)
             teacher.div_(temperature)
         difference = torch.sub(teacher, logits, out=buffers.wide("difference", logits))
-        log_total = _softmax_(logits)
-        per_token = divergence(logits, teacher, difference, log_total - _softmax_(teacher))
+        offset = _softmax_(logits) - _softmax_(teacher)
+        per_token = divergence(logits, teacher, difference, offset)
         if temperature != 1.0:
             logits.mul_(temperature)  # temperature^2 of the loss, 1 / temperature of the inner derivative
             per_token = per_token * temperature**2
@@ -198,14 +213,17 @@ def _dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return narrow, torch.promote_types(hidden.dtype, torch.float32)
 
 
+def _chunk_rows(head: Tensor, wide: torch.dtype) -> int:
+    place = "cpu" if head.device.type == "cpu" else "cuda"
+    return max(CHUNK_ROWS[place], CHUNK_BYTES[place] // (head.shape[0] * wide.itemsize))
+
+
 def _apply(
     loss: ChunkLoss, trained: tuple[Tensor, Tensor], rows: tuple[Tensor, ...], weights: Tensor, chunk: int | None
 ) -> Tensor:
     hidden, head = trained
     narrow, wide = _dtypes(hidden)
-    if chunk is None:
-        place = "cpu" if hidden.device.type == "cpu" else "cuda"
-        chunk = max(CHUNK_ROWS[place], CHUNK_BYTES[place] // (head.shape[0] * wide.itemsize))
+    chunk = chunk or _chunk_rows(head, wide)
     if not bool(weights.all()):  # tokens that do not count are not computed, which also drops their targets
         kept = weights.nonzero()[:, 0]
         hidden, weights = hidden.index_select(0, kept), weights.index_select(0, kept)
