@@ -25,7 +25,8 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Remembered digests go to the test's own folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    remembered = tmp_path_factory.getbasetemp() / "digests.json"
+    monkeypatch.setattr("halflap.inputs.cache_file", lambda: remembered)
 
 
 @pytest.fixture(scope="session")

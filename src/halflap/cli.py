@@ -99,7 +99,11 @@ def _main(words: list[str]) -> int:
         print(json.dumps(settings) if common.json else to_yaml(call.verb, settings), end="\n" if common.json else "")
         return 0
     with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints is no result
-        result = _resolve("cost:estimate")(call.recipe, Run(call.verb)) if call.control.dry_run else execute(call)
+        result = (
+            import_module("halflap.commands.cost").estimate(call.verb, call.recipe)
+            if call.control.dry_run
+            else execute(call)
+        )
     if common.json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     else:

@@ -54,4 +54,6 @@ def describe() -> dict[str, Any]:
     described: dict[str, Any] = {"versions": versions(), "machine": machine(), "command": sys.argv}
     if torch := sys.modules.get("torch"):
         described["torch"] = {"threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
+    if select := sys.modules.get("halflap.ops.select"):
+        described["kernels"] = select.describe()
     return described

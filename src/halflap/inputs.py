@@ -1,8 +1,8 @@
 """What a run reads, by digest: one entry a file or folder, the sha256 of its content.
 
 A folder's digest is that of its sorted (relative name, file digest) pairs; of a run directory of ours its
-`checkpoint/` counts. Digests of large files are remembered by (path, size, time of change) in the user's cache
-folder, so that naming a 16 GB checkpoint twice reads it once. No torch.
+`checkpoint/` counts. Digests of large files are remembered by (path, size, time of change) in HALFLAP_CACHE (default
+~/.cache/halflap), so that naming a 16 GB checkpoint twice reads it once. No torch.
 """
 
 from __future__ import annotations
@@ -41,6 +41,13 @@ def checkpoint_of(path: Path) -> Path:
     return inner if inner.is_dir() else path
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of a folder's files (of a run directory, of its checkpoint's); 0 for what does not exist."""
+    path = checkpoint_of(path)
+    files = _files(path) if path.is_dir() else [path] if path.exists() else []
+    return sum(file.stat().st_size for file in files)
+
+
 def _entry(path: Path, remembered: _Remembered) -> dict[str, Any]:
     path = checkpoint_of(path)
     if not path.exists():
@@ -62,11 +69,16 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(directory) / name for name in names if not name.startswith("."))
 
 
+def cache_file() -> Path:
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("HALFLAP_CACHE") or user / "halflap") / "digests.json"
+
+
 class _Remembered:
     """Digests of large files by path, size and time of change; a cache that cannot be read or written is no cache."""
 
     def __init__(self) -> None:
-        self.path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halflap" / "digests.json"
+        self.path = cache_file()
         self.known: dict[str, Any] = {}
         self.changed = False
         with suppress(OSError, ValueError):

@@ -1,12 +1,16 @@
-"""`inspect`, `import` and `export`: looking at a checkpoint, and bringing one in or out."""
+"""`inspect`, `import` and `export`: looking at a checkpoint, and bringing one in or out.
+
+torch is imported inside the functions that move weights, so that `inspect` is quick.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from halflap.commands.config import InspectRecipe
+from halflap.commands.config import ExportRecipe, ImportRecipe, InspectRecipe
 from halflap.commands.resolve import shape_of
-from halflap.errors import RecipeError
+from halflap.errors import HalflapError, RecipeError
 from halflap.models.count import (
     Phase,
     cache_bytes,
@@ -16,8 +20,10 @@ from halflap.models.count import (
     flops_per_token,
 )
 from halflap.models.presets import PRESETS
+from halflap.progress import track
 from halflap.run import Run
 
+EXPORT_CHECK_TOKENS = 64
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 
 
@@ -50,6 +56,88 @@ def inspect(recipe: InspectRecipe, run: Run) -> dict[str, Any]:
             for block, count, data in zip(config.blocks, parameters, blocks)
         ],
     }
+
+
+def import_(recipe: ImportRecipe, run: Run) -> dict[str, Any]:
+    """A GGUF file, or a directory in another dialect of a known family, to a Hugging Face directory: the run's own."""
+    from halflap.checkpoints.checkpoint import Checkpoint, write_checkpoint
+    from halflap.checkpoints.config import lineage_step
+
+    source, dtype = Path(recipe.source), recipe.common.dtype
+    if source.is_file():
+        if source.suffix != ".gguf":
+            raise HalflapError(
+                f"source is {recipe.source!r}; allowed are a .gguf file and a directory with config.json and "
+                "*.safetensors: convert pickled weights (.bin, .pt) to safetensors first"
+            )
+        from halflap.checkpoints.gguf_import import import_gguf
+
+        written = import_gguf(source, run.path, dtype)
+    else:
+        opened = Checkpoint.open(source)
+        written = write_checkpoint(
+            run.path,
+            opened.config,
+            track(opened.tensors(), "import", len(opened.entries)),
+            dtype=opened.dtypes if dtype == "auto" else dtype,
+            tokenizer_from=opened.path,
+            lineage=[*opened.lineage, lineage_step("import", {source.name: opened.digest})],
+        )
+    counted = count_parameters(written.config)
+    return {"parameters": counted, "tensors": len(written.entries), "path": str(run.path), "dtype": written.dtype}
+
+
+def export(recipe: ExportRecipe, run: Run) -> dict[str, Any]:
+    """A checkpoint that the stock classes load, and how far its logits are from the model's own."""
+    from halflap.checkpoints.checkpoint import Checkpoint, write_checkpoint
+    from halflap.checkpoints.config import family_of, lineage_step
+    from halflap.checkpoints.padding import pad_tensors, padded_config
+
+    opened = Checkpoint.open(recipe.model)
+    config, tensors = opened.config, opened.tensors()
+    if reason := family_of(config).cannot_write(config):
+        if not recipe.pad_to_stock:
+            raise HalflapError(
+                f"stock classes cannot hold this model, because {reason}; --pad-to-stock pads unequal widths with "
+                "zeros, and halflap runs the model as it is"
+            )
+        config = padded_config(opened.config)
+        tensors = pad_tensors(opened.config, config, tensors)
+        if reason := family_of(config).cannot_write(config):
+            raise HalflapError(f"stock classes cannot hold this model even padded, because {reason}; run it in halflap")
+    dtype = recipe.common.dtype
+    written = write_checkpoint(
+        run.path,
+        config,
+        track(tensors, "export", len(opened.entries)),
+        dtype=opened.dtypes if dtype == "auto" else dtype,
+        tokenizer_from=opened.path,
+        lineage=[*opened.lineage, lineage_step("export", {opened.path.name: opened.digest}, format=recipe.format)],
+    )
+    return {
+        "format": recipe.format,
+        "path": str(run.path),
+        "parameters": count_parameters(config),
+        "padded": config != opened.config,
+        "max_abs_error": _largest_difference(opened.path, written.path, recipe.common.seed),
+    }
+
+
+def _largest_difference(one: Path, other: Path, seed: int) -> float:
+    """Largest difference of the logits of two checkpoints on random tokens, in float32."""
+    import torch
+
+    from halflap.checkpoints.checkpoint import load_model
+
+    logits = []
+    for path in (one, other):
+        model = load_model(path, dtype="float32")
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(model.config.vocab_size, (2, EXPORT_CHECK_TOKENS), generator=generator)
+        with torch.inference_mode():
+            logits.append(model(tokens))
+        del model  # one at a time: a large one may fill the memory
+    return float((logits[0] - logits[1]).abs().max())
 
 
 def _preset_row(name: str) -> dict[str, Any]:

@@ -138,7 +138,10 @@ def doctor(result: Mapping[str, Any], console: Console) -> None:
         console.print(Text(heading, style="bold"))
         grid = Table.grid(padding=(0, 2))
         for name, value in result[heading].items():
-            grid.add_row(f"  {name}", size(value) if name.endswith("_bytes") else number(value))
+            if isinstance(value, Mapping):
+                value = ", ".join(f"{key} {item}" for key, item in value.items())
+            if value not in ("", None):
+                grid.add_row(f"  {name}", size(int(value)) if name.endswith("_bytes") else number(value))
         console.print(grid)
     for line in result["missing"] or ["nothing is missing"]:
         console.print(Text(f"- {line}" if result["missing"] else line))

@@ -1,0 +1,54 @@
+"""`--dry-run`: what a run would read, compute and hold, from the recipe and the model's config alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from halflap.commands.resolve import check_inputs, shape_of
+from halflap.inputs import size_of
+from halflap.models.config import ModelConfig
+from halflap.models.count import count_parameters, flops_per_token
+from halflap.models.presets import PRESETS
+from halflap.recipe import inputs_of, settings_of
+
+PASSES = {"pretrain": 3, "distill": 3, "compress": 3}
+"""Forward passes that a token costs its model: training costs a backward pass, which is two."""
+
+
+def estimate(verb: str, recipe: Any) -> dict[str, Any]:
+    """Bytes of input, parameters, tokens, floating-point operations and a floor for the memory; nothing is run.
+
+    The student of `compress` is counted as its teacher, so its figures are upper bounds.
+    """
+    check_inputs(recipe)
+    settings, inputs = settings_of(recipe), inputs_of(recipe)
+    read = sum(size_of(Path(value)) for values in inputs.values() for value in values)
+    result: dict[str, Any] = {"verb": verb, "input_bytes": read}
+    names = {name: inputs[name][0] for name in ("model", "student", "shape", "teacher") if name in inputs}
+    shapes = {name: shape_of(value) for name, value in names.items() if Path(value).is_dir() or value in PRESETS}
+    if not shapes:
+        return result
+    main = next(iter(shapes.values()))
+    result["parameters"] = count_parameters(main)
+    if tokens := settings.get("tokens"):
+        length = settings.get("fit.sequence_length") or settings.get("sequence_length") or 2048
+        result |= {"tokens": tokens, "flops": _flops(verb, main, shapes.get("teacher"), settings, tokens, length)}
+    result["memory_bytes"] = _memory(verb, main, shapes.get("teacher"))
+    return result
+
+
+def _flops(
+    verb: str, main: ModelConfig, teacher: ModelConfig | None, settings: dict[str, Any], tokens: int, length: int
+) -> int:
+    """Forward and backward passes over the tokens, the teacher's forward passes, and the calibration's."""
+    total = tokens * flops_per_token(main, length, "prefill") * PASSES.get(verb, 1)
+    if verb in ("distill", "compress"):
+        total += tokens * flops_per_token(teacher or main, length, "prefill")
+    return total + settings.get("calibration_tokens", 0) * flops_per_token(main, length, "prefill")
+
+
+def _memory(verb: str, main: ModelConfig, teacher: ModelConfig | None) -> int:
+    """Float32 weights; with training also gradients and two moments; activations come on top."""
+    held = count_parameters(main) * 4 * (4 if verb in PASSES else 1)
+    return held + (count_parameters(teacher or main) * 4 if verb in ("distill", "compress") else 0)
