@@ -1,0 +1,269 @@
+"""The page: reads the runs, makes every section's figures and tables, fills the template, writes one file.
+
+The file needs nothing beside it: style and drawings are inside, there is no script and no request. Its links lead to
+the artifacts by relative path, so it belongs beside the runs it was made from. A section without data says which file
+it would be made from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import halflap
+from halflap.errors import HalflapError
+from halflap.files import atomic_write
+from halflap.report import history, plots, strips, units
+from halflap.report.artifacts import Fact, RunFiles, Source, read_run
+from halflap.report.importance import Importance, read_importance
+from halflap.report.judgements import Judgements, read_judgements, verdict, with_parameters
+from halflap.report.measures import Speed, read_candidates, read_series, read_speed
+from halflap.report.shapes import KINDS, Shapes, read_shapes, size_rows
+from halflap.report.svg import element
+
+
+def build(runs: Sequence[Path], out: Path) -> Path:
+    """Write the report of `runs` (run directories) to `out` and return its path.
+
+    Raises HalflapError when there is no run, or a path is no run directory.
+    """
+    if not runs:
+        raise HalflapError(
+            "no run was given to report on; give one or more run directories (the --out of finished runs)"
+        )
+    if out.is_dir():
+        raise HalflapError(
+            f"{str(out)!r} is a directory and the report is one file; give a name such as {str(out / 'report.html')!r}"
+        )
+    problems: list[str] = []
+    sources = _with_arms([read_run(Path(run)) for run in runs], problems)
+    links = Links(out.parent)
+    page = _environment(links).get_template("page.html.j2").render(_context(sources, problems, links))
+    with atomic_write(out, "w") as file:
+        file.write(page)
+    return out
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The runs that were given and those that their tables of arms point to; `curves` are (shown name, run)."""
+
+    runs: list[RunFiles]
+    curves: list[tuple[str, RunFiles]] = field(default_factory=list)
+
+
+def _with_arms(runs: list[RunFiles], problems: list[str]) -> Sources:
+    """Add the runs that an arms.json names; the teacher's own training is not among the curves."""
+    found = Sources(list(runs))
+    known = {run.path.resolve(): run for run in runs}
+    named: dict[Path, str | None] = {}
+    for run in runs:
+        table = run.document("arms.json")
+        rows = table.get("arms") if table is not None else None
+        for arm in [arm for _, arm in rows.items()] if rows is not None else []:
+            if (where := arm.text("run")) is None:
+                continue
+            path = (run.path / where).resolve()
+            if path not in known and path.is_dir():
+                try:
+                    known[path] = read_run(run.path / where)
+                    found.runs.append(known[path])
+                except HalflapError as error:
+                    problems.append(str(error))
+            named.setdefault(path, None if arm.text("role") == "teacher" else arm.text("name"))
+    for path, run in known.items():
+        name = named.get(path, run.name)
+        if run.metrics and name is not None:
+            found.curves.append((name, run))
+    problems += [problem for run in found.runs for problem in run.problems]
+    return found
+
+
+class Links:
+    """Numbers as links to the file they come from, relative to the page's directory."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base.resolve()
+
+    def href(self, source: Source) -> str:
+        path = quote(Path(os.path.relpath(source.path.resolve(), self.base)).as_posix())
+        return f"{path}#{quote(source.pointer, safe='/~')}" if source.pointer else path
+
+    def place(self, source: Source) -> str:
+        name = Path(os.path.relpath(source.path.resolve(), self.base)).as_posix()
+        return f"{name} {source.pointer}".strip()
+
+    def number(self, fact: Fact | None, kind: str = "plain", missing: str = "not measured") -> Markup:
+        """The fact in the format `kind`, linked to its first source; its title names them all."""
+        if fact is None:
+            return element(
+                "span",
+                element("span", missing, class_="hidden"),
+                element("span", "–", aria_hidden="true"),
+                class_="none",
+            )
+        text = units.FORMATS[kind](fact.value)
+        places = [self.place(source) for source in fact.sources]
+        title = f"computed from {'; '.join(places)}" if len(places) > 1 else "".join(places)
+        href = next((self.href(source) for source in fact.sources), None)
+        return element("a", text, href=href, title=title, class_="n")
+
+    def file(self, path: Path, pointer: str = "") -> Markup:
+        """A link to an artifact by its name."""
+        source = Source(path, pointer)
+        return element("a", self.place(Source(path)), href=self.href(source), class_="file")
+
+
+def _environment(links: Links) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("halflap.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters.update(
+        {"num": links.number, **{f"as_{name}": function for name, function in units.FORMATS.items()}}
+    )
+    environment.globals.update(file=links.file, kinds=KINDS)
+    return environment
+
+
+def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, Any]:
+    runs = sources.runs
+    shapes = read_shapes(runs, problems)
+    judgements = read_judgements(runs)
+    if shapes is not None:
+        judgements = with_parameters(judgements, shapes.parameters_before, shapes.parameters_after)
+    importance = _importance(runs, problems)
+    candidates = read_candidates(runs)
+    series = read_series(sources.curves)
+    teacher = judgements.of("teacher")
+    context = {
+        "version": halflap.__version__,
+        "title": runs[0].name,
+        "finished": next(
+            (text[:10] for run in runs if (d := run.document("status.json")) and (text := d.text("finished"))), None
+        ),
+        "runs": runs,
+        "shapes": shapes,
+        "sizes": size_rows(shapes.teacher, shapes.student) if shapes else (),
+        "judged": judgements,
+        "verdict": verdict(judgements),
+        "whiskers": _whiskers(judgements),
+        "importance": importance,
+        "importance_plots": _importance_plots(importance, shapes),
+        "search_file": candidates[0].path if candidates else None,
+        "candidates": candidates[1] if candidates else [],
+        "candidates_plot": _candidates_plot(candidates[1] if candidates else [], teacher and teacher.loss),
+        "series": series,
+        "curves_plot": _curves_plot([curve for one in series for curve in one.curves]),
+        "speed": read_speed(runs),
+        "lineage": history.read_lineage(runs),
+        "certificate": history.read_certificate(runs),
+        "settings": history.read_settings(runs),
+        "problems": problems,
+    }
+    return context | {"speed_card": _speed_card(context["speed"])}
+
+
+def _importance(runs: Sequence[RunFiles], problems: list[str]) -> Importance | None:
+    for run in runs:
+        if run.importance is None:
+            continue
+        plan = run.document("pruned/pruning_plan.json", "checkpoint/pruning_plan.json", "pruning_plan.json")
+        try:
+            return read_importance(run.importance, plan)
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            problems.append(f"{run.name}/importance.safetensors cannot be read: {error}")
+    return None
+
+
+DEPTH_NAMES = {
+    "kl": "KL divergence from the whole model when the block is removed",
+    "loss": "loss added when the block is removed",
+    "block_influence": "block influence, 1 − cosine of what goes in and out",
+    "hidden_mse": "mean squared change of the final hidden state when the block is removed",
+    "logit_mse": "relative squared change of the logits when the block is removed",
+}
+
+
+def _importance_plots(importance: Importance | None, shapes: Shapes | None) -> dict[str, Any]:
+    """The hidden curve, a plot for each depth metric, and a strip for each row of each axis."""
+    if importance is None:
+        return {"hidden": None, "depth": [], "strip": None}
+    dropped = set(shapes.dropped) if shapes is not None else set()
+    kinds = [block.kind for block in shapes.blocks] if shapes is not None else []
+    compared = shapes is not None and shapes.student is not None
+    depth = []
+    for metric, values in importance.depth.items():
+        bars = [
+            plots.DepthBar(i, kinds[i] if i < len(kinds) else "mlp", float(v), i not in dropped if compared else None)
+            for i, v in enumerate(values)
+        ]
+        name = DEPTH_NAMES.get(metric, metric.replace("_", " "))
+        depth.append(
+            (
+                name,
+                bars,
+                plots.both(plots.depth_plot(bars, metric.replace("_", " ")), wide=(760, 250), narrow=(358, 230)),
+            )
+        )
+    hidden = None
+    if importance.hidden is not None:
+        draw = plots.hidden_plot(importance.hidden.tolist(), importance.hidden_kept)
+        hidden = plots.both(draw, wide=(760, 250), narrow=(358, 230))
+    return {"hidden": hidden, "depth": depth, "strip": strips.heat_strip}
+
+
+def _candidates_plot(candidates: Sequence[Any], teacher: Fact | None) -> Markup | None:
+    points = [
+        candidate.point()
+        for candidate in candidates
+        if candidate.zero_shot is not None or candidate.refined is not None
+    ]
+    return (
+        plots.both(plots.candidates_plot(points, float(teacher) if teacher is not None else None)) if points else None
+    )
+
+
+def _curves_plot(curves: Sequence[plots.Curve]) -> Markup | None:
+    drawn = [curve for curve in curves if len(curve.points) > 1]
+    return plots.both(plots.curves_plot(drawn, "loss")) if drawn else None
+
+
+def _whiskers(judgements: Judgements) -> dict[str, Any]:
+    """A whisker for each arm on one axis, the axis, and whether one lies beyond it."""
+    arms = [arm for arm in judgements.arms if arm.loss is not None]
+    if not arms:
+        return {"rows": {}, "axis": None, "beyond": False}
+    span = strips.whisker_span([float(arm.loss) for arm in arms if arm.loss], [arm.bounds for arm in arms])
+    rows = {}
+    for arm in arms:
+        assert arm.loss is not None
+        text = f"{arm.name}: loss {units.loss(float(arm.loss))}"
+        if arm.bounds:
+            text += f", interval {units.loss(arm.bounds[0])} to {units.loss(arm.bounds[1])}"
+        rows[arm.name] = strips.whisker(float(arm.loss), arm.bounds, span, text, arm.losses)
+    return {
+        "rows": rows,
+        "axis": strips.whisker_axis(span),
+        "beyond": any(float(arm.loss) > span[1] for arm in arms if arm.loss),
+    }
+
+
+def _speed_card(speed: Speed | None) -> dict[str, Any] | None:
+    """Decode speed of the last model in the first cell that has it, and its ratio to the first model."""
+    for row in speed.rows if speed is not None else ():
+        fact = row.cells[-1].get("decode_tokens_per_second")
+        if speed is not None and fact is not None:
+            before = row.cells[0].get("decode_tokens_per_second") if len(row.cells) > 1 else None
+            return {"row": row, "after": fact, "before": before, "ratio": speed.ratio(row, "decode_tokens_per_second")}
+    return None
