@@ -153,7 +153,7 @@ def _top_k(logits: Tensor, rows: tuple[Tensor, ...], buffers: _Buffers) -> Tenso
     """d/dz is q - p on the stored entries and q (1 - r / q_tail) elsewhere; r and q_tail are the lumped masses."""
     indices, log_p = rows[0], rows[1].to(logits.dtype)
     p = log_p.exp()
-    rest = (1 - p.sum(1)).clamp_min(0)
+    rest = (1 - p.sum(1)).clamp_min(0) * (indices.shape[1] < logits.shape[1])  # with k = V only rounding is left
     picked = logits.gather(1, indices)
     log_total = _softmax_(logits)
     q = logits.gather(1, indices)
