@@ -1,0 +1,18 @@
+"""From a teacher to the plan of a student, as a chain of files: importance, search result, plan, certificate.
+
+axes.py        which axes may be cut, what their sizes are called, and the config that remains after a cut
+importance.py  scores of every axis, as a file
+watch.py       scores from activations: one pass over calibration text serves every axis
+metrics.py     the table of metrics, and the controls `weight_norm` and `random`
+depth.py       scores of whole blocks: what their removal does to the output
+ranking.py     group-aware kept indices from importance and target sizes
+space.py       sizes to try, budgets, and what each candidate costs, from configs alone
+search.py      rank candidates by loss, then after a short distillation; resumable
+correction.py  gains and eps of norms over fewer channels
+plan.py        PruningPlan: exact kept indices, validated, saved as JSON
+compose.py     two plans as one
+prune.py       apply a plan to a stream of tensors
+masked.py      the masked teacher, which a student must equal
+verify.py      certify that it does, axis by axis
+controls.py    the group-blind control of experiments, which no plan can express
+"""

@@ -1,0 +1,95 @@
+"""Importance: a non-negative score for every index of every axis of one teacher; higher is kept.
+
+Scores by name: `hidden` (L, D), a row a block's norm; `blocks.i.neuron` (F,); `blocks.i.query` (K, H/K);
+`blocks.i.inner` (G, H/G, P), heads and channels of Mamba together; `blocks.i.state` (G, N). `depth` holds scores (L,)
+of whole blocks by metric. `energy` holds mean squares of what a norm divides by its root mean square, by the name of
+its gain: (D,) or (G, H/G, P). On disk: safetensors with a JSON header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from halflap.errors import HalflapError
+from halflap.files import atomic_write
+from halflap.models.config import AttentionConfig, Mamba2Config, ModelConfig
+
+FORMAT = "halflap-importance-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Importance:
+    """Scores by name, and what they were measured on: digests of teacher and calibration text, tokens read."""
+
+    metric: str
+    widths: Mapping[str, Tensor]
+    depth: Mapping[str, Tensor] = field(default_factory=dict)
+    energy: Mapping[str, Tensor] = field(default_factory=dict)
+    teacher: str = ""
+    calibration: str = ""
+    tokens: int = 0
+
+    def to_bytes(self) -> bytes:
+        parts = {"width": self.widths, "depth": self.depth, "energy": self.energy}
+        tensors = {f"{part}/{name}": t.contiguous() for part, named in parts.items() for name, t in named.items()}
+        header = {name: getattr(self, name) for name in ("metric", "teacher", "calibration", "tokens")}
+        return safetensors.torch.save(tensors, {"halflap": json.dumps({"format": FORMAT, **header})})
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        with atomic_write(path) as file:
+            file.write(self.to_bytes())
+
+    @staticmethod
+    def load(path: str | Path) -> Importance:
+        try:
+            with safetensors.safe_open(str(path), "pt") as file:
+                header = json.loads((file.metadata() or {}).get("halflap", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise HalflapError(f"importance {str(path)!r} does not exist; make it with `halflap score`") from None
+        except (safetensors.SafetensorError, ValueError, OSError) as error:
+            raise HalflapError(
+                f"importance {str(path)!r} is damaged ({error}); make it again with `halflap score`"
+            ) from error
+        if header.pop("format", None) != FORMAT:
+            raise HalflapError(f"{str(path)!r} is not an importance file of this version; score the teacher again")
+        parts: dict[str, dict[str, Tensor]] = {"width": {}, "depth": {}, "energy": {}}
+        for name, tensor in tensors.items():
+            part, _, key = name.partition("/")
+            parts[part][key] = tensor
+        return Importance(widths=parts["width"], depth=parts["depth"], energy=parts["energy"], **header)
+
+    def check_teacher(self, digest: str) -> None:
+        """Raise HalflapError unless the scores were measured on this teacher."""
+        if digest != self.teacher:
+            raise HalflapError(
+                f"the importance was measured on checkpoint {self.teacher[:12]} and this one is {digest[:12]}; "
+                "score this checkpoint first"
+            )
+
+
+def score_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all width scores."""
+    shapes: dict[str, tuple[int, ...]] = {"hidden": (len(config.blocks), config.hidden_size)}
+    for index, block in enumerate(config.blocks):
+        prefix = f"blocks.{index}"
+        if isinstance(block, Mamba2Config):
+            shapes[f"{prefix}.inner"] = (block.num_groups, block.heads_per_group, block.head_dim)
+            shapes[f"{prefix}.state"] = (block.num_groups, block.state_size)
+        elif isinstance(block, AttentionConfig):
+            shapes[f"{prefix}.query"] = (block.num_key_value_heads, block.queries_per_key_value_head)
+        else:
+            shapes[f"{prefix}.neuron"] = (block.intermediate_size,)
+    return shapes

@@ -1,0 +1,85 @@
+"""How importance is measured: one table of metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from halflap.compress.axes import block_of, short_name
+from halflap.compress.importance import Importance, score_shapes
+from halflap.compress.watch import DEFAULT_SOURCES, Sources, activation
+from halflap.data.batch import Batch
+from halflap.errors import HalflapError
+from halflap.models.layout import dim_size, layout
+from halflap.models.model import HybridModel
+
+
+def weight_norm(model: HybridModel, batches: Iterable[Batch], sources: Sources, seed: int) -> Importance:
+    """The L2 norm of all weights that an index touches; reads no text."""
+    del batches, sources, seed
+    squares = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in score_shapes(model.config).items()}
+    depth = torch.zeros(len(model.config.blocks), dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+    for name, dims in layout(model.config).items():
+        square = parameters[name].detach().double().cpu().square()
+        if name.startswith("blocks."):
+            depth[int(name.split(".")[1])] += square.sum()
+        for dimension, dim in enumerate(dims):
+            along = square.movedim(dimension, 0).reshape(square.shape[dimension], -1).sum(1)
+            for span, part in zip(dim, along.split([dim_size((span,)) for span in dim]), strict=True):
+                _add_span(squares, [axis.name for axis in span], part.reshape([axis.size for axis in span]))
+    return Importance(
+        "weight_norm", {n: s.sqrt().float() for n, s in squares.items()}, {"weight_norm": depth.sqrt().float()}
+    )
+
+
+def random(model: HybridModel, batches: Iterable[Batch], sources: Sources, seed: int) -> Importance:
+    """Uniform random scores: the control that every metric has to beat."""
+    del batches, sources
+    generator = torch.Generator().manual_seed(seed)
+    widths = {name: torch.rand(shape, generator=generator) for name, shape in score_shapes(model.config).items()}
+    return Importance("random", widths, {"random": torch.rand(len(model.config.blocks), generator=generator)})
+
+
+# Scores by the axes of the spans that belong to them; later axes (a query head's channels) are summed over.
+_SPANS: dict[tuple[str, ...], str] = {
+    ("neuron",): "neuron",
+    ("kv", "query", "head_dim"): "query",
+    ("group", "head", "channel"): "inner",
+    ("group", "state"): "state",
+}
+
+
+def _add_span(squares: dict[str, Tensor], axes: list[str], part: Tensor) -> None:
+    if axes == ["hidden"]:
+        squares["hidden"] += part / len(squares["hidden"])
+    elif name := _SPANS.get(tuple(short_name(axis) for axis in axes)):
+        target = squares[f"blocks.{block_of(axes[0])}.{name}"]
+        target += part.reshape(*target.shape, -1).sum(-1)
+
+
+Metric = Callable[[HybridModel, Iterable[Batch], Sources, int], Importance]
+
+METRICS: dict[str, Metric] = {"activation": activation, "weight_norm": weight_norm, "random": random}
+
+
+def collect(
+    model: HybridModel,
+    batches: Iterable[Batch],
+    metric: str = "activation",
+    *,
+    teacher: str = "",
+    calibration: str = "",
+    sources: Sources = DEFAULT_SOURCES,
+    seed: int = 0,
+) -> Importance:
+    """Importance by a row of `METRICS`; `teacher` and `calibration` are the digests it is filed under."""
+    if metric not in METRICS:
+        raise HalflapError(
+            f"importance metric {metric!r} is not known; allowed are {', '.join(METRICS)}: correct --metric"
+        )
+    measured = METRICS[metric](model, batches, sources, seed)
+    return dataclasses.replace(measured, teacher=teacher, calibration=calibration)

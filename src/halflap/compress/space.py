@@ -1,0 +1,332 @@
+"""Sizes to try, ceilings on what a student may cost, and the candidates that fit. From configs alone; no torch.
+
+A candidate is one size for each axis in all blocks (homogeneous). Costs add up over blocks and grow with every size,
+which this module uses twice: the smallest size of every axis gives the smallest reachable cost, and a candidate is
+worth looking at only if no axis can go up a step, since a student that another contains is never better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from halflap.compress.axes import (
+    Sizes,
+    block_sizes,
+    check_sizes,
+    depth_units,
+    largest_sizes,
+    resize,
+    resize_block,
+    target_counts,
+)
+from halflap.errors import HalflapError
+from halflap.models.config import BlockConfig, Mamba2Config, ModelConfig
+from halflap.models.count import count_non_embedding_parameters, count_parameters, flops_per_token, memory_bytes
+
+WITHIN = 0.95  # a student comes within 5 % below its ceiling where the space allows
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Ceilings, absolute: counts, bytes, operations a token; and what memory and FLOPs are meant at.
+
+    Keys and values take `cache_bits`; SSM states, which are summed up over the whole text, take twice as many.
+    """
+
+    params: float | None = None
+    non_embedding_params: float | None = None
+    memory: float | None = None
+    flops: float | None = None
+    latency: float | None = None
+    throughput: float | None = None
+    phase: str = "decode"
+    context: int = 8192
+    batch: int = 1
+    weight_bits: int = 16
+    cache_bits: int = 16
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """Cost name to ceiling, of those that are set."""
+        for name in ("latency", "throughput"):
+            if getattr(self, name) is not None:
+                raise HalflapError(
+                    f"a {name} budget is not supported yet, because it needs measured times; use --params, "
+                    "--non-embedding-params, --memory or --flops"
+                )
+        return {name: getattr(self, name) for name in COSTS if getattr(self, name) is not None}
+
+
+def _memory(config: ModelConfig, budget: Budget) -> float:
+    return memory_bytes(
+        config, budget.context, budget.batch, budget.weight_bits, budget.cache_bits, 2 * budget.cache_bits
+    )
+
+
+def _flops(config: ModelConfig, budget: Budget) -> float:
+    return flops_per_token(config, budget.context, "prefill" if budget.phase == "prefill" else "decode")
+
+
+COSTS: dict[str, Callable[[ModelConfig, Budget], float]] = {
+    "params": lambda config, _: count_parameters(config),
+    "non_embedding_params": lambda config, _: count_non_embedding_parameters(config),
+    "memory": _memory,
+    "flops": _flops,
+}
+
+
+def costs(config: ModelConfig, budget: Budget) -> dict[str, float]:
+    """Every cost of a config, under a budget's context, batch and bits."""
+    return {name: cost(config, budget) for name, cost in COSTS.items()}
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Sizes to try on each axis; an axis not given is chosen automatically, within the largest cuts."""
+
+    hidden_size: tuple[int, ...] = ()
+    """Widths of the residual stream."""
+    intermediate_size: tuple[int, ...] = ()
+    """Neurons of each MLP."""
+    mamba_num_heads: tuple[int, ...] = ()
+    """Heads of each Mamba block."""
+    mamba_head_dim: tuple[int, ...] = ()
+    """Channels of a Mamba head."""
+    ssm_state_size: tuple[int, ...] = ()
+    """State sizes of a Mamba block."""
+    num_attention_heads: tuple[int, ...] = ()
+    """Query heads of each attention block."""
+    num_key_value_heads: tuple[int, ...] = ()
+    """Key/value heads of each attention block."""
+    num_blocks: tuple[int, ...] = ()
+    """Numbers of blocks that stay."""
+    max_width_cut: float = 0.4
+    """Largest share of an axis that automatic choices cut."""
+    max_depth_cut: float = 0.2
+    """Largest share of the blocks that automatic choices drop."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_width_cut", "max_depth_cut"):
+            if not 0 <= getattr(self, name) < 1:
+                raise HalflapError(
+                    f"space.{name} is {getattr(self, name)}; it must be at least 0 and below 1: correct it"
+                )
+
+
+# Axes that automatic choices leave whole: attention is 8 % of a hybrid and pruned in none of the published students,
+# and cutting the state size is untried.
+LEFT_WHOLE = ("num_attention_heads", "num_key_value_heads", "ssm_state_size")
+
+# How much a cut of each size hurts (order of Taghibakhshi et al. 2025: depth, Mamba heads, then FFN and hidden;
+# channels worse than heads), on the squared logarithm of the cut. It decides which candidates are looked at first.
+HURTS: dict[str, float] = {
+    "num_blocks": 8,
+    "mamba_head_dim": 4,
+    "mamba_num_heads": 3,
+    "num_key_value_heads": 3,
+    "hidden_size": 2,
+    "num_attention_heads": 2,
+    "ssm_state_size": 2,
+    "intermediate_size": 1,
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Sizes, what the student of these sizes costs, and how much its cuts are expected to hurt."""
+
+    sizes: Sizes
+    costs: Mapping[str, float]
+    hurt: float
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Candidates that fit, the likeliest first; `remark` says so when none comes near a ceiling."""
+
+    candidates: tuple[Candidate, ...]
+    tried: int
+    remark: str | None = None
+
+
+def choices(teacher: ModelConfig, space: SearchSpace, with_depth: bool) -> dict[str, tuple[int, ...]]:
+    """Sizes to try by name, largest first; depth is chosen automatically only `with_depth`."""
+    largest = largest_sizes(teacher)
+    found: dict[str, tuple[int, ...]] = {}
+    for field in dataclasses.fields(SearchSpace):
+        given = getattr(space, field.name)
+        if field.name.startswith("max_"):
+            continue
+        if given:
+            for value in given:
+                check_sizes(teacher, Sizes(**{field.name: value}))
+            found[field.name] = tuple(sorted(set(given), reverse=True))
+        elif field.name in largest:
+            found[field.name] = _automatic(teacher, space, field.name, largest[field.name], with_depth)
+    return found
+
+
+def _automatic(teacher: ModelConfig, space: SearchSpace, name: str, largest: int, with_depth: bool) -> tuple[int, ...]:
+    if name in LEFT_WHOLE or (name == "num_blocks" and not with_depth):
+        return (largest,)
+    if name == "num_blocks":
+        unit = len(depth_units(teacher)[0])
+        step = unit * max(1, round(largest / 26 / unit))  # 2 of the 52 blocks of the 8B
+        return tuple(range(largest, math.ceil((1 - space.max_depth_cut) * largest) - 1, -step))
+    if name == "mamba_num_heads":
+        groups = math.lcm(*(block.num_groups for block in teacher.blocks if isinstance(block, Mamba2Config)))
+        step = groups * _step(largest // groups, 1)
+    elif name == "mamba_head_dim":
+        step = max(1, largest // 8)
+    else:
+        step = _step(largest, 8)
+    return tuple(range(largest, math.ceil((1 - space.max_width_cut) * largest) - 1, -step))
+
+
+def _step(size: int, least: int) -> int:
+    """The largest power of two that leaves at least 16 steps: 256 of 4096, 1024 of 21504, 32 of 512."""
+    return max(least, 1 << max(0, (size // 16).bit_length() - 1))
+
+
+def fitting(
+    teacher: ModelConfig, budget: Budget, space: SearchSpace | None = None, drop_order: tuple[int, ...] | None = None
+) -> Fitting:
+    """Candidates below every ceiling that no axis could exceed by a step, and within 5 % of a ceiling if any is.
+
+    `drop_order` lists blocks, the least important first; without it automatic choices keep every block.
+    Raises HalflapError without a budget, and for one that cannot be met, with the smallest that can.
+    """
+    space = space or SearchSpace()
+    ceilings = budget.ceilings
+    if not ceilings:
+        raise HalflapError(
+            "no budget was given; set at least one of --params, --non-embedding-params, --memory, --flops"
+        )
+    grid = choices(teacher, space, drop_order is not None)
+    cost = _Costs(teacher, budget, drop_order)
+    _check_reachable(grid, ceilings, cost, teacher)
+    below = [
+        sizes for sizes in _product(grid) if all(cost.of(name, sizes) <= limit for name, limit in ceilings.items())
+    ]
+    largest = _maximal(grid, below)
+    close = [s for s in largest if any(cost.of(name, s) >= WITHIN * limit for name, limit in ceilings.items())]
+    remark = None if close else _not_close(largest, ceilings, cost)
+    found = [_candidate(teacher, budget, sizes, drop_order) for sizes in close or largest]
+    tried = math.prod(len(values) for values in grid.values())
+    return Fitting(tuple(sorted(found, key=lambda candidate: candidate.hurt)), tried, remark)
+
+
+def _product(grid: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
+    for values in itertools.product(*grid.values()):
+        sizes = dict(zip(grid, values, strict=True))
+        if sizes.get("num_attention_heads", 0) % sizes.get("num_key_value_heads", 1) == 0:
+            yield sizes
+
+
+def _maximal(grid: Mapping[str, tuple[int, ...]], below: Iterable[dict[str, int]]) -> list[dict[str, int]]:
+    """Candidates of which no single size can go up: on a grid with growing costs, those that no other contains."""
+    fits = {tuple(sizes.values()) for sizes in below}
+    larger = {name: dict(zip(values[1:], values, strict=False)) for name, values in grid.items()}
+
+    def can_grow(key: tuple[int, ...]) -> bool:
+        for place, name in enumerate(grid):
+            up = larger[name].get(key[place])
+            if up is not None and (*key[:place], up, *key[place + 1 :]) in fits:
+                return True
+        return False
+
+    return [dict(zip(grid, key, strict=True)) for key in sorted(fits, reverse=True) if not can_grow(key)]
+
+
+def _candidate(
+    teacher: ModelConfig, budget: Budget, sizes: Mapping[str, int], drop_order: tuple[int, ...] | None
+) -> Candidate:
+    """With exact costs, and without the sizes that stay the teacher's."""
+    largest = largest_sizes(teacher)
+    cut: dict[str, Any] = {name: value for name, value in sizes.items() if value < largest[name]}
+    hurt = sum(HURTS[name] * math.log(largest[name] / value) ** 2 for name, value in cut.items())
+    chosen = Sizes(**cut)
+    return Candidate(chosen, costs(resize(teacher, kept_after(teacher, chosen, drop_order), chosen), budget), hurt)
+
+
+def kept_after(teacher: ModelConfig, sizes: Sizes, drop_order: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Blocks that stay when the first of `drop_order` go until `num_blocks` are left."""
+    count = len(teacher.blocks)
+    gone = set(sizes.drop_blocks)
+    if sizes.num_blocks is not None and sizes.num_blocks < count:
+        order = range(count - 1, -1, -1) if drop_order is None else drop_order
+        gone = set(itertools.islice(order, count - sizes.num_blocks))
+    return tuple(index for index in range(count) if index not in gone)
+
+
+class _Costs:
+    """Costs of many sizes of one teacher: a sum over its different blocks, each counted once for each width."""
+
+    def __init__(self, teacher: ModelConfig, budget: Budget, drop_order: tuple[int, ...] | None) -> None:
+        self.teacher, self.budget, self.drop_order = teacher, budget, drop_order
+        self._blocks: dict[Any, Counter[BlockConfig]] = {}
+        self._known: dict[Any, float] = {}
+
+    def of(self, name: str, sizes: Mapping[str, int]) -> float:
+        hidden = sizes["hidden_size"]
+        return self._rest(name, hidden) + sum(
+            count * self._block(name, hidden, block, tuple(sizes[size] for size in block_sizes(block)))
+            for block, count in self._kept(sizes["num_blocks"]).items()
+        )
+
+    def _kept(self, num_blocks: int) -> Counter[BlockConfig]:
+        if num_blocks not in self._blocks:
+            kept = kept_after(self.teacher, Sizes(num_blocks=num_blocks), self.drop_order)
+            self._blocks[num_blocks] = Counter(self.teacher.blocks[index] for index in kept)
+        return self._blocks[num_blocks]
+
+    def _block(self, name: str, hidden: int, block: BlockConfig, values: tuple[int, ...]) -> float:
+        """What one more block of these sizes adds."""
+        key = (name, hidden, id(block), values)
+        if key not in self._known:
+            sizes: dict[str, Any] = dict(zip(block_sizes(block), values, strict=True))
+            resized = resize_block(block, target_counts(block, Sizes(**sizes)))
+            self._known[key] = self._exact(name, hidden, resized, resized) - self._exact(name, hidden, resized)
+        return self._known[key]
+
+    def _rest(self, name: str, hidden: int) -> float:
+        """What a model costs beside its blocks."""
+        key = (name, hidden)
+        if key not in self._known:
+            block = self.teacher.blocks[0]
+            self._known[key] = 2 * self._exact(name, hidden, block) - self._exact(name, hidden, block, block)
+        return self._known[key]
+
+    def _exact(self, name: str, hidden: int, *blocks: BlockConfig) -> float:
+        return COSTS[name](dataclasses.replace(self.teacher, hidden_size=hidden, blocks=blocks), self.budget)
+
+
+def _check_reachable(
+    grid: Mapping[str, tuple[int, ...]], ceilings: Mapping[str, float], cost: _Costs, teacher: ModelConfig
+) -> None:
+    smallest = {name: values[-1] for name, values in grid.items()}
+    for name, limit in ceilings.items():
+        reachable = cost.of(name, smallest)
+        if reachable > limit:
+            whole = largest_sizes(teacher)
+            sizes = ", ".join(f"{size} {value}" for size, value in smallest.items() if value < whole[size])
+            raise HalflapError(
+                f"a budget of {limit:,.0f} {name} cannot be met: the smallest student of this search space has "
+                f"{reachable:,.0f} ({sizes or 'no axis may be cut'}); raise --{name.replace('_', '-')}, or allow "
+                "smaller sizes with --space.max-width-cut or lists such as --space.hidden-size"
+            )
+
+
+def _not_close(largest: list[dict[str, int]], ceilings: Mapping[str, float], cost: _Costs) -> str:
+    best = {name: max(cost.of(name, sizes) for sizes in largest) for name in ceilings}
+    nearest = max(ceilings, key=lambda name: best[name] / ceilings[name])
+    return (
+        f"no size of the search space comes within 5 % of the budget: the nearest student has {best[nearest]:,.0f} "
+        f"{nearest} of {ceilings[nearest]:,.0f}; give finer lists, such as --space.intermediate-size, to use all of it"
+    )

@@ -1,0 +1,187 @@
+"""Certify that a student is its teacher with the cut indices masked.
+
+Three statements, each checked by itself:
+1. the stored tensors are, bit for bit, what the plan makes of the teacher;
+2. in wide arithmetic, where storage rounds nothing, the logits of the cut teacher equal those of the masked teacher:
+   for every axis alone, and for all of them together;
+3. the stored student's logits equal the masked teacher's within the rounding of its dtype.
+
+For the norm corrections `none` and `calibrated` the masked teacher's norms divide by the kept channels (`masked.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halflap.checkpoints.checkpoint import Checkpoint
+from halflap.compress.axes import AXES, axes_of, block_of, short_name
+from halflap.compress.correction import norms
+from halflap.compress.masked import masked_teacher
+from halflap.compress.plan import Kept, PruningPlan, kept_count, kept_indices
+from halflap.compress.prune import apply_plan
+from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
+from halflap.models.count import count_parameters
+from halflap.models.model import HybridModel
+
+WIDE_LIMIT = 300_000_000  # parameters up to which float64 is used
+
+# Largest |difference of logits| / largest |logit| that counts as equal. Wide: only the order of sums differs, in some
+# hundred operations of unit roundoff 1e-16 or 6e-8. Stored: gains, and with them whole channels, are rounded once to
+# the stored dtype, and the errors of many blocks add up.
+WIDE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+STORED_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+def verify(student: Checkpoint, teacher: Checkpoint, plan: PruningPlan, tokens: Tensor) -> dict[str, Any]:
+    """The certificate of a student, on tokens (B, T) int64; `passed` only if everything holds.
+
+    Raises HalflapError when plan, teacher and student do not belong together, or when the student was trained since.
+    """
+    plan.check_teacher(teacher.digest)
+    if student.config != plan.student:
+        raise HalflapError(
+            f"the student is a {student.config.pattern()} of width {student.config.hidden_size} and its plan makes a "
+            f"{plan.student.pattern()} of width {plan.student.hidden_size}, or other norms; give this plan's student"
+        )
+    different = list(changed_tensors(student, apply_plan(plan, teacher.tensors())))
+    if different:
+        raise HalflapError(
+            f"{len(different)} of the student's tensors (first {different[0]}) are not what its plan makes of the "
+            "teacher, so its weights were trained or changed after pruning; verify the run's pruned/ directory instead"
+        )
+    dtype = torch.float64 if count_parameters(teacher.config) <= WIDE_LIMIT else torch.float32
+    whole = _model(teacher.config, teacher.tensors(), dtype)
+    axes = [_certify_axis(size, one, whole, tokens) for size, one in plans_by_axis(plan).items()]
+    reference = logits(masked_teacher(whole, plan), tokens)
+    scale = float(reference.abs().max())
+    exact = float((logits(cut_model(whole, plan), tokens) - reference).abs().max())
+    stored = float((logits(_model(student.config, student.tensors(), dtype), tokens) - reference).abs().max())
+    tolerance, stored_tolerance = WIDE_TOLERANCE[dtype] * scale, STORED_TOLERANCE[student.dtype] * scale
+    return {
+        "passed": all(axis["passed"] for axis in axes) and exact <= tolerance and stored <= stored_tolerance,
+        "max_abs_error": stored,
+        "tolerance": stored_tolerance,
+        "logit_scale": scale,
+        "exact_max_abs_error": exact,
+        "exact_tolerance": tolerance,
+        "arithmetic": str(dtype).removeprefix("torch."),
+        "stored": student.dtype,
+        "tensors_identical": True,
+        "tokens": tokens.numel(),
+        "norm_correction": plan.norm_correction,
+        "reference": REFERENCE[plan.norm_correction],
+        "axes": axes,
+        "teacher": teacher.digest,
+        "student": student.digest,
+        "plan": plan.digest,
+    }
+
+
+REFERENCE = {
+    "masked": "the teacher with the cut indices set to zero; norms divide by all channels",
+    "none": "the teacher with the cut indices set to zero; norms divide by the kept channels",
+    "calibrated": "the teacher with the cut indices set to zero; norms divide by the kept channels, gains calibrated",
+}
+
+
+def changed_tensors(student: Checkpoint, expected: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+    """Names of the student's tensors that differ in any bit from the expected, after the rounding of storage."""
+    for name, tensor in expected:
+        stored = student.read(name)
+        if not torch.equal(stored, tensor.to(stored.dtype)):
+            yield name
+
+
+# ---- axis by axis
+
+
+def plans_by_axis(plan: PruningPlan) -> dict[str, PruningPlan]:
+    """For every size that the plan cuts, the plan that cuts only it; `num_blocks` drops only the blocks."""
+    short = {axis.size: axis.axis for axis in AXES}
+    groups = {size: [axis] for size, axis in short.items()} | {"mamba_num_groups": ["group"]}
+    plans = {}
+    everything = tuple(range(len(plan.teacher_config.blocks)))
+    for size, names in groups.items():
+        keep = {name: kept for name, kept in plan.keep.items() if short_name(name) in names}
+        if keep:
+            plans[size] = _only(plan, everything, _fill(plan, keep))
+    if plan.keep_blocks != everything:
+        plans["num_blocks"] = _only(plan, plan.keep_blocks, {})
+    return plans
+
+
+def _only(plan: PruningPlan, keep_blocks: tuple[int, ...], keep: Mapping[str, Kept]) -> PruningPlan:
+    """The same kind of plan with fewer cuts; measured energies carry over where the norm is cut alike."""
+    shape = dataclasses.replace(plan, keep_blocks=keep_blocks, keep=keep, norm_correction="none", dropped={})
+    dropped = {
+        norm.name: plan.dropped.get(norm.name, (0.0,) * norm.groups)
+        for norm in norms(plan.teacher_config, shape.student, keep_blocks)
+        if plan.norm_correction == "calibrated" and norm.kept != norm.total
+    }
+    return dataclasses.replace(shape, norm_correction=plan.norm_correction, dropped=dropped)
+
+
+def _fill(plan: PruningPlan, keep: Mapping[str, Kept]) -> dict[str, Kept]:
+    """A table with a row for each kept parent needs rows for all parents when the parent stays whole."""
+    axes, filled = axes_of(plan.teacher_config), dict(keep)
+    for name, table in keep.items():
+        parent = axes[name].parent
+        if parent is not None and parent in plan.keep and parent not in keep:
+            rows: list[Any] = [table[0]] * axes[parent].size
+            for place, index in enumerate(kept_indices(axes[parent], plan.keep)):
+                rows[index] = table[place]
+            filled[name] = tuple(rows)
+    return filled
+
+
+def _certify_axis(size: str, plan: PruningPlan, whole: HybridModel, tokens: Tensor) -> dict[str, Any]:
+    reference = logits(masked_teacher(whole, plan), tokens)
+    error = float((logits(cut_model(whole, plan), tokens) - reference).abs().max())
+    scale = float(reference.abs().max())
+    axes = axes_of(plan.teacher_config)
+    cut = [axes[name] for name in plan.keep]
+    parents = [1 if axis.parent is None else axes[axis.parent].size for axis in cut]
+    kept = sum(kept_count(axis, plan.keep) * count for axis, count in zip(cut, parents, strict=True))
+    total = sum(axis.size * count for axis, count in zip(cut, parents, strict=True))
+    if size == "num_blocks":
+        kept, total = len(plan.keep_blocks), len(plan.teacher_config.blocks)
+    return {
+        "axis": size,
+        "kept": kept,
+        "total": total,
+        "blocks": len({block_of(axis.name) for axis in cut}) or None,
+        "max_abs_error": error,
+        "logit_scale": scale,
+        "passed": error <= WIDE_TOLERANCE[next(whole.parameters()).dtype] * scale,
+    }
+
+
+# ---- models
+
+
+def logits(model: HybridModel, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(tokens)
+
+
+def cut_model(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
+    """The student in the teacher's arithmetic, without any rounding of storage."""
+    state = {name: tensor.detach() for name, tensor in teacher.state_dict().items()}
+    return _model(plan.student, apply_plan(plan, state.items()), next(teacher.parameters()).dtype)
+
+
+def _model(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> HybridModel:
+    model = _shell(config)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors}, strict=True, assign=True)
+    return model.eval()
+
+
+def _shell(config: ModelConfig) -> HybridModel:
+    with torch.device("meta"):
+        return HybridModel(config)

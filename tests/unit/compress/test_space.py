@@ -1,0 +1,213 @@
+"""Candidates under budgets: exact counts, maximal sizes, impossible budgets, speed; and the search over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halflap.compress.axes import Sizes, resize
+from halflap.compress.plan import PruningPlan
+from halflap.compress.search import SearchResult, search
+from halflap.compress.space import Budget, SearchSpace, choices, costs, fitting
+from halflap.errors import HalflapError
+from halflap.models.count import count_parameters
+from halflap.models.presets import preset
+
+TINY = preset("nemotron-h-tiny")
+
+# Parameters of published candidates of the 8B (spec/compression.md, section 6): hidden, FFN, heads, channels
+COUNTED = {
+    (3072, 12288, 112, 64): 4_489_223_040,
+    (3072, 10752, 128, 64): 4_490_551_296,
+    (3328, 9984, 112, 64): 4_495_167_616,
+    (3072, 12288, 112, 60): 4_390_068_096,
+    (3072, 12288, 120, 56): 4_390_658_496,
+    (3072, 13056, 112, 56): 4_404_159_360,
+    (3072, 11520, 112, 64): 4_375_976_832,
+    (3072, 13056, 96, 64): 4_374_648_576,
+    (3072, 13824, 128, 48): 4_490_256_384,
+    (3072, 12288, 104, 62): 4_329_276_480,
+    (3072, 16128, 64, 64): 4_371_992_064,
+}
+
+
+@pytest.mark.parametrize("sizes", COUNTED)
+def test_counts_of_the_published_candidates(sizes: tuple[int, ...]) -> None:
+    teacher = preset("nemotron-h-8b")
+    assert count_parameters(resize(teacher, tuple(range(52)), Sizes(*sizes))) == COUNTED[sizes]
+
+
+def test_the_published_student_is_found_in_its_space() -> None:
+    teacher = preset("nemotron-h-8b")
+    space = SearchSpace(
+        hidden_size=(3072, 3328),
+        intermediate_size=(9984, 10752, 12288),
+        mamba_num_heads=(112, 128),
+        mamba_head_dim=(64,),
+    )
+    found = fitting(teacher, Budget(params=4.5e9), space)
+    chosen = {
+        (c.sizes.hidden_size, c.sizes.intermediate_size, c.sizes.mamba_num_heads or 128) for c in found.candidates
+    }
+    assert chosen == {(3072, 12288, 112), (3072, 10752, 128), (3328, 9984, 112)}
+    assert found.candidates[0].costs["params"] == 4_489_223_040 and found.remark is None
+
+
+@pytest.mark.parametrize("cost", ["params", "non_embedding_params", "memory", "flops"])
+def test_candidates_fit_and_none_could_grow(cost: str) -> None:
+    order = tuple(range(7))
+    limit = 0.6 * costs(TINY, Budget(context=64))[cost]
+    budget = Budget(**{cost: limit}, context=64)
+    space = SearchSpace(max_width_cut=0.6)
+    found = fitting(TINY, budget, space, order)
+    grid = choices(TINY, space, with_depth=True)
+    fits = set()
+    for values in itertools.product(*grid.values()):
+        sizes = Sizes(**dict(zip(grid, values)))  # type: ignore[arg-type]
+        kept = order[7 - (sizes.num_blocks or 7) :]
+        if costs(resize(TINY, kept, sizes), budget)[cost] <= limit:
+            fits.add(values)
+    largest = {v for v in fits if not any(w != v and all(a >= b for a, b in zip(w, v)) for w in fits)}
+    whole = {name: values[0] for name, values in grid.items()}
+    names = {tuple(getattr(c.sizes, n) or whole[n] for n in grid) for c in found.candidates}
+    assert names and names <= largest
+    assert all(0.95 * limit <= c.costs[cost] <= limit for c in found.candidates) or (names == largest and found.remark)
+    assert [c.hurt for c in found.candidates] == sorted(c.hurt for c in found.candidates)
+
+
+def test_several_budgets_are_all_kept() -> None:
+    whole = costs(TINY, Budget(context=64))
+    budget = Budget(params=0.8 * whole["params"], flops=0.6 * whole["flops"], context=64)
+    for candidate in fitting(TINY, budget, SearchSpace(max_width_cut=0.6)).candidates:
+        assert candidate.costs["params"] <= budget.params and candidate.costs["flops"] <= budget.flops  # type: ignore[operator]
+
+
+def test_an_impossible_budget_says_what_is_reachable() -> None:
+    with pytest.raises(HalflapError) as error:
+        fitting(TINY, Budget(params=1000))
+    space = SearchSpace()
+    smallest = {name: values[-1] for name, values in choices(TINY, space, with_depth=False).items()}
+    least = count_parameters(resize(TINY, tuple(range(7)), Sizes(**smallest)))  # type: ignore[arg-type]
+    assert f"{least:,}" in str(error.value) and "--params" in str(error.value) and "hidden_size" in str(error.value)
+
+
+def test_a_coarse_space_says_that_it_stays_below() -> None:
+    space = SearchSpace(
+        hidden_size=(96, 48), intermediate_size=(320,), mamba_num_heads=(12,), mamba_head_dim=(16,), num_blocks=(7,)
+    )
+    found = fitting(TINY, Budget(params=0.9 * count_parameters(TINY)), space)
+    assert len(found.candidates) == 1 and found.remark and "within 5 %" in found.remark
+
+
+def test_budgets_that_need_measuring_are_refused() -> None:
+    for name in ("latency", "throughput"):
+        with pytest.raises(HalflapError, match="not supported yet"):
+            fitting(TINY, Budget(**{name: 1.0}))
+    with pytest.raises(HalflapError, match="no budget"):
+        fitting(TINY, Budget())
+
+
+def test_impossible_lists_are_refused() -> None:
+    for space in (SearchSpace(hidden_size=(97,)), SearchSpace(mamba_num_heads=(6,)), SearchSpace(num_blocks=(8,))):
+        with pytest.raises(HalflapError, match="sizes"):
+            fitting(TINY, Budget(params=1e5), space)
+    with pytest.raises(HalflapError, match="below 1"):
+        SearchSpace(max_width_cut=1.0)
+
+
+def test_the_memory_of_the_47b_is_that_of_its_paper() -> None:
+    """31.7 GiB at 4-bit weights and 8-bit keys and values for a million tokens, states at 16 bits."""
+    budget = Budget(memory=31.7 * 2**30, context=10**6, weight_bits=4, cache_bits=8)
+    assert costs(preset("nemotron-h-47b"), budget)["memory"] == pytest.approx(31.69 * 2**30, rel=1e-3)
+
+
+def test_thousands_of_candidates_take_seconds() -> None:
+    start = time.process_time()
+    found = fitting(preset("nemotron-h-8b"), Budget(params=4.5e9), drop_order=tuple(range(52)))
+    assert found.tried > 10_000 and time.process_time() - start < 10
+
+
+# ---- search
+
+
+def plan_for(sizes: Sizes) -> PruningPlan:
+    keep = {"hidden": tuple(range(sizes.hidden_size))} if sizes.hidden_size else {}
+    return PruningPlan("teacher", TINY, None, keep)
+
+
+class Losses:
+    """Loss by hidden size, counting calls; raises after `limit` of them."""
+
+    def __init__(self, limit: int = 99, sign: int = 1) -> None:
+        self.calls: list[int] = []
+        self.limit, self.sign = limit, sign
+
+    def __call__(self, plan: PruningPlan) -> float:
+        if len(self.calls) >= self.limit:
+            raise KeyboardInterrupt
+        self.calls.append(plan.student.hidden_size)
+        return self.sign * plan.student.hidden_size / 100
+
+
+FITTING = fitting(TINY, Budget(params=0.6 * count_parameters(TINY)), SearchSpace(max_width_cut=0.6))
+
+
+def run(path: Path, score: Losses, **more: Any) -> SearchResult:
+    return search(FITTING, plan_for, score, made_from={"budget": 1}, path=path, shortlist=4, **more)
+
+
+def test_the_lowest_loss_wins(tmp_path: Path) -> None:
+    score = Losses()
+    result = run(tmp_path / "search.json", score)
+    assert len(score.calls) == 4 and len(result.trials) == len(FITTING.candidates) > 4
+    measured = [trial.loss for trial in result.trials if trial.loss is not None]
+    assert result.chosen.loss == min(measured) and measured == sorted(measured)
+    assert SearchResult.load(tmp_path / "search.json") == result
+    rows = json.loads((tmp_path / "search.json").read_text())["candidates"]
+    assert rows[0]["chosen"] and not rows[1]["chosen"] and rows[0]["costs"]["params"]
+
+
+def test_a_short_distillation_decides_among_the_best(tmp_path: Path) -> None:
+    score, refine = Losses(), Losses(sign=-1)
+    result = run(tmp_path / "search.json", score, refine=refine, refined=2)
+    assert len(refine.calls) == 2 and result.chosen.refined_loss == -max(refine.calls) / 100
+    assert sorted(score.calls)[:2] == sorted(refine.calls)
+
+
+def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(path, Losses(limit=2))
+    rest, again = Losses(), Losses()
+    result = run(path, rest)
+    assert len(rest.calls) == 2
+    assert run(path, again) == result and not again.calls
+
+
+def test_another_search_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    run(path, Losses())
+    score = Losses()
+    search(FITTING, plan_for, score, made_from={"budget": 2}, path=path, shortlist=4)
+    assert len(score.calls) == 4
+
+
+def test_what_is_no_search_result_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    with pytest.raises(HalflapError, match="does not exist"):
+        SearchResult.load(path)
+    for text in ("", "[]", '{"format": "x"}', '{"format": "halflap-search-1"}'):
+        path.write_text(text)
+        with pytest.raises(HalflapError, match="search"):
+            SearchResult.load(path)
+
+
+def test_trials_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FITTING.candidates[0].hurt = 0  # type: ignore[misc]
