@@ -132,6 +132,8 @@ def execute(call: Call) -> dict[str, Any]:
             if run.resumed:
                 say(f"going on with the interrupted run in {run.path}")
             run.finish(function(recipe, run))
+            if not out:
+                say(f"the run is kept in {run.path}")
         if file is not None:
             _publish(run.path / row.artifact, file)
         return run.result or {}
