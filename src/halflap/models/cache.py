@@ -21,7 +21,9 @@ class KeyValueState:
     keys: Tensor
     values: Tensor
 
-    def append(self, key: Tensor, value: Tensor, context_positions: Tensor, uniform: bool, used: int) -> tuple[Tensor, Tensor]:
+    def append(
+        self, key: Tensor, value: Tensor, context_positions: Tensor, uniform: bool, used: int
+    ) -> tuple[Tensor, Tensor]:
         """Write (B, K, T, h) at `context_positions` (B, T) and return all keys and values up to `used` tokens."""
         if used > self.keys.shape[2]:
             self._grow(max(used, 2 * self.keys.shape[2]))

@@ -164,7 +164,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
         if not self.blocks:
-            raise HalflapError("the model has no blocks; at least one of M (Mamba-2), * (attention), - (MLP) is needed: give a pattern")
+            raise HalflapError(
+                "the model has no blocks; at least one of M (Mamba-2), * (attention), - (MLP) is needed: give a pattern"
+            )
 
     def pattern(self) -> str:
         """One symbol a block, e.g. `M-M*-`."""
@@ -190,7 +192,9 @@ class ModelConfig:
 def _construct(kind: type[T], values: Mapping[str, Any]) -> T:
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
-        raise HalflapError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}: correct the config")
+        raise HalflapError(
+            f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}: correct the config"
+        )
     try:
         return kind(**values)
     except TypeError as error:
@@ -208,7 +212,9 @@ def _block_from_json(data: Mapping[str, Any]) -> BlockConfig:
     values = dict(data)
     kind = values.pop("kind", None)
     if kind not in BLOCK_KINDS:
-        raise HalflapError(f"block kind {kind!r} is not known; allowed are {', '.join(BLOCK_KINDS)}: correct the config")
+        raise HalflapError(
+            f"block kind {kind!r} is not known; allowed are {', '.join(BLOCK_KINDS)}: correct the config"
+        )
     if "time_step_limit" in values:
         low, high = values["time_step_limit"]
         values["time_step_limit"] = (float(low), float(high))

@@ -52,7 +52,12 @@ def attention_layout(block: AttentionConfig, prefix: str, hidden: Axis) -> Layou
         "v_proj.weight": (shared, residual),
         "o_proj.weight": (residual, rows),
     }
-    biases: Layout = {"q_proj.bias": (rows,), "k_proj.bias": (shared,), "v_proj.bias": (shared,), "o_proj.bias": (residual,)}
+    biases: Layout = {
+        "q_proj.bias": (rows,),
+        "k_proj.bias": (shared,),
+        "v_proj.bias": (shared,),
+        "o_proj.bias": (residual,),
+    }
     return weights | biases if block.bias else weights
 
 
@@ -82,7 +87,9 @@ def mamba2_layout(block: Mamba2Config, prefix: str, hidden: Axis) -> Layout:
 def mlp_layout(block: MLPConfig, prefix: str, hidden: Axis) -> Layout:
     neuron, residual = ((Axis(f"{prefix}.neuron", block.intermediate_size),),), ((hidden,),)
     inputs = ("gate_proj", "up_proj") if block.gated else ("up_proj",)
-    weights: Layout = {f"{name}.weight": (neuron, residual) for name in inputs} | {"down_proj.weight": (residual, neuron)}
+    weights: Layout = {f"{name}.weight": (neuron, residual) for name in inputs} | {
+        "down_proj.weight": (residual, neuron)
+    }
     biases: Layout = {f"{name}.bias": (neuron,) for name in inputs} | {"down_proj.bias": (residual,)}
     return weights | biases if block.bias else weights
 
