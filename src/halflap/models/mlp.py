@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from halflap.models.cache import BlockState
 from halflap.models.config import MLPConfig
 from halflap.models.context import SequenceContext
+from halflap.ops import select
 
 
 class MLPMixer(nn.Module):
@@ -24,9 +25,11 @@ class MLPMixer(nn.Module):
     def forward(self, x: Tensor, context: SequenceContext, state: BlockState | None = None) -> Tensor:
         """x (B, T, D) to (B, T, D)."""
         up = self.up_proj(x)
+        if self.config.gated and self.config.activation == "silu":
+            return self.down_proj(select.swiglu(self.gate_proj(x), up))
         if self.config.gated:
             return self.down_proj(self.activate(self.gate_proj(x)) * up)
         return self.down_proj(self.activate(up))
 
     def activate(self, x: Tensor) -> Tensor:
-        return F.relu(x).square() if self.config.activation == "relu2" else F.silu(x)
+        return select.squared_relu(x) if self.config.activation == "relu2" else F.silu(x)

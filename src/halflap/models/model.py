@@ -14,7 +14,7 @@ from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, ML
 from halflap.models.context import SequenceContext
 from halflap.models.mamba2 import Mamba2Mixer
 from halflap.models.mlp import MLPMixer
-from halflap.ops.norm import rms_norm
+from halflap.ops import select
 from halflap.ops.ssd import segment_runs
 
 MIXERS: dict[type, type[nn.Module]] = {
@@ -25,15 +25,19 @@ MIXERS: dict[type, type[nn.Module]] = {
 
 
 class RMSNorm(nn.Module):
-    """Gain (D,) and eps of `ops.norm.rms_norm`."""
+    """Gain (D,) and eps of `ops.norm.rms_norm`; before a mixer the output is already in the dtype autocast wants."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, before_mixer: bool = False) -> None:
         super().__init__()
         self.eps = eps
+        self.before_mixer = before_mixer
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        device = x.device.type
+        narrow = self.before_mixer and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if narrow else self.weight.dtype
+        return select.rms_norm(x, self.weight, self.eps, dtype)
 
 
 class Block(nn.Module):
@@ -41,11 +45,11 @@ class Block(nn.Module):
 
     def __init__(self, config: BlockConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
-        self.norm = RMSNorm(hidden_size, eps)
+        self.norm = RMSNorm(hidden_size, eps, before_mixer=True)
         self.mixer = MIXERS[type(config)](config, hidden_size)
 
     def forward(self, x: Tensor, context: SequenceContext, state: BlockState | None = None) -> Tensor:
-        return x + self.mixer(self.norm(x).to(self.norm.weight.dtype), context, state)
+        return x + self.mixer(self.norm(x), context, state)
 
 
 class HybridModel(nn.Module):
@@ -97,7 +101,7 @@ class HybridModel(nn.Module):
             hidden = block(hidden, context, None if cache is None else cache.blocks[index])
         if cache is not None:
             _advance(cache, tokens, lengths)
-        return self.norm(hidden).to(self.norm.weight.dtype)
+        return self.norm(hidden)
 
     def _context(
         self, tokens: Tensor, segments: Tensor | None, cache: Cache | None, lengths: Tensor | None

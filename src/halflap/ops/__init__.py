@@ -4,6 +4,10 @@ ssd.py              Mamba-2: the recurrence (reference), the chunked form (fast)
 conv.py             depthwise causal convolution over a sequence or from a state
 attention.py        causal grouped-query attention: full, packed, cached
 norm.py             RMSNorm and the gated grouped RMSNorm of Mamba-2
+activation.py       squared ReLU and SwiGLU
+mamba2.py           Mamba-2 between its two projections, over a sequence and one token at a time
+select.py           which implementation of an op runs: plain PyTorch or the kernels of native/
+native/             the same functions in C++ for the CPU
 vocabulary_loss.py  cross-entropy and KL divergence that never hold a batch's logits
 
 Legend: B batch, T time, D hidden, H heads, K key/value heads, G state groups, P head channels,

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisations, computed in float32 (float64 stays) and returned in the input's dtype.
+"""Root-mean-square normalisations, computed in float32 (float64 stays).
 
 The gain multiplies in the wide dtype before the cast, the order of Nemotron-H and Megatron.
 """
@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """w * x / sqrt(mean(x^2) + eps) over the last dimension: x (..., D), weight (D,)."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """w * x / sqrt(mean(x^2) + eps) over the last dimension: x (..., D), weight (D,); returned in `dtype`, or x's."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(dtype or x.dtype)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:

@@ -1,0 +1,176 @@
+// Vectors of float as wide as the processor's registers, bfloat16 storage, and the elementwise functions that the
+// kernels share. GCC and Clang vector extensions carry the code to any processor; AVX-512 has its own lines where it
+// is faster. No fast-math: sums and comparisons with infinities mean what they say.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace halflap {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef double vd __attribute__((vector_size(VL * 8)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+inline vf splat(float x) { return vf{} + x; }
+inline vi iota() {
+    vi r;
+    for (int i = 0; i < VL; i++) r[i] = i;
+    return r;
+}
+inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+inline vf maximum(vf a, vf b) { return a > b ? a : b; }
+inline vf minimum(vf a, vf b) { return a < b ? a : b; }
+
+inline float sum(vf a) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)a);
+#else
+    float s = 0;
+    for (int i = 0; i < VL; i++) s += a[i];
+    return s;
+#endif
+}
+
+inline double sum(vd a) {
+    double s = 0;
+    for (int i = 0; i < VL; i++) s += a[i];
+    return s;
+}
+inline vd load(const double* p) {
+    vd r;
+    memcpy(&r, p, sizeof r);
+    return r;
+}
+inline void store(double* p, vd a) { memcpy(p, &a, sizeof a); }
+
+// bfloat16: round to nearest even; a NaN stays one
+inline vu to_bf16_bits(vf a) {
+    vu bits = (vu)a;
+    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (a == a) ? rounded : ((bits >> 16) | 0x40);
+}
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+inline vf load(const float* p) {
+    vf r;
+    memcpy(&r, p, sizeof r);
+    return r;
+}
+inline vf load(const bf16* p) {
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+inline void store(float* p, vf a) { memcpy(p, &a, sizeof a); }
+inline void store(bf16* p, vf a) {
+#if defined(__AVX512BF16__)
+    __m256bh h = _mm512_cvtneps_pbh((__m512)a);
+    memcpy(p, &h, sizeof h);
+#else
+    vh h = __builtin_convertvector(to_bf16_bits(a), vh);
+    memcpy(p, &h, sizeof h);
+#endif
+}
+
+// the first n < VL lanes, zeros behind
+template <class T>
+inline vf load_some(const T* p, int n) {
+    T lanes[VL] = {};
+    memcpy(lanes, p, n * sizeof(T));
+    return load(lanes);
+}
+template <class T>
+inline void store_some(T* p, vf a, int n) {
+    T lanes[VL];
+    store(lanes, a);
+    memcpy(p, lanes, n * sizeof(T));
+}
+template <class T>
+inline vf load_to(const T* p, int64_t left) {
+    return left >= VL ? load(p) : load_some(p, (int)left);
+}
+template <class T>
+inline void store_to(T* p, vf a, int64_t left) {
+    if (left >= VL) store(p, a);
+    else store_some(p, a, (int)left);
+}
+
+// e^x to 1.2e-7 relative; 0 below -87.3 and e^88 above 88, so neither subnormal nor infinite
+inline vf exponential(vf x) {
+    const vf rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    vi tiny = x < -87.3f;
+    vf y = minimum(maximum(x, splat(-87.3f)), splat(88.0f));
+    vf turns = y * 1.44269504088896341f + rounder;
+    vi power = (vi)turns << 23;
+    turns -= rounder;
+    y = y - turns * 0.693359375f;
+    y = y + turns * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * y + 1.3981999507e-3f;
+    p = p * y + 8.3334519073e-3f;
+    p = p * y + 4.1665795894e-2f;
+    p = p * y + 1.6666665459e-1f;
+    p = p * y + 5.0000001201e-1f;
+    p = p * y * y + y + 1.0f;
+    return select(tiny, splat(0.0f), (vf)((vi)p + power));
+}
+// log(1 + e^x) = max(x, 0) + log1p(e), e = e^-|x|; log1p(e) = 2 atanh(e / (2 + e)), a series that keeps small values exact
+inline vf softplus(vf x) {
+    vf e = exponential(minimum(x, -x));
+    vf s = e / (2.0f + e), t = s * s, p = splat(1.0f / 17);
+    for (int odd = 15; odd > 0; odd -= 2) p = p * t + 1.0f / odd;
+    return maximum(x, splat(0)) + 2.0f * s * p;
+}
+inline vf sigmoid_float(vf x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// 1 / (1 + e^-x) to 1e-4 relative, a fraction of bfloat16's spacing (4e-3): for values that are stored in bfloat16
+inline vf sigmoid_bf16(vf x) {
+#if defined(__AVX512F__)
+    __m512 t = _mm512_mul_ps((__m512)maximum(minimum(x, splat(87.0f)), splat(-87.0f)), _mm512_set1_ps(-1.44269504f));
+    __m512 whole = _mm512_roundscale_ps(t, 0);
+    vf f = (vf)_mm512_sub_ps(t, whole);
+    vf p = splat(9.6181291e-3f) * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    return (vf)_mm512_rcp14_ps(_mm512_add_ps(_mm512_scalef_ps((__m512)p, whole), _mm512_set1_ps(1.0f)));
+#else
+    return sigmoid_float(x);
+#endif
+}
+template <class T>
+inline vf sigmoid(vf x) {
+    return sizeof(T) == 2 ? sigmoid_bf16(x) : sigmoid_float(x);
+}
+template <class T>
+inline vf silu(vf x) {
+    return x * sigmoid<T>(x);
+}
+
+}  // namespace halflap
