@@ -232,15 +232,17 @@ def write_checkpoint(
     spelled = ((names.get(ours, ours), tensor) for ours, tensor in tensors)
     files.write_shards(directory, specs, spelled, max_shard_bytes=max_shard_bytes)
     most = max(specs.values(), key=lambda spec: spec.nbytes)
-    write_config(directory, config, _name(DTYPES[most.code]), __version__)
-    write_json(directory / "lineage.json", {"steps": [dict(step) for step in lineage]})
-    if tokenizer_from is not None:
-        copy_tokenizer(Path(tokenizer_from), directory)
-    for name, content in (extra_files or {}).items():
-        with atomic_write(directory / name) as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-    with atomic_write(directory / "README.md", "w") as file:
-        file.write(model_card(directory.resolve().name, config, family, lineage, license))
+    small = {"README.md": model_card(directory.resolve().name, config, family, lineage, license)} | dict(
+        extra_files or {}
+    )
+    with files.full_disk_named(directory):
+        write_config(directory, config, _name(DTYPES[most.code]), __version__)
+        write_json(directory / "lineage.json", {"steps": [dict(step) for step in lineage]})
+        if tokenizer_from is not None:
+            copy_tokenizer(Path(tokenizer_from), directory)
+        for name, content in small.items():
+            with atomic_write(directory / name) as file:
+                file.write(content.encode() if isinstance(content, str) else content)
     return Checkpoint.open(directory)
 
 
@@ -261,7 +263,12 @@ def _specs(config: ModelConfig, dtype: str | Mapping[str, str]) -> dict[str, Ten
 
 def copy_tokenizer(source: Path, directory: Path) -> list[str]:
     """Copy the tokenizer files that `source` (a checkpoint or run directory) has; returns their names."""
-    source = source / "checkpoint" if (source / "checkpoint").is_dir() else source
+    if not source.is_dir():
+        raise HalflapError(
+            f"{source} is no directory and tokenizer files should come from it: give a checkpoint directory"
+        )
+    if not (source / "config.json").exists() and (source / "checkpoint").is_dir():
+        source = source / "checkpoint"
     copied = []
     for name in TOKENIZER_FILES:
         if (source / name).exists() and source.resolve() != directory.resolve():

@@ -51,6 +51,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 
+PIECE = 1 << 24  # bytes moved by one system call, which takes no more than 2 GiB anyway
 SAMPLE_ALL = 1 << 20  # tensors up to 1 MiB are digested whole
 SAMPLE_BLOCKS, SAMPLE_BLOCK = 16, 1 << 14  # of larger ones 16 blocks of 16 KiB, evenly spread, both ends included
 
@@ -181,7 +182,7 @@ def read_tensor(entry: Entry) -> Tensor:
         file.seek(entry.start)
         done = 0
         while done < len(view):
-            count = file.readinto(view[done : done + (1 << 30)])
+            count = file.readinto(view[done : done + PIECE])
             if not count:
                 raise HalflapError(f"{entry.file} became shorter while it was read: copy or download it again")
             done += count
@@ -247,7 +248,7 @@ def write_shards(
         shard.final: directory / f".{shard.final}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp" for shard in shards
     }
     try:
-        with _full_disk_named(directory, needed):
+        with full_disk_named(directory):
             _write_data(shards, temporary, specs, tensors)
             _commit(directory, shards, temporary, needed)
     finally:
@@ -318,7 +319,7 @@ def _write_data(
             file.seek(offset)
             done = 0
             while done < len(data):
-                done += file.write(data[done : done + (1 << 30)])
+                done += file.write(data[done : done + PIECE])
     if place:
         raise HalflapError(
             f"{len(place)} tensors never came, the first is {next(iter(place))}: give each tensor of the layout once"
@@ -374,13 +375,14 @@ def _alive(process: int) -> bool:
 
 
 @contextmanager
-def _full_disk_named(directory: Path, needed: int) -> Iterator[None]:
+def full_disk_named(directory: Path) -> Iterator[None]:
+    """Turn the operating system's complaint about a full disk into the sentence a user gets."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
         raise HalflapError(
-            f"the disk under {directory} is full ({error.strerror}) while writing {needed / 1e9:.2f} GB of weights; "
-            "nothing was replaced: free some space or choose another --out"
+            f"the disk under {directory} is full ({error.strerror}); weights that were there before stay until new "
+            "ones are whole: free some space or choose another --out"
         ) from error

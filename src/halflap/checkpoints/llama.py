@@ -65,6 +65,8 @@ def read_rope(data: Json) -> RopeConfig:
             f"config.json has a rotary embedding of type {kind!r}; allowed are default and llama3: "
             "use a checkpoint without it"
         )
+    if "factor" not in settings:
+        raise HalflapError("the rotary embedding of type 'llama3' in config.json has no factor: add the model's own")
     return RopeConfig(
         theta=theta,
         scaling=RopeScaling(

@@ -64,7 +64,7 @@ def read_config(data: Json) -> ModelConfig:
         ),
         "*": AttentionConfig(
             num_attention_heads=heads,
-            num_key_value_heads=pick(data, heads, "num_key_value_heads"),
+            num_key_value_heads=pick(data, heads if "num_key_value_heads" in data else 8, "num_key_value_heads"),
             head_dim=pick(data, 128, "head_dim", "attention_head_dim"),
         ),
         "-": MLPConfig(
