@@ -88,6 +88,13 @@ def _from_roles(node: Node) -> tuple[Judged, ...]:
         found = next((child for key in keys if (child := node.get(key)) is not None), None)
         if found is not None and isinstance(found.value, dict):
             arms.append(_judged(found, role, found.text("name") or NAMES[role]))
+    if not any(arm.loss is not None for arm in arms):
+        return ()
+    known = {key for keys in ROLES.values() for key in keys}
+    controls = node.get("controls") or node
+    for key, child in controls.items():
+        if key not in known and isinstance(child.value, dict) and child.number("loss") is not None:
+            arms.append(_judged(child, "control", key.replace("_", " ")))
     return tuple(arm for arm in arms if arm.loss is not None)
 
 

@@ -90,34 +90,45 @@ def describe_sizes(node: Node) -> str:
 
 # ---- loss curves
 
+DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric_kl")
+"""What a distilled student minimises: not a next-token loss, so it gets axes of its own."""
+
 
 @dataclass(frozen=True)
 class Series:
-    """One run's losses: `train` and `held_out` curves in nats a token, and their last values as facts."""
+    """One training: its curves in nats a token, and their ends as facts; `divergence` names what `train` measures."""
 
     name: str
     color: int
-    curves: tuple[Curve, ...]
+    train: Curve | None
+    held_out: Curve | None
     first: Fact | None
     last_train: Fact | None
     last_held_out: Fact | None
     tokens: Fact
-    divergence: bool
+    divergence: str | None
 
 
 def read_series(runs: Sequence[tuple[str, RunFiles]]) -> list[Series]:
-    """Every series of every run's metrics.jsonl that has losses against tokens; `runs` are (shown name, files)."""
-    found = []
+    """Every training in every run's metrics.jsonl; `runs` are (shown name, files).
+
+    Rows of one training share their arm, else all their text values; rows without a step are no training.
+    """
+    found: list[Series] = []
     for shown, run in runs:
         groups: dict[tuple[str, ...], list[Node]] = {}
         for row in run.metrics:
-            if row.number("tokens") is not None:
-                key = tuple(str(value) for value in row.value.values() if isinstance(value, str))
-                groups.setdefault(key, []).append(row)
-        for key, rows in groups.items():
-            name = shown if len(groups) == 1 else f"{shown}, {' '.join(key)}" if key else shown
-            series = _series(name, rows, len(found) % COLORS)
-            if series is not None:
+            if row.number("tokens") is not None and row.number("step") is not None:
+                words = (
+                    [row.text("arm") or ""]
+                    if row.text("arm")
+                    else [v for v in row.value.values() if isinstance(v, str)]
+                )
+                groups.setdefault(tuple(words), []).append(row)
+        for words, rows in groups.items():
+            title = " ".join(words).replace("_", " ") if len(groups) > 1 else ""
+            name = title if len(runs) == 1 and title else ", ".join(part for part in (shown, title) if part)
+            if (series := _series(name, rows, len(found) % COLORS)) is not None:
                 found.append(series)
     return found
 
@@ -125,24 +136,27 @@ def read_series(runs: Sequence[tuple[str, RunFiles]]) -> list[Series]:
 def _series(name: str, rows: Sequence[Node], color: int) -> Series | None:
     held_out = [(row, fact) for row in rows if (fact := row.number("held_out_loss")) is not None]
     train = [(row, fact) for row in rows if (fact := row.number("loss")) is not None]
-    divergence = any(row.number(key) is not None for row, _ in train[:1] for key in ("kl", "forward_kl", "divergence"))
-    # What a distilled student minimises is a divergence, which does not belong on the axis of next-token losses.
-    plain = [(row, fact) for row in rows if (fact := row.number("next_token_loss", "cross_entropy")) is not None]
-    shown = plain if divergence else train
-    curves = [
-        Curve(
-            name, split, thinned([(float(row.number("tokens") or math.nan), float(fact)) for row, fact in pairs]), color
-        )
-        for split, pairs in (("train", shown), ("held-out", held_out))
-        if len(pairs) > (0 if split == "held-out" else 1)
-    ]
     if not train and not held_out:
         return None
+    divergence = next((key for key in DIVERGENCES if train and train[-1][0].number(key) is not None), None)
     tokens = rows[-1].number("tokens")
     assert tokens is not None
-    first = held_out[0][1] if held_out else None
-    last_held_out = held_out[-1][1] if held_out else None
-    return Series(name, color, tuple(curves), first, train[-1][1] if train else None, last_held_out, tokens, divergence)
+    return Series(
+        name,
+        color,
+        _curve(name, "train", train, color),
+        _curve(name, "held-out", held_out, color),
+        held_out[0][1] if held_out else None,
+        train[-1][1] if train else None,
+        held_out[-1][1] if held_out else None,
+        tokens,
+        divergence,
+    )
+
+
+def _curve(name: str, split: str, pairs: Sequence[tuple[Node, Fact]], color: int) -> Curve | None:
+    points = [(float(row.number("tokens") or math.nan), float(fact)) for row, fact in pairs]
+    return Curve(name, split, thinned(points), color) if len(points) > 1 else None
 
 
 # ---- speed
@@ -212,7 +226,7 @@ def read_speed(runs: Sequence[RunFiles]) -> Speed | None:
     shown = tuple(
         metric for metric in METRICS if any(cell[metric[0]] is not None for row in rows for cell in row.cells)
     )
-    return Speed(names, rows, _words(tables[0][1], "hardware"), _words(tables[0][1], "kernels"), shown)
+    return Speed(names, rows, _hardware(tables[0][1]), _kernels(tables[0][1]), shown)
 
 
 def _tables(name: str, node: Node) -> Iterator[tuple[str, Node]]:
@@ -228,10 +242,23 @@ def _metric(row: Node | None, name: str) -> Fact | None:
     return row.number(name) if row is not None else None
 
 
-def _words(node: Node, key: str) -> str:
-    found = node.get(key)
-    if found is None:
-        return ""
-    if isinstance(found.value, dict):
-        return ", ".join(f"{name.replace('_', ' ')} {units.plain(child.value)}" for name, child in found.items())
-    return str(found.value)
+def _hardware(node: Node) -> str:
+    """The machine in words; of unknown forms whatever they say."""
+    found = node.get("hardware")
+    if found is None or not isinstance(found.value, dict):
+        return "" if found is None else str(found.value)
+    parts = [found.text("gpu") or found.text("processor") or ""]
+    for key, word in (("cores", "cores"), ("threads", "threads")):
+        if (number := found.number(key)) is not None:
+            parts.append(f"{units.count(number.value)} {word}")
+    if (memory := found.number("memory_bytes")) is not None:
+        parts.append(f"{units.size(memory.value)} memory")
+    return ", ".join(part for part in parts if part)
+
+
+def _kernels(node: Node) -> str:
+    """The kernels that were chosen, each named once."""
+    found = node.get("kernels", "ops") or node.get("kernels")
+    if found is None or not isinstance(found.value, dict):
+        return "" if found is None else str(found.value)
+    return ", ".join(sorted({str(value) for value in found.value.values() if isinstance(value, str) and value}))

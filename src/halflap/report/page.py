@@ -7,6 +7,7 @@ it would be made from.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from halflap.report import history, plots, strips, units
 from halflap.report.artifacts import Fact, RunFiles, Source, read_run
 from halflap.report.importance import Importance, read_importance
 from halflap.report.judgements import Judgements, read_judgements, verdict, with_parameters
-from halflap.report.measures import Speed, read_candidates, read_series, read_speed
+from halflap.report.measures import Series, Speed, read_candidates, read_series, read_speed
 from halflap.report.shapes import KINDS, Shapes, read_shapes, size_rows
 from halflap.report.svg import element
 
@@ -71,6 +72,8 @@ def _with_arms(runs: list[RunFiles], problems: list[str]) -> Sources:
             if (where := arm.text("run")) is None:
                 continue
             path = (run.path / where).resolve()
+            if path == run.path.resolve():
+                continue
             if path not in known and path.is_dir():
                 try:
                     known[path] = read_run(run.path / where)
@@ -164,7 +167,8 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
         "candidates": candidates[1] if candidates else [],
         "candidates_plot": _candidates_plot(candidates[1] if candidates else [], teacher and teacher.loss),
         "series": series,
-        "curves_plot": _curves_plot([curve for one in series for curve in one.curves]),
+        "curves_plot": _curves_plot(series, divergence=False),
+        "divergence_plot": _curves_plot(series, divergence=True),
         "speed": read_speed(runs),
         "lineage": history.read_lineage(runs),
         "certificate": history.read_certificate(runs),
@@ -234,9 +238,18 @@ def _candidates_plot(candidates: Sequence[Any], teacher: Fact | None) -> Markup 
     )
 
 
-def _curves_plot(curves: Sequence[plots.Curve]) -> Markup | None:
-    drawn = [curve for curve in curves if len(curve.points) > 1]
-    return plots.both(plots.curves_plot(drawn, "loss")) if drawn else None
+def _curves_plot(series: Sequence[Series], *, divergence: bool) -> Markup | None:
+    """Next-token losses of all trainings, or the divergences from a teacher that distillation minimises."""
+    if divergence:
+        found = [one.train for one in series if one.divergence and one.train is not None]
+        curves = [dataclasses.replace(curve, split="divergence") for curve in found]
+        names = {one.divergence.replace("_kl", " KL") for one in series if one.divergence}
+        draw = plots.curves_plot(curves, "divergence", f"{', '.join(sorted(names))}, nats a token") if curves else None
+    else:
+        curves = [one.train for one in series if not one.divergence and one.train is not None]
+        curves += [one.held_out for one in series if one.held_out is not None]
+        draw = plots.curves_plot(curves, "loss", "loss, nats a token") if curves else None
+    return plots.both(draw) if draw is not None else None
 
 
 def _whiskers(judgements: Judgements) -> dict[str, Any]:

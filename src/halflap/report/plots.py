@@ -164,7 +164,7 @@ def _dot(point: CandidatePoint, x: Scale, y: Scale) -> Markup:
     return group([element("title", f"{point.name}: {point.detail}"), *parts], class_="chosen" if point.chosen else None)
 
 
-def curves_plot(curves: Sequence[Curve], identity: str) -> Drawing:
+def curves_plot(curves: Sequence[Curve], identity: str, y_title: str) -> Drawing:
     """Loss against tokens of several runs; what lies above the axis (first steps) is clipped."""
     values = sorted(value for curve in curves for _, value in curve.points)
     ends = [curve.points[-1][1] for curve in curves]
@@ -184,10 +184,12 @@ def curves_plot(curves: Sequence[Curve], identity: str) -> Drawing:
             )
             for curve in sorted(curves, key=lambda curve: curve.split != "train")
         ]
-        label = f"Loss against tokens of {len({c.name for c in curves})} runs; the table below holds the values"
+        label = (
+            f"{y_title} against tokens of {len({c.name for c in curves})} trainings; the table below holds the values"
+        )
         parts = [
             element("clipPath", area, id=clip),
-            frame.axes("tokens", "loss, nats a token", tick_count, tick),
+            frame.axes("tokens", y_title, tick_count, tick),
             group(lines, clip_path=f"url(#{clip})"),
             *_labels(names, frame),
         ]
@@ -216,14 +218,14 @@ def _labels(names: dict[str, Curve], frame: Frame) -> list[Markup]:
 
 
 def _typical(curve: Curve) -> float:
-    """The loss once the first twentieth of the curve is over: what must stay in view."""
-    return curve.points[len(curve.points) // 20][1] if curve.split != "train" else -math.inf
+    """A held-out loss once the first twentieth of its curve is over: what must stay in view."""
+    return curve.points[len(curve.points) // 20][1] if curve.split == "held-out" else -math.inf
 
 
 def _line(curve: Curve, x: Scale, y: Scale) -> list[Markup]:
     pairs = [(x(tokens), y(value)) for tokens, value in curve.points]
     line = element("polyline", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in pairs), class_="curve")
-    if curve.split == "train" or len(pairs) > 40:
+    if curve.split != "held-out" or len(pairs) > 40:
         return [line]
     return [line, *(element("circle", cx=a, cy=b, r=3) for a, b in pairs)]
 

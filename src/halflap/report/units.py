@@ -104,8 +104,10 @@ def short(value: float) -> str:
 
 
 def plain(value: object) -> str:
-    """A number in about four digits, anything else as it is."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """A number in about four digits, yes or no, anything else as it is."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else digits(value, 4)
 

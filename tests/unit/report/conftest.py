@@ -71,7 +71,14 @@ def write(path: Path, value: object) -> None:
 
 
 def curve(
-    start: float, end: float, tokens: int, steps: int = 240, every: int = 20, **words: str
+    start: float,
+    end: float,
+    tokens: int,
+    *,
+    teacher: float | None = None,
+    steps: int = 240,
+    every: int = 20,
+    **words: str,
 ) -> list[dict[str, Any]]:
     random = np.random.default_rng(steps)
     rows: list[dict[str, Any]] = []
@@ -79,7 +86,11 @@ def curve(
         share = step / steps
         loss = end + (start - end) * math.exp(-7 * share) * (1 - share)
         at = {"step": step, "tokens": round(tokens * share), **words}
-        rows.append(at | {"loss": loss + 0.06 * random.standard_normal() + 0.04, "tokens_per_second": 2100.0})
+        train = loss + 0.06 * random.standard_normal() + 0.04
+        if teacher is not None:
+            train -= teacher
+        measured = {"loss": train} if teacher is None else {"loss": train, "forward_kl": train}
+        rows.append(at | measured | {"tokens_per_second": 2100.0})
         if step % every == 0:
             rows.append(at | {"held_out_loss": loss})
     return rows
@@ -127,8 +138,12 @@ def bench(decode: float, prefill: float) -> dict[str, Any]:
             "cache_bytes": 1_900_000 * batch,
         }
 
-    hardware = {"processor": "an invented processor", "cores": 2}
-    return {"hardware": hardware, "kernels": {"ssd": "torch", "conv": "torch"}, "rows": [row(512, 1), row(512, 8)]}
+    hardware = {"processor": "an invented processor", "cores": 2, "threads": 2, "memory_bytes": 8_000_000_000}
+    return {
+        "hardware": hardware,
+        "kernels": {"setting": "auto", "ops": {"scan": "native", "norm": "native"}},
+        "rows": [row(512, 1), row(512, 8)],
+    }
 
 
 def candidates(total: int) -> list[dict[str, Any]]:
@@ -245,7 +260,7 @@ def write_compress(run: Path) -> Path:
             "candidates": candidates(total),
         },
     )
-    write_lines(run / "metrics.jsonl", curve(5.3, 3.46, 4_194_304))
+    write_lines(run / "metrics.jsonl", curve(5.3, 3.46, 4_194_304, teacher=3.243, phase="distill"))
     write(run / "scores.json", {"teacher": judged(3.243), "pruned": judged(5.318), "student": judged(3.462)})
     write(run / "bench.json", {"teacher": bench(150.0, 2600.0), "student": bench(262.0, 4700.0)})
     write(
@@ -290,12 +305,12 @@ def write_compress(run: Path) -> Path:
 def write_demo(root: Path) -> Path:
     """A folder with arms.json and the runs that it names."""
     write_compress(root / "compress")
-    for name, start, end, words in (
-        ("scratch", 9.01, 4.027, {}),
-        ("group-blind", 5.9, 3.571, {}),
-        ("random", 6.6, 3.694, {}),
+    for name, start, end, teacher in (
+        ("scratch", 9.01, 4.027, None),
+        ("group-blind", 5.9, 3.571, 3.243),
+        ("random", 6.6, 3.694, 3.243),
     ):
-        write_lines(root / name / "metrics.jsonl", curve(start, end, 4_194_304, **words))
+        write_lines(root / name / "metrics.jsonl", curve(start, end, 4_194_304, teacher=teacher))
         write(root / name / "status.json", {"state": "finished", "verb": "distill", "result": {"loss": end}})
     before = count_parameters(teacher_config())
     after = count_parameters(plan_of(teacher_config(), widths(teacher_config())).student)

@@ -147,8 +147,16 @@ def test_series_are_told_apart_by_their_words(tmp_path: Path) -> None:
     rows = [{"step": i, "tokens": 10 * i, "loss": 5.0 - i, "arm": arm} for i in (1, 2) for arm in ("a", "b")]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     series = read_series([("run", read_run(tmp_path))])
-    assert [one.name for one in series] == ["run, a", "run, b"]
-    assert all(len(one.curves) == 1 and one.curves[0].points == ((10.0, 4.0), (20.0, 3.0)) for one in series)
+    assert [one.name for one in series] == ["a", "b"]
+    assert all(one.train and one.train.points == ((10.0, 4.0), (20.0, 3.0)) and one.held_out is None for one in series)
+
+
+def test_a_divergence_is_not_taken_for_a_loss(compress_run: Path) -> None:
+    (one,) = read_series([("run", read_run(compress_run))])
+    assert one.divergence == "forward_kl" and one.last_held_out is not None and one.last_held_out.value < 3.5
+    rows = [{"tokens": 10 * i, "loss": 3.0, "phase": "text"} for i in (1, 2)]
+    (compress_run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_series([("run", read_run(compress_run))]) == [], "an evaluation is no training"
 
 
 # ---- numbers as text
@@ -174,7 +182,7 @@ def test_series_are_told_apart_by_their_words(tmp_path: Path) -> None:
         ("error", 3.4e-13, "3.4e−13"),
         ("error", 0, "0"),
         ("digest", "sha256:0123456789abcdef", "0123456789ab"),
-        ("plain", True, "True"),
+        ("plain", True, "yes"),
         ("plain", 0.21234, "0.2123"),
     ],
 )
@@ -234,7 +242,7 @@ def test_candidates_stay_inside_the_picture(losses: list[float]) -> None:
 
 def test_plots_of_little_data_are_drawn() -> None:
     one = plots.Curve("r", "held-out", ((5.0, 3.0), (5.0, 3.0)))
-    assert "polyline" in plots.curves_plot([one], "x")(*plots.WIDE)
+    assert "polyline" in plots.curves_plot([one], "x", "loss")(*plots.WIDE)
     bars = [plots.DepthBar(0, "mlp", 0.0, None), plots.DepthBar(1, "mamba2", 0.0, False)]
     assert "nan" not in plots.depth_plot(bars, "kl")(*plots.NARROW)
     assert "nan" not in plots.hidden_plot([0.0, 0.0], 1)(*plots.WIDE)
