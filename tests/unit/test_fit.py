@@ -149,8 +149,10 @@ def test_damaged_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
         run(make_model(), 10, tmp_path, batches=stop_at(5))
     newest = resume.states(tmp_path)[-1] / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match="going back"):
-        run(resumed, 10, tmp_path)
+    with pytest.warns(UserWarning, match="going back"), pytest.raises(KeyboardInterrupt):
+        run(resumed, 10, tmp_path, batches=stop_at(5))
+    assert [path.name for path in resume.states(tmp_path)] == ["step-00000003", "step-00000005"]
+    run(resumed, 10, tmp_path)
     assert same(weights(straight), weights(resumed))
 
 

@@ -80,15 +80,15 @@ def fit(
                     _judge(state, held_out, log)
                 if place is not None and _due(state, save_every):
                     _save(state, place)
+            if place is not None:
+                _save(state, place)
         except KeyboardInterrupt:
             if place is not None and not state.updating:
                 _save(state, place)
             raise interrupts.reason() from None
     model.eval()
-    if held_out is not None and state.judged.get("step") != state.step:
+    if held_out is not None:
         _judge(state, held_out, log)
-    if place is not None:
-        _save(state, place)
     return _result(state)
 
 

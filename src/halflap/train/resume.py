@@ -109,6 +109,8 @@ def restore(
             )
             continue
         _check(path, weights, parameters)
+        for unreadable in found[found.index(path) + 1 :] if mesh.is_main() else ():
+            shutil.rmtree(unreadable, ignore_errors=True)  # or the step's new state would find its name taken
         _load(weights, moments, parameters, optimizer)
         set_random_state(bytes.fromhex(state["random"][min(mesh.rank(), len(state["random"]) - 1)]))
         return state["step"], state["counters"]
