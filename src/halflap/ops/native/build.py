@@ -24,7 +24,7 @@ import torch
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-semantic-interposition", "-fvisibility=default", "-fPIC", "-shared", "-w",
+    "-fvisibility=hidden", "-fPIC", "-shared", "-w",
 )  # fmt: skip
 TIMEOUT_SECONDS = 300
 

@@ -21,26 +21,41 @@ struct Convolution {
 
 constexpr int64_t CONV_ROWS = 16;
 
-template <class T, int W>
-struct ConvolutionRows {  // one vector of channels of one sequence
+// One vector of channels of one sequence. `Whole`: all VL lanes exist, no token is before the first, no border is near.
+template <class T, int W, bool Whole>
+struct ConvolutionRows {
     const Convolution<T>& a;
     int64_t b, c, left;
 
-    vf input(int64_t t) const {
-        if (t >= 0) return load_to(a.x + (b * a.time + t) * a.stride + c, left);
-        if (a.state) return load_to(a.state + (b * (W - 1) + (W - 1) + t) * a.channels + c, left);
+    LANES vf get(const T* p) const { return Whole ? load(p) : load_to(p, left); }
+    LANES void put(T* p, vf x) const {
+        if (Whole) store(p, x);
+        else store_to(p, x, left);
+    }
+    LANES vf input(int64_t t) const {
+        if (Whole || t >= 0) return get(a.x + (b * a.time + t) * a.stride + c);
+        if (a.state) return get(a.state + (b * (W - 1) + (W - 1) + t) * a.channels + c);
         return splat(0);
     }
     void weights(vf* w) const {
         for (int j = 0; j < W; j++) w[j] = load_to(a.weight + j * a.channels + c, left);
     }
     vf biases() const { return a.bias ? load_to(a.bias + c, left) : splat(0); }
-    int reach(int64_t t) const { return a.reach ? a.reach[b * a.time + t] : W - 1; }
+    int reach(int64_t t) const { return !Whole && a.reach ? a.reach[b * a.time + t] : W - 1; }
 };
+
+// tokens t0 - (W - 1) to t1 + (W - 1) exist and belong to one document
+template <class T>
+bool undisturbed(const Convolution<T>& a, int64_t b, int64_t t0, int64_t t1, int64_t width) {
+    if (t0 < width - 1 || t1 + width - 1 > a.time) return false;
+    for (int64_t t = t0; a.reach && t < t1 + width - 1; t++)
+        if (a.reach[b * a.time + t] < width - 1) return false;
+    return true;
+}
 
 // out[t] = bias + sum_k w[W-1-k] x[t-k]; window[k] = x[t-k]
 template <int W>
-inline vf convolve(const vf* w, const vf* window, vf bias, int reach) {
+LANES vf convolve(const vf* w, const vf* window, vf bias, int reach) {
     vf y = bias;
 #pragma GCC unroll 4
     for (int k = 0; k < W; k++)
@@ -53,91 +68,111 @@ inline int64_t channel_block(int64_t channels, int threads) {
     return block < 256 ? block : 256;
 }
 
+template <class T, int W, bool Whole>
+inline void convolve_rows(const Convolution<T>& a, int64_t b, int64_t c, int64_t left, int64_t t0, int64_t t1, T* out) {
+    const ConvolutionRows<T, W, Whole> rows{a, b, c, left};
+    vf w[W], window[W], bias = rows.biases();
+    rows.weights(w);
+    for (int k = 1; k < W; k++) window[k - 1] = rows.input(t0 - k);
+#pragma GCC unroll 4
+    for (int64_t t = t0; t < t1; t++) {
+#pragma GCC unroll 4
+        for (int k = W - 1; k > 0; k--) window[k] = window[k - 1];
+        window[0] = rows.input(t);
+        rows.put(out + (b * a.time + t) * a.channels + c, silu<T>(convolve<W>(w, window, bias, rows.reach(t))));
+    }
+}
+
 template <class T, int W>
 void convolution_silu(const Convolution<T>& a, T* out) {  // out (B, T, C)
-    int64_t block = channel_block(a.channels, a.threads), blocks = (a.channels + block - 1) / block;
-    int64_t pieces = (a.time + 255) / 256;
+    const int64_t block = channel_block(a.channels, a.threads), blocks = (a.channels + block - 1) / block;
+    const int64_t piece = 128, pieces = (a.time + piece - 1) / piece;
     parallel_tasks(a.batch * pieces * blocks, a.threads, [&](int64_t task) {
-        int64_t b = task / (pieces * blocks), piece = task / blocks % pieces, c0 = task % blocks * block;
-        int64_t end = piece * 256 + 256 < a.time ? piece * 256 + 256 : a.time;
-        int64_t c1 = c0 + block < a.channels ? c0 + block : a.channels;
-        for (int64_t t0 = piece * 256; t0 < end; t0 += CONV_ROWS)
+        const int64_t b = task / (pieces * blocks), first = task / blocks % pieces * piece, c0 = task % blocks * block;
+        const int64_t end = first + piece < a.time ? first + piece : a.time, c1 = c0 + block < a.channels ? c0 + block : a.channels;
+        for (int64_t t0 = first; t0 < end; t0 += CONV_ROWS) {
+            const int64_t t1 = t0 + CONV_ROWS < end ? t0 + CONV_ROWS : end;
+            const bool plain = undisturbed(a, b, t0, t1, W);
             for (int64_t c = c0; c < c1; c += VL) {
-                ConvolutionRows<T, W> rows{a, b, c, c1 - c};
-                vf w[W], window[W], bias = rows.biases();
-                rows.weights(w);
-                for (int k = 1; k < W; k++) window[k - 1] = rows.input(t0 - k);
-                for (int64_t t = t0; t < t0 + CONV_ROWS && t < end; t++) {
-#pragma GCC unroll 4
-                    for (int k = W - 1; k > 0; k--) window[k] = window[k - 1];
-                    window[0] = rows.input(t);
-                    store_to(out + (b * a.time + t) * a.channels + c, silu<T>(convolve<W>(w, window, bias, rows.reach(t))), c1 - c);
-                }
+                if (plain && c + VL <= c1) convolve_rows<T, W, true>(a, b, c, VL, t0, t1, out);
+                else convolve_rows<T, W, false>(a, b, c, c1 - c, t0, t1, out);
             }
+        }
     });
 }
 
-// From the gradient of `out` and of nothing else: gradients of x (with stride dx_stride), weight (W, C) and bias (C).
-// partial (parts, B, T, tail) is added to the last `tail` channels of grad: sums that several tasks of the scan share.
+template <class T>
+struct ConvolutionGradients {
+    const T* out;          // gradient of the output, (B, T, C)
+    const float* partial;  // (parts, B, T, tail), added to the last `tail` channels of it: what tasks of the scan share
+    int64_t parts, tail;
+    T* x;                  // rows x_stride apart
+    int64_t x_stride;
+    float *weight, *bias;  // (W, C), (C) or null
+};
+
+// sums: W rows of the weight's gradient and one of the bias's; later: gradients before the SiLU of the W-1 next tokens
+template <class T, int W, bool Whole>
+inline void convolve_rows_backward(const Convolution<T>& a, const ConvolutionGradients<T>& d, int64_t b, int64_t c, int64_t left,
+                                   int64_t t0, int64_t t1, float* sums, float* later, int64_t block) {
+    const ConvolutionRows<T, W, Whole> rows{a, b, c, left};
+    vf w[W], window[W], ahead[W], dw[W], bias = rows.biases(), db = load(sums + W * block);
+    rows.weights(w);
+    for (int j = 0; j < W; j++) dw[j] = load(sums + j * block);
+    for (int k = 1; k < W; k++) window[k] = rows.input(t1 - k);
+    for (int k = 0; k < W - 1; k++) ahead[k] = load(later + k * block);
+#pragma GCC unroll 4
+    for (int64_t t = t1 - 1; t >= t0; t--) {
+        const int reach = rows.reach(t);
+        const int64_t row = b * a.time + t, shared = c - (a.channels - d.tail);
+#pragma GCC unroll 4
+        for (int k = 0; k < W - 1; k++) window[k] = window[k + 1];
+        window[W - 1] = rows.input(t - (W - 1));
+        vf y = convolve<W>(w, window, bias, reach), g = rows.get(d.out + row * a.channels + c);
+        for (int64_t p = 0; p < d.parts; p++)
+            for (int64_t l = shared < 0 ? -shared : 0; l < VL && l < left; l++)
+                g[l] += d.partial[(p * a.batch * a.time + row) * d.tail + shared + l];
+        vf s = sigmoid<T>(y);
+        g *= s * (1.0f + y * (1.0f - s));
+        db += g;
+        vf dx = w[W - 1] * g;
+#pragma GCC unroll 4
+        for (int k = 0; k < W; k++)
+            if (k <= reach) dw[W - 1 - k] += g * window[k];
+#pragma GCC unroll 4
+        for (int k = 1; k < W; k++)
+            if (Whole || (t + k < a.time && k <= rows.reach(t + k))) dx += w[W - 1 - k] * ahead[k - 1];
+#pragma GCC unroll 4
+        for (int k = W - 2; k > 0; k--) ahead[k] = ahead[k - 1];
+        ahead[0] = g;
+        rows.put(d.x + row * d.x_stride + c, dx);
+    }
+    for (int j = 0; j < W; j++) store(sums + j * block, dw[j]);
+    store(sums + W * block, db);
+    for (int k = 0; k < W - 1; k++) store(later + k * block, ahead[k]);
+}
+
 template <class T, int W>
-void convolution_silu_backward(const Convolution<T>& a, const T* grad, const float* partial, int64_t parts, int64_t tail,
-                               T* dx, int64_t dx_stride, float* dweight, float* dbias) {
-    int64_t block = channel_block(a.channels, a.threads), blocks = (a.channels + block - 1) / block;
+void convolution_silu_backward(const Convolution<T>& a, const ConvolutionGradients<T>& d) {
+    const int64_t block = channel_block(a.channels, a.threads), blocks = (a.channels + block - 1) / block;
     parallel_tasks(blocks, a.threads, [&](int64_t task) {
-        int64_t c0 = task * block, c1 = c0 + block < a.channels ? c0 + block : a.channels;
-        float* sums = scratch((2 * W) * block);          // W rows of dweight, then dbias
-        float* later = sums + (W + 1) * block;           // W-1 rows: gradients before the SiLU of the tokens that follow
+        const int64_t c0 = task * block, c1 = c0 + block < a.channels ? c0 + block : a.channels;
+        float *sums = scratch(2 * W * block), *later = sums + (W + 1) * block;
         memset(sums, 0, (W + 1) * block * sizeof(float));
         for (int64_t b = 0; b < a.batch; b++) {
             memset(later, 0, (W - 1) * block * sizeof(float));
             for (int64_t t1 = a.time; t1 > 0; t1 -= CONV_ROWS) {
-                int64_t t0 = t1 > CONV_ROWS ? t1 - CONV_ROWS : 0;
+                const int64_t t0 = t1 > CONV_ROWS ? t1 - CONV_ROWS : 0;
+                const bool plain = undisturbed(a, b, t0, t1, W) && !d.parts;
                 for (int64_t c = c0; c < c1; c += VL) {
-                    ConvolutionRows<T, W> rows{a, b, c, c1 - c};
-                    vf w[W], window[W], ahead[W], dw[W], bias = rows.biases();
-                    rows.weights(w);
-                    float* s = sums + (c - c0);
-                    for (int j = 0; j < W; j++) dw[j] = load(s + j * block);
-                    vf db = load(s + W * block);
-                    for (int k = 1; k < W; k++) window[k] = rows.input(t1 - k);
-                    for (int k = 0; k < W - 1; k++) ahead[k] = load(later + k * block + (c - c0));
-                    for (int64_t t = t1 - 1; t >= t0; t--) {
-#pragma GCC unroll 4
-                        for (int k = 0; k < W - 1; k++) window[k] = window[k + 1];
-                        window[W - 1] = rows.input(t - (W - 1));
-                        int reach = rows.reach(t);
-                        vf y = convolve<W>(w, window, bias, reach);
-                        int64_t row = b * a.time + t;
-                        vf g = load_to(grad + row * a.channels + c, c1 - c);
-                        int64_t shared = c - (a.channels - tail);
-                        for (int64_t p = 0; p < parts; p++)
-                            if (shared + VL > 0)
-                                for (int l = shared < 0 ? -shared : 0; l < VL && l < c1 - c; l++)
-                                    g[l] += partial[(p * a.batch * a.time + row) * tail + shared + l];
-                        vf sg = sigmoid<T>(y);
-                        g *= sg * (1.0f + y * (1.0f - sg));
-                        db += g;
-#pragma GCC unroll 4
-                        for (int k = 0; k < W; k++)
-                            if (k <= reach) dw[W - 1 - k] += g * window[k];
-                        vf d = w[W - 1] * g;
-#pragma GCC unroll 4
-                        for (int k = 1; k < W; k++)
-                            if (t + k < a.time && k <= rows.reach(t + k)) d += w[W - 1 - k] * ahead[k - 1];
-#pragma GCC unroll 4
-                        for (int k = W - 2; k > 0; k--) ahead[k] = ahead[k - 1];
-                        ahead[0] = g;
-                        store_to(dx + row * dx_stride + c, d, c1 - c);
-                    }
-                    for (int j = 0; j < W; j++) store(s + j * block, dw[j]);
-                    store(s + W * block, db);
-                    for (int k = 0; k < W - 1; k++) store(later + k * block + (c - c0), ahead[k]);
+                    if (plain && c + VL <= c1) convolve_rows_backward<T, W, true>(a, d, b, c, VL, t0, t1, sums + c - c0, later + c - c0, block);
+                    else convolve_rows_backward<T, W, false>(a, d, b, c, c1 - c, t0, t1, sums + c - c0, later + c - c0, block);
                 }
             }
         }
         for (int64_t c = c0; c < c1; c++) {
-            for (int j = 0; j < W; j++) dweight[j * a.channels + c] = sums[j * block + c - c0];
-            if (dbias) dbias[c] = sums[W * block + c - c0];
+            for (int j = 0; j < W; j++) d.weight[j * a.channels + c] = sums[j * block + c - c0];
+            if (d.bias) d.bias[c] = sums[W * block + c - c0];
         }
     });
 }

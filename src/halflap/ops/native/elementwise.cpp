@@ -3,6 +3,7 @@
 
 using namespace halflap;
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // types: 1 the input x, 2 the output

@@ -100,15 +100,17 @@ struct Mixer {
                                                          g.bc_partial, g.ddt, g.dA, g.dD, g.dinitial});
         auto c = convolution();
         const int64_t parts = head_slices(s.batch, s.groups, s.heads / s.groups, threads) - 1;
-        if (s.width == 2) convolution_silu_backward<T, 2>(c, dm, g.bc_partial, parts, 2 * bc, d + inner, row, g.dconv_weight, g.dconv_bias);
-        else if (s.width == 3) convolution_silu_backward<T, 3>(c, dm, g.bc_partial, parts, 2 * bc, d + inner, row, g.dconv_weight, g.dconv_bias);
-        else convolution_silu_backward<T, 4>(c, dm, g.bc_partial, parts, 2 * bc, d + inner, row, g.dconv_weight, g.dconv_bias);
+        const ConvolutionGradients<T> dc{dm, g.bc_partial, parts, 2 * bc, d + inner, row, g.dconv_weight, g.dconv_bias};
+        if (s.width == 2) convolution_silu_backward<T, 2>(c, dc);
+        else if (s.width == 3) convolution_silu_backward<T, 3>(c, dc);
+        else convolution_silu_backward<T, 4>(c, dc);
         time_steps_backward(g);
     }
 };
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 int64_t halflap_head_slices(const Sizes* s) { return head_slices(s->batch, s->groups, s->heads / s->groups, s->threads); }

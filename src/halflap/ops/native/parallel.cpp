@@ -30,4 +30,4 @@ float* scratch(int64_t floats) {
 
 }  // namespace halflap
 
-extern "C" int halflap_has_threads() { return halflap::start_team != nullptr; }
+extern "C" __attribute__((visibility("default"))) int halflap_has_threads() { return halflap::start_team != nullptr; }

@@ -23,15 +23,15 @@ constexpr int MR = 4;
 #endif
 constexpr int TILE = 16;  // every matrix dimension below is padded to a multiple of this
 
-inline vf multiply_add(vf c, float a, const float* b) { return c + a * load(b); }
+LANES vf multiply_add(vf c, float a, const float* b) { return c + a * load(b); }
 #if defined(__AVX512BF16__)
 constexpr bool HAVE_PAIRS = true;
-inline vf multiply_add(vf c, pair a, const pair* b) {
+LANES vf multiply_add(vf c, pair a, const pair* b) {
     return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(a.bits), (__m512bh)_mm512_loadu_si512(b));
 }
 #else
 constexpr bool HAVE_PAIRS = false;
-inline vf multiply_add(vf c, pair a, const pair* b) {
+LANES vf multiply_add(vf c, pair a, const pair* b) {
     vu w;
     memcpy(&w, b, sizeof w);
     vu v = vu{} + a.bits;
@@ -40,7 +40,7 @@ inline vf multiply_add(vf c, pair a, const pair* b) {
 #endif
 
 template <class E, bool Turned, int NV>
-inline __attribute__((always_inline)) void tile(int64_t K, const E* A, int64_t lda, const E* B, int64_t ldb, float* C, int64_t ldc, const float* keep) {
+LANES void tile(int64_t K, const E* A, int64_t lda, const E* B, int64_t ldb, float* C, int64_t ldc, const float* keep, const float* old) {
     vf sums[MR][NV] = {};
     for (int64_t k = 0; k < K; k++) {
         const E* b = B + k * ldb;
@@ -55,21 +55,24 @@ inline __attribute__((always_inline)) void tile(int64_t K, const E* A, int64_t l
     for (int m = 0; m < MR; m++)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; v++) {
-            float* c = C + m * ldc + v * VL;
-            store(c, keep ? keep[m] * load(c) + sums[m][v] : sums[m][v]);
+            const int64_t at = m * ldc + v * VL;
+            store(C + at, keep ? keep[m] * load(old + at) + sums[m][v] : sums[m][v]);
         }
 }
 
-// C = keep[m] * C + A B, or C = A B when keep is null. M is a multiple of MR, N of VL; K counts elements E.
+// C = keep[m] * old + A B (old is C unless given), or C = A B when keep is null. M is a multiple of MR, N of VL; K
+// counts elements E.
 template <class E, bool Turned>
-void product(int64_t M, int64_t N, int64_t K, const E* A, int64_t lda, const E* B, int64_t ldb, float* C, int64_t ldc, const float* keep) {
+void product(int64_t M, int64_t N, int64_t K, const E* A, int64_t lda, const E* B, int64_t ldb, float* C, int64_t ldc, const float* keep,
+             const float* old = nullptr) {
+    if (!old) old = C;
     for (int64_t n = 0; n < N;) {
         int wide = n + 2 * VL <= N;
         for (int64_t m = 0; m < M; m += MR) {
             const E* a = Turned ? A + m : A + m * lda;
             const float* s = keep ? keep + m : nullptr;
-            if (wide) tile<E, Turned, 2>(K, a, lda, B + n, ldb, C + m * ldc + n, ldc, s);
-            else tile<E, Turned, 1>(K, a, lda, B + n, ldb, C + m * ldc + n, ldc, s);
+            if (wide) tile<E, Turned, 2>(K, a, lda, B + n, ldb, C + m * ldc + n, ldc, s, old + m * ldc + n);
+            else tile<E, Turned, 1>(K, a, lda, B + n, ldb, C + m * ldc + n, ldc, s, old + m * ldc + n);
         }
         n += wide ? 2 * VL : VL;
     }
@@ -78,7 +81,7 @@ void product(int64_t M, int64_t N, int64_t K, const E* A, int64_t lda, const E* 
 // --- packing -------------------------------------------------------------------------------------------------------
 
 // lanes [lo | hi] as the pairs (lo, hi): two rows, neighbours along K, become one row of pairs
-inline vu join(vf lo, vf hi) {
+LANES vu join(vf lo, vf hi) {
 #if defined(__AVX512BF16__)
     __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)lo));
     __m512i h = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)hi));
@@ -88,20 +91,30 @@ inline vu join(vf lo, vf hi) {
 #endif
 }
 // rows k and k+1 (k even) of a matrix whose rows run along K, at column n
-inline void store_rows(float* P, int64_t ld, int64_t k, int64_t n, vf first, vf second) {
+LANES void store_rows(float* P, int64_t ld, int64_t k, int64_t n, vf first, vf second) {
     store(P + k * ld + n, first);
     store(P + (k + 1) * ld + n, second);
 }
-inline void store_rows(pair* P, int64_t ld, int64_t k, int64_t n, vf first, vf second) {
+LANES void store_rows(pair* P, int64_t ld, int64_t k, int64_t n, vf first, vf second) {
     vu bits = join(first, second);
     memcpy(P + k / 2 * ld + n, &bits, sizeof bits);
 }
+LANES void copy_rows(float* P, int64_t ld, int64_t k, int64_t n, const float* first, const float* second) {
+    store_rows(P, ld, k, n, load(first), load(second));
+}
+LANES void copy_rows(pair* P, int64_t ld, int64_t k, int64_t n, const bf16* first, const bf16* second) {
+    vh lo, hi;
+    memcpy(&lo, first, sizeof lo);
+    memcpy(&hi, second, sizeof hi);
+    vu bits = __builtin_convertvector(lo, vu) | (__builtin_convertvector(hi, vu) << 16);
+    memcpy(P + k / 2 * ld + n, &bits, sizeof bits);
+}
 // columns k..k+VL of row m of a matrix whose columns run along K
-inline void store_columns(float* P, int64_t ld, int64_t m, int64_t k, vf a) { store(P + m * ld + k, a); }
-inline void store_columns(pair* P, int64_t ld, int64_t m, int64_t k, vf a) { store((bf16*)(P + m * ld) + k, a); }
+LANES void store_columns(float* P, int64_t ld, int64_t m, int64_t k, vf a) { store(P + m * ld + k, a); }
+LANES void store_columns(pair* P, int64_t ld, int64_t m, int64_t k, vf a) { store((bf16*)(P + m * ld) + k, a); }
 
 #if defined(__AVX512F__)
-inline void transpose_16(const uint32_t* from, int64_t ldf, uint32_t* to, int64_t ldt) {
+LANES void transpose_16(const uint32_t* from, int64_t ldf, uint32_t* to, int64_t ldt) {
     __m512i r[16], t[16];
     for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + i * ldf);
 #pragma GCC unroll 8
@@ -130,7 +143,7 @@ inline void transpose_16(const uint32_t* from, int64_t ldf, uint32_t* to, int64_
     }
 }
 #else
-inline void transpose_16(const uint32_t* from, int64_t ldf, uint32_t* to, int64_t ldt) {
+LANES void transpose_16(const uint32_t* from, int64_t ldf, uint32_t* to, int64_t ldt) {
     for (int i = 0; i < 16; i++)
         for (int j = 0; j < 16; j++) to[j * ldt + i] = from[i * ldf + j];
 }

@@ -88,7 +88,7 @@ void find_decays(const Scan<T>& a, int64_t b, int64_t h, int64_t t0, int64_t len
 }
 
 // decay from token j..j+VL to token i, zero where j comes after i or in another document
-inline vf decay_between(const Decays& d, const Borders& borders, int64_t i, int64_t j) {
+LANES vf decay_between(const Decays& d, const Borders& borders, int64_t i, int64_t j) {
     vf span = (d.high[i] - load(d.high + j)) + (d.low[i] - load(d.low + j));
     vi column = iota() + (int32_t)j;
     vi seen = column <= (int32_t)i;
@@ -99,37 +99,50 @@ inline vf decay_between(const Decays& d, const Borders& borders, int64_t i, int6
 // token rows (length x width, stride apart) to a padded matrix whose columns run along K; rows and columns padded by 0
 template <class T, class E>
 void pack_columns(const T* from, int64_t stride, int64_t length, int64_t width, int64_t q, E* to, int64_t ld) {
-    int64_t padded = ld * PACK<E>;
-    for (int64_t i = 0; i < q; i++)
-        for (int64_t k = 0; k < padded; k += VL)
-            store_columns(to, ld, i, k, i < length && k < width ? load_to(from + i * stride + k, width - k) : splat(0));
+    for (int64_t i = 0; i < q; i++) {
+        char* row = (char*)(to + i * ld);
+        int64_t bytes = i < length ? width * sizeof(T) : 0;
+        if constexpr (sizeof(T) * PACK<E> == sizeof(E)) {
+            memcpy(row, from + i * stride, bytes);
+            memset(row + bytes, 0, ld * sizeof(E) - bytes);
+        }
+    }
 }
 // the same to a matrix whose rows run along K
 template <class T, class E>
 void pack_rows(const T* from, int64_t stride, int64_t length, int64_t width, int64_t q, E* to, int64_t ld) {
-    for (int64_t i = 0; i < q; i += 2)
-        for (int64_t n = 0; n < ld; n += VL) {
-            vf first = i < length && n < width ? load_to(from + i * stride + n, width - n) : splat(0);
-            vf second = i + 1 < length && n < width ? load_to(from + (i + 1) * stride + n, width - n) : splat(0);
-            store_rows(to, ld, i, n, first, second);
-        }
+    for (int64_t i = 0; i < q; i += 2) {
+        const T *first = from + i * stride, *second = first + stride;
+        int64_t n = 0;
+        if (i + 1 < length)
+            for (; n + VL <= width; n += VL) copy_rows(to, ld, i, n, first + n, second + n);
+        for (; n < ld; n += VL)
+            store_rows(to, ld, i, n, i < length && n < width ? load_to(first + n, width - n) : splat(0),
+                       i + 1 < length && n < width ? load_to(second + n, width - n) : splat(0));
+    }
 }
 // rows scaled by scale[i], rows along K
 template <class T, class E>
 void pack_scaled_rows(const T* from, int64_t stride, int64_t length, int64_t width, int64_t q, const float* scale, E* to, int64_t ld) {
-    for (int64_t i = 0; i < q; i += 2)
-        for (int64_t n = 0; n < ld; n += VL) {
-            vf first = i < length && n < width ? load_to(from + i * stride + n, width - n) * scale[i] : splat(0);
-            vf second = i + 1 < length && n < width ? load_to(from + (i + 1) * stride + n, width - n) * scale[i + 1] : splat(0);
-            store_rows(to, ld, i, n, first, second);
-        }
+    for (int64_t i = 0; i < q; i += 2) {
+        const T *first = from + i * stride, *second = first + stride;
+        int64_t n = 0;
+        if (i + 1 < length)
+            for (; n + VL <= width; n += VL) store_rows(to, ld, i, n, load(first + n) * scale[i], load(second + n) * scale[i + 1]);
+        for (; n < ld; n += VL)
+            store_rows(to, ld, i, n, i < length && n < width ? load_to(first + n, width - n) * scale[i] : splat(0),
+                       i + 1 < length && n < width ? load_to(second + n, width - n) * scale[i + 1] : splat(0));
+    }
 }
 template <class T, class E>
 void pack_scaled_columns(const T* from, int64_t stride, int64_t length, int64_t width, int64_t q, const float* scale, E* to, int64_t ld) {
-    int64_t padded = ld * PACK<E>;
-    for (int64_t i = 0; i < q; i++)
-        for (int64_t k = 0; k < padded; k += VL)
+    for (int64_t i = 0; i < q; i++) {
+        int64_t k = 0;
+        if (i < length)
+            for (; k + VL <= width; k += VL) store_columns(to, ld, i, k, load(from + i * stride + k) * scale[i]);
+        for (; k < ld * PACK<E>; k += VL)
             store_columns(to, ld, i, k, i < length && k < width ? load_to(from + i * stride + k, width - k) * scale[i] : splat(0));
+    }
 }
 // a float matrix (rows along K) to the same in elements E
 template <class E>

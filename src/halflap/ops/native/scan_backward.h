@@ -75,8 +75,7 @@ struct BackwardTask {
                 for (int64_t i = 0; i < Q; i++) d.dt[i] *= d.to_end[i];
                 pack_scaled_rows(x(h, chunk), a.stride, Q, a.P, Q, d.dt, dYr, Pp);
                 for (int64_t n = 0; n < Np; n++) keep[n] = d.through;
-                if (started(chunk)) memcpy(state(h, chunk + 1), state(h, chunk), Np * Pp * sizeof(float));
-                product<E, true>(Np, Pp, Qe, Br, Np, dYr, Pp, state(h, chunk + 1), Pp, started(chunk) ? keep : nullptr);
+                product<E, true>(Np, Pp, Qe, Br, Np, dYr, Pp, state(h, chunk + 1), Pp, started(chunk) ? keep : nullptr, state(h, chunk));
             }
         }
     }

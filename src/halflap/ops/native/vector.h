@@ -9,6 +9,9 @@
 #include <immintrin.h>
 #endif
 
+// GCC keeps these out of line when they grow, and a call spills every register of the loop around it
+#define LANES inline __attribute__((always_inline))
+
 namespace halflap {
 
 #if defined(__AVX512F__)
@@ -31,17 +34,17 @@ struct bf16 {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-inline vf splat(float x) { return vf{} + x; }
-inline vi iota() {
+LANES vf splat(float x) { return vf{} + x; }
+LANES vi iota() {
     vi r;
     for (int i = 0; i < VL; i++) r[i] = i;
     return r;
 }
-inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
-inline vf maximum(vf a, vf b) { return a > b ? a : b; }
-inline vf minimum(vf a, vf b) { return a < b ? a : b; }
+LANES vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+LANES vf maximum(vf a, vf b) { return a > b ? a : b; }
+LANES vf minimum(vf a, vf b) { return a < b ? a : b; }
 
-inline float sum(vf a) {
+LANES float sum(vf a) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)a);
 #else
@@ -51,44 +54,44 @@ inline float sum(vf a) {
 #endif
 }
 
-inline double sum(vd a) {
+LANES double sum(vd a) {
     double s = 0;
     for (int i = 0; i < VL; i++) s += a[i];
     return s;
 }
-inline vd load(const double* p) {
+LANES vd load(const double* p) {
     vd r;
     memcpy(&r, p, sizeof r);
     return r;
 }
-inline void store(double* p, vd a) { memcpy(p, &a, sizeof a); }
+LANES void store(double* p, vd a) { memcpy(p, &a, sizeof a); }
 
 // bfloat16: round to nearest even; a NaN stays one
-inline vu to_bf16_bits(vf a) {
+LANES vu to_bf16_bits(vf a) {
     vu bits = (vu)a;
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return (a == a) ? rounded : ((bits >> 16) | 0x40);
 }
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) {
+LANES float widen(float x) { return x; }
+LANES float widen(bf16 x) {
     uint32_t bits = (uint32_t)x.bits << 16;
     float f;
     memcpy(&f, &bits, 4);
     return f;
 }
 
-inline vf load(const float* p) {
+LANES vf load(const float* p) {
     vf r;
     memcpy(&r, p, sizeof r);
     return r;
 }
-inline vf load(const bf16* p) {
+LANES vf load(const bf16* p) {
     vh h;
     memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
 }
-inline void store(float* p, vf a) { memcpy(p, &a, sizeof a); }
-inline void store(bf16* p, vf a) {
+LANES void store(float* p, vf a) { memcpy(p, &a, sizeof a); }
+LANES void store(bf16* p, vf a) {
 #if defined(__AVX512BF16__)
     __m256bh h = _mm512_cvtneps_pbh((__m512)a);
     memcpy(p, &h, sizeof h);
@@ -100,29 +103,29 @@ inline void store(bf16* p, vf a) {
 
 // the first n < VL lanes, zeros behind
 template <class T>
-inline vf load_some(const T* p, int n) {
+LANES vf load_some(const T* p, int n) {
     T lanes[VL] = {};
     memcpy(lanes, p, n * sizeof(T));
     return load(lanes);
 }
 template <class T>
-inline void store_some(T* p, vf a, int n) {
+LANES void store_some(T* p, vf a, int n) {
     T lanes[VL];
     store(lanes, a);
     memcpy(p, lanes, n * sizeof(T));
 }
 template <class T>
-inline vf load_to(const T* p, int64_t left) {
+LANES vf load_to(const T* p, int64_t left) {
     return left >= VL ? load(p) : load_some(p, (int)left);
 }
 template <class T>
-inline void store_to(T* p, vf a, int64_t left) {
+LANES void store_to(T* p, vf a, int64_t left) {
     if (left >= VL) store(p, a);
     else store_some(p, a, (int)left);
 }
 
 // e^x to 1.2e-7 relative; 0 below -87.3 and e^88 above 88, so neither subnormal nor infinite
-inline vf exponential(vf x) {
+LANES vf exponential(vf x) {
     const vf rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     vi tiny = x < -87.3f;
     vf y = minimum(maximum(x, splat(-87.3f)), splat(88.0f));
@@ -141,16 +144,16 @@ inline vf exponential(vf x) {
     return select(tiny, splat(0.0f), (vf)((vi)p + power));
 }
 // log(1 + e^x) = max(x, 0) + log1p(e), e = e^-|x|; log1p(e) = 2 atanh(e / (2 + e)), a series that keeps small values exact
-inline vf softplus(vf x) {
+LANES vf softplus(vf x) {
     vf e = exponential(minimum(x, -x));
     vf s = e / (2.0f + e), t = s * s, p = splat(1.0f / 17);
     for (int odd = 15; odd > 0; odd -= 2) p = p * t + 1.0f / odd;
     return maximum(x, splat(0)) + 2.0f * s * p;
 }
-inline vf sigmoid_float(vf x) { return 1.0f / (1.0f + exponential(-x)); }
+LANES vf sigmoid_float(vf x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // 1 / (1 + e^-x) to 1e-4 relative, a fraction of bfloat16's spacing (4e-3): for values that are stored in bfloat16
-inline vf sigmoid_bf16(vf x) {
+LANES vf sigmoid_bf16(vf x) {
 #if defined(__AVX512F__)
     __m512 t = _mm512_mul_ps((__m512)maximum(minimum(x, splat(87.0f)), splat(-87.0f)), _mm512_set1_ps(-1.44269504f));
     __m512 whole = _mm512_roundscale_ps(t, 0);
@@ -165,11 +168,11 @@ inline vf sigmoid_bf16(vf x) {
 #endif
 }
 template <class T>
-inline vf sigmoid(vf x) {
+LANES vf sigmoid(vf x) {
     return sizeof(T) == 2 ? sigmoid_bf16(x) : sigmoid_float(x);
 }
 template <class T>
-inline vf silu(vf x) {
+LANES vf silu(vf x) {
     return x * sigmoid<T>(x);
 }
 
