@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+# What has been installed: enough to run (with transformers, which the demo ends in), or everything a developer needs.
+RUN := $(VENV)/.ready-run
+DEV := $(VENV)/.ready-dev
 
 .PHONY: help demo test test-slow lint types format bench clean
 
@@ -13,36 +15,38 @@ help:
 	@echo "make lint       style and types"
 	@echo "make bench      measure speed and memory; results go to benchmarks/results/"
 
-# The environment is made once, with the exact versions of constraints.txt, and again when either file changes.
-$(READY): pyproject.toml constraints.txt
+# Made once, with the exact versions of constraints.txt, and again when either file changes.
+$(RUN): EXTRAS := hf
+$(DEV): EXTRAS := dev
+$(RUN) $(DEV): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "halflap needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) --version 2>&1): give another with PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing halflap and its dependencies into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $(READY)
+	@echo "installing halflap[$(EXTRAS)] and its dependencies into $(VENV) (a minute or two) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
 
-demo: $(READY)
+demo: $(RUN)
 	$(BIN)/python demo/run.py
 
-test: $(READY)
+test: $(DEV)
 	$(BIN)/python -m pytest -q
 
-test-slow: $(READY)
+test-slow: $(DEV)
 	$(BIN)/python -m pytest -q -m slow
 
-lint: $(READY) types
+lint: $(DEV) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
+types: $(DEV)
 	$(BIN)/pyright
 
-format: $(READY)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)
+bench: $(RUN)
 	@for script in $$(ls benchmarks/*.py | grep -v '/_'); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:

@@ -14,48 +14,53 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from halflap.binding import Call, bind
-from halflap.commands import config
 from halflap.errors import HalflapError, RecipeError
-from halflap.files import atomic_write
-from halflap.progress import set_quiet
-from halflap.recipe import inputs_of, settings_of, to_yaml
-from halflap.run import Run, open_run
+
+if TYPE_CHECKING:
+    from halflap.binding import Call
+
+# Modules of ours are imported inside functions, so that Ctrl-C ends in a sentence while they load, too.
 
 
 class Verb(NamedTuple):
-    """A recipe; the function in commands/ that follows it; whether it keeps a run directory when --out is not given."""
+    """A recipe of commands/config.py, the function in commands/ that follows it, and what it leaves on disk."""
 
-    recipe: type
+    recipe_name: str
     function: str
     keeps: bool = True
+    """Whether there is a run directory when --out is not given."""
     artifact: str = ""
     """--out may name a file like this one instead of a directory."""
 
+    @property
+    def recipe(self) -> type:
+        return getattr(import_module("halflap.commands.config"), self.recipe_name)
+
 
 VERBS: dict[str, Verb] = {
-    "inspect": Verb(config.InspectRecipe, "checkpoint:inspect", keeps=False),
-    "import": Verb(config.ImportRecipe, "checkpoint:import_"),
-    "export": Verb(config.ExportRecipe, "checkpoint:export"),
-    "tokenizer": Verb(config.TokenizerRecipe, "pretrain:tokenizer"),
-    "corpus": Verb(config.CorpusRecipe, "pretrain:corpus"),
-    "pretrain": Verb(config.PretrainRecipe, "pretrain:pretrain"),
-    "score": Verb(config.ScoreRecipe, "compress:score", artifact="importance.safetensors"),
-    "search": Verb(config.SearchRecipe, "compress:search", artifact="search.json"),
-    "prune": Verb(config.PruneRecipe, "compress:prune"),
-    "verify": Verb(config.VerifyRecipe, "compress:verify", keeps=False),
-    "distill": Verb(config.DistillRecipe, "compress:distill"),
-    "compress": Verb(config.CompressRecipe, "compress:compress"),
-    "evaluate": Verb(config.EvaluateRecipe, "evaluate:evaluate", keeps=False),
-    "bench": Verb(config.BenchRecipe, "evaluate:bench", keeps=False),
-    "generate": Verb(config.GenerateRecipe, "generate:generate", keeps=False),
-    "report": Verb(config.ReportRecipe, "report:report", keeps=False, artifact="report.html"),
-    "doctor": Verb(config.DoctorRecipe, "doctor:doctor", keeps=False),
+    "inspect": Verb("InspectRecipe", "checkpoint:inspect", keeps=False),
+    "import": Verb("ImportRecipe", "checkpoint:import_"),
+    "export": Verb("ExportRecipe", "checkpoint:export"),
+    "tokenizer": Verb("TokenizerRecipe", "pretrain:tokenizer"),
+    "corpus": Verb("CorpusRecipe", "pretrain:corpus"),
+    "pretrain": Verb("PretrainRecipe", "pretrain:pretrain"),
+    "score": Verb("ScoreRecipe", "compress:score", artifact="importance.safetensors"),
+    "search": Verb("SearchRecipe", "compress:search", artifact="search.json"),
+    "prune": Verb("PruneRecipe", "compress:prune"),
+    "verify": Verb("VerifyRecipe", "compress:verify", keeps=False),
+    "distill": Verb("DistillRecipe", "compress:distill"),
+    "compress": Verb("CompressRecipe", "compress:compress"),
+    "evaluate": Verb("EvaluateRecipe", "evaluate:evaluate", keeps=False),
+    "bench": Verb("BenchRecipe", "evaluate:bench", keeps=False),
+    "generate": Verb("GenerateRecipe", "generate:generate", keeps=False),
+    "report": Verb("ReportRecipe", "report:report", keeps=False, artifact="report.html"),
+    "doctor": Verb("DoctorRecipe", "doctor:doctor", keeps=False),
 }
 EXTRAS = {"transformers": "hf", "lm_eval": "eval", "gguf": "gguf", "pyarrow": "data", "zstandard": "data"}
 """Packages that only some verbs need, and the extra that brings each."""
@@ -68,8 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminating():
             return _main(words)
-    except KeyboardInterrupt:
-        say("interrupted; what was done is kept, and the same command goes on from there")
+    except KeyboardInterrupt as stop:
+        kept = f"; {stop.args[0]} keeps what was done, and the same command goes on from there" if stop.args else ""
+        say(f"interrupted{kept}")
         return 130
     except BrokenPipeError:  # the reader of our output has gone: `halflap inspect ... | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,6 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(words: list[str]) -> int:
+    from halflap.binding import bind
+    from halflap.progress import set_quiet
+    from halflap.recipe import settings_of, to_yaml
+
+    warnings.showwarning = _warn
     call = bind({verb: row.recipe for verb, row in VERBS.items()}, words)
     if call is None:
         return 0
@@ -114,6 +125,8 @@ def _main(words: list[str]) -> int:
 def execute(call: Call) -> dict[str, Any]:
     """Follow a recipe and return what `--json` prints."""
     from halflap.commands.resolve import check_inputs
+    from halflap.recipe import inputs_of, settings_of
+    from halflap.run import Run, open_run
 
     verb, recipe, row = call.verb, call.recipe, VERBS[call.verb]
     check_inputs(recipe)
@@ -131,7 +144,10 @@ def execute(call: Call) -> dict[str, Any]:
         else:
             if run.resumed:
                 say(f"going on with the interrupted run in {run.path}")
-            run.finish(function(recipe, run))
+            try:
+                run.finish(function(recipe, run))
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(run.path) from None
             if not out:
                 say(f"the run is kept in {run.path}")
         if file is not None:
@@ -139,13 +155,15 @@ def execute(call: Call) -> dict[str, Any]:
         return run.result or {}
 
 
-def _resolve(function: str) -> Callable[[Any, Run], dict[str, Any]]:
+def _resolve(function: str) -> Callable[..., dict[str, Any]]:
     module, name = function.split(":")
     return getattr(import_module(f"halflap.commands.{module}"), name)
 
 
 def _publish(artifact: Path, file: Path) -> None:
     """What --out FILE asked for: a copy of the run's artifact."""
+    from halflap.files import atomic_write
+
     with artifact.open("rb") as source, atomic_write(file) as target:
         shutil.copyfileobj(source, target)
 
@@ -153,6 +171,10 @@ def _publish(artifact: Path, file: Path) -> None:
 def say(sentence: str) -> None:
     """A remark or an error, on standard error."""
     print(f"halflap: {sentence}", file=sys.stderr, flush=True)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    say(f"warning: {' '.join(str(message).split())}")
 
 
 def _unexpected(error: Exception) -> str:

@@ -18,12 +18,11 @@ import pytest
 import halflap as package
 from halflap import cli, environment
 from halflap.cli import VERBS, Verb
-from halflap.commands import config
 from halflap.errors import HalflapError, RecipeError
 from halflap.run import Run
 
 Cli = Callable[..., Any]
-HALFLAP = [sys.executable, "-m", "halflap.cli"]
+HALFLAP = [sys.executable, "-m", "halflap"]
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +200,7 @@ def test_every_failure_is_a_status_and_a_sentence(
 
 
 def test_out_may_name_the_artifact_itself(halflap: Cli, corpus_verb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(VERBS, "corpus", Verb(config.CorpusRecipe, "x:y", artifact="importance.safetensors"))
+    monkeypatch.setitem(VERBS, "corpus", Verb("CorpusRecipe", "x:y", artifact="importance.safetensors"))
 
     def write(recipe: Any, run: Run) -> dict[str, Any]:
         (run.path / "importance.safetensors").write_bytes(b"x")
@@ -239,7 +238,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(
     process.send_signal(sent)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err == "halflap: interrupted; what was done is kept, and the same command goes on from there\n"
+    assert err == "halflap: interrupted; run keeps what was done, and the same command goes on from there\n"
     corpus_verb(lambda recipe, run: {"resumed": run.resumed})
     outcome = halflap("corpus", "--out", "run", "--json")
     assert outcome.json == {"resumed": True}

@@ -221,9 +221,14 @@ class EvaluateRecipe:
 
     model: Model = field(kw_only=False)
     """Hugging Face directory or run directory."""
-    text: Text = Text()
+    data: Annotated[Files, Parameter(name=("--data", "--eval-data"))] = ()
+    """Held-out text: files (.txt, .jsonl, .json, .parquet, plain or compressed), folders of those, or token shards."""
+    field: Annotated[str, Parameter(name="--data.field")] = "text"
+    """Column of the records that holds the text."""
+    join: Annotated[bool, SWITCH, Parameter(name="--data.join")] = False
+    """Score all documents as one text, joined by blank lines, where records are parts of one (WikiText as rows)."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness, by name."""
+    """Tasks of lm-evaluation-harness; `..._local` ones read files in $HALFLAP_DATA (or ../shared/data)."""
     limit: int | None = None
     """Items of each task at most."""
     tokens: Tokens | None = None
@@ -270,6 +275,12 @@ class GenerateRecipe:
     """Sample among this many likeliest tokens; 0 is all."""
     top_p: float = 1.0
     """Sample among the likeliest tokens of this total probability."""
+    min_p: float = 0.0
+    """Sample among tokens at least this share as likely as the likeliest; 0 is all."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens of the text so far less likely."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are cut away."""
     ignore_eos: Annotated[bool, SWITCH] = False
     """Go on after the end token."""
     common: Common = Common()

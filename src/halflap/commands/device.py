@@ -12,3 +12,8 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise HalflapError("device is 'cuda', and PyTorch sees no CUDA device here; take --device cpu or auto")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    """`auto` is float32 on a CPU, which is exact and has the faster kernels, and the stored type on a GPU."""
+    return "float32" if name == "auto" and device.type == "cpu" else name

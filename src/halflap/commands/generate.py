@@ -1,14 +1,15 @@
-"""`generate`: text from a model on the command line."""
+"""`generate`: text from a model on the command line, shown on a terminal while it is written."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TextIO
 
 from halflap.checkpoints.checkpoint import load_model
 from halflap.checkpoints.config import find_directory
 from halflap.commands.config import GenerateRecipe
-from halflap.commands.device import choose_device
+from halflap.commands.device import choose_device, choose_dtype
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import RecipeError
 from halflap.inference.generate import generate as continue_prompts
@@ -20,26 +21,49 @@ def generate(recipe: GenerateRecipe, run: Run) -> dict[str, Any]:
     prompts = recipe.prompt or _standard_input()
     directory = find_directory(recipe.model)
     tokenizer = Tokenizer.load(directory)
-    model = load_model(directory, recipe.common.dtype, choose_device(recipe.common.device))
-    completions = continue_prompts(
-        model,
-        prompts,
-        recipe.max_new_tokens,
-        temperature=recipe.temperature,
-        top_k=recipe.top_k,
-        top_p=recipe.top_p,
-        ignore_eos=recipe.ignore_eos,
-        seed=recipe.common.seed,
-        tokenizer=tokenizer,
-    )
+    device = choose_device(recipe.common.device)
+    model = load_model(directory, choose_dtype(recipe.common.dtype, device), device)
+    terminal = _terminal() if len(prompts) == 1 and run.directory is None and not recipe.common.json else None
+    try:
+        completions = continue_prompts(
+            model,
+            prompts,
+            recipe.max_new_tokens,
+            temperature=recipe.temperature,
+            top_k=recipe.top_k,
+            top_p=recipe.top_p,
+            min_p=recipe.min_p,
+            repetition_penalty=recipe.repetition_penalty,
+            seed=recipe.common.seed,
+            stop=recipe.stop,
+            ignore_eos=recipe.ignore_eos,
+            tokenizer=tokenizer,
+            stream=None if terminal is None else _writer(terminal),
+        )
+    finally:
+        if terminal is not None:
+            print(file=terminal, flush=True)
     results = [{"text": c.text, "tokens": c.tokens, "finish_reason": c.finish_reason} for c in completions]
-    if len(results) == 1:
-        return results[0]
-    return {name: [result[name] for result in results] for name in ("text", "tokens", "finish_reason")}
+    if len(results) > 1:
+        return {name: [result[name] for result in results] for name in ("text", "tokens", "finish_reason")}
+    return results[0] if terminal is None else results[0] | {"shown": True}
+
+
+def _terminal() -> TextIO | None:
+    """Standard output where it is a terminal; while a verb works, `sys.stdout` is not it."""
+    real = sys.__stdout__
+    return real if real is not None and real.isatty() and sys.stdout is not real else None
+
+
+def _writer(terminal: TextIO) -> Callable[[int, str], None]:
+    def write(_row: int, piece: str) -> None:
+        print(piece, end="", file=terminal, flush=True)
+
+    return write
 
 
 def _standard_input() -> tuple[str, ...]:
     text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
     if not text.strip():
         raise RecipeError("no prompt was given; write --prompt TEXT, or send it on standard input")
-    return (text,)
+    return (text.removesuffix("\n"),)  # the line end that `echo` adds is not meant

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from halflap.data.tokenizer import Tokenizer
@@ -35,10 +35,11 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 try:
+    from lm_eval.api import task as harness_tasks
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate as harness_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
@@ -200,10 +201,10 @@ def _generation_settings(given: dict[str, Any]) -> tuple[dict[str, Any], int]:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Loaded tasks: what was asked for (tasks and groups), and every task in it by name."""
+    """Loaded tasks and groups of tasks by name, as the harness's own loader gives them."""
 
-    asked: list[Any]
-    tasks: dict[str, Any]
+    tasks: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
 
 
 def load_tasks(names: Sequence[str]) -> Tasks:
@@ -213,16 +214,14 @@ def load_tasks(names: Sequence[str]) -> Tasks:
         raise unknown_task(wrong[0], list(ours))
     with _quiet_harness():
         manager = TaskManager(include_defaults=any(name not in ours for name in names))  # its index takes seconds
-        found = Tasks([], {})
+        found = Tasks()
         for name in dict.fromkeys(names):
             if name in ours:
                 found.tasks[name] = ConfigurableTask(config=resolve_task(ours[name]))
-                found.asked.append(found.tasks[name])
             elif name in manager.all_tasks:
                 loaded = _load_stock(manager, name, f"{name}_local" if f"{name}_local" in ours else None)
-                groups = [group for group in loaded.get("groups", {}).values() if group.name == name]
-                found.asked.extend(groups or loaded["tasks"].values())
                 found.tasks.update(loaded["tasks"])
+                found.groups.update(loaded.get("groups", {}))
             else:
                 raise unknown_task(name, [*ours, *manager.all_tasks])
     return found
@@ -257,19 +256,15 @@ def run_tasks(
     if limit is not None and limit < 1:
         raise HalflapError(f"limit is {limit}; it must be at least 1: give the number of items of each task")
     harness = HalflapLM(model, tokenizer, context=context, batch_size=batch_size)
+    for task in tasks.tasks.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+    loaded: Any = {"tasks": tasks.tasks, "groups": tasks.groups}
+    loaded["group_map"] = {name: group.child_names for name, group in tasks.groups.items()}
+    samples = None if limit is None else {name: _indices(task, limit) for name, task in tasks.tasks.items()}
     with _quiet_harness():
-        results: Any = simple_evaluate(
-            model=harness,
-            tasks=list(tasks.asked),
-            task_manager=TaskManager(include_defaults=False),  # everything is loaded already
-            samples=None if limit is None else {name: _indices(task, limit) for name, task in tasks.tasks.items()},
-            bootstrap_iters=BOOTSTRAP,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        results: Any = harness_evaluate(harness, loaded, samples=samples, bootstrap_iters=BOOTSTRAP, log_samples=False)
     items = results.get("n-samples", {})
     found = {name: _plain_metrics(numbers, items.get(name)) for name, numbers in results["results"].items()}
     return {"tasks": found, "truncated": harness.truncated}
@@ -295,18 +290,17 @@ def _plain_metrics(numbers: dict[str, Any], samples: dict[str, int] | None) -> d
 @contextlib.contextmanager
 def _quiet_harness() -> Iterator[None]:
     """Keep the harness off standard output, and its bars and its chatter below errors off standard error."""
-    import tqdm
-
-    start = tqdm.tqdm.__init__
+    bars = harness_tasks.tqdm  # tqdm's own class: whoever in the harness shows a bar shows one of these
+    start = bars.__init__
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        tqdm.tqdm.__init__ = functools.partialmethod(start, disable=True)  # type: ignore[method-assign,assignment]
+        bars.__init__ = functools.partialmethod(start, disable=True)  # type: ignore[method-assign,assignment]
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        tqdm.tqdm.__init__ = start  # type: ignore[method-assign]
+        bars.__init__ = start  # type: ignore[method-assign]
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -181,7 +181,7 @@ def require_positions(config: ModelConfig, length: int, what: str) -> None:
     if rotary and length > config.max_position_embeddings:
         raise HalflapError(
             f"{what} {length} positions, and the model's rotary embedding has {config.max_position_embeddings}: "
-            "ask for a shorter text"
+            "give or ask for at most as many"
         )
 
 

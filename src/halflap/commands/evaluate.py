@@ -1,0 +1,155 @@
+"""`evaluate` and `bench`: how good a model is, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from halflap import environment
+from halflap.checkpoints.checkpoint import float_dtype, load_model
+from halflap.checkpoints.config import find_directory
+from halflap.commands.config import BenchRecipe, EvaluateRecipe
+from halflap.commands.device import choose_device, choose_dtype
+from halflap.commands.resolve import shape_of
+from halflap.data.corpus import is_corpus, open_corpus
+from halflap.data.text import read_documents
+from halflap.data.tokenizer import Tokenizer
+from halflap.errors import HalflapError, RecipeError
+from halflap.evaluate import bench as benchmark
+from halflap.evaluate.documents import Document, corpus_documents, tokenise
+from halflap.evaluate.held_out import evaluate_text
+from halflap.models.config import ModelConfig
+from halflap.models.count import count_parameters
+from halflap.models.model import HybridModel, initialize
+from halflap.ops import select
+from halflap.run import Run
+
+NOT_MEASURED = {"loss": None, "perplexity": None, "bits_per_byte": None, "tokens": 0}
+
+
+def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
+    """Score held-out text, then tasks; `scores.json` holds the same as the result."""
+    if not recipe.data and not recipe.tasks:
+        raise RecipeError("nothing to judge on was given; name text (--data), tasks (--tasks), or both")
+    directory = find_directory(recipe.model)
+    tokenizer = Tokenizer.load(directory)
+    documents = _documents(recipe, tokenizer)  # first what fails fast: text, task names and their data
+    tasks = _load_tasks(recipe.tasks)
+    device = choose_device(recipe.common.device)
+    model = load_model(directory, choose_dtype(recipe.common.dtype, device), device)
+    tokenizer.check_matches(model.config.vocab_size)
+    settings: dict[str, Any] = {
+        "context": recipe.context,
+        "batch_size": recipe.batch_size,
+        "seed": recipe.common.seed,
+    }
+    result: dict[str, Any] = dict(NOT_MEASURED)
+    if documents:
+        text = evaluate_text(model, documents, stride=recipe.stride, tokens=recipe.tokens, **settings)
+        result = text.to_json()
+        run.log({"phase": "text", **result})
+    result["tasks"] = {}
+    if tasks is not None:
+        from halflap.evaluate.lm_eval import run_tasks
+
+        done = run_tasks(model, tokenizer, tasks, limit=recipe.limit, **settings)
+        result |= {"tasks": done["tasks"], "truncated_prompts": done["truncated"]}
+    result |= {"parameters": count_parameters(model.config), "dtype": _dtype(model)}
+    if run.directory is not None:
+        run.save_json("scores.json", result)
+    return result
+
+
+def _documents(recipe: EvaluateRecipe, tokenizer: Tokenizer) -> list[Document]:
+    """What --data names, as documents: text files together, then each folder of token shards."""
+    if recipe.tokens is not None and recipe.tokens < 1:
+        raise HalflapError(f"tokens is {recipe.tokens}; it must be at least 1: ask for more, or leave it out for all")
+    shards = [path for path in recipe.data if is_corpus(path)]
+    texts = [path for path in recipe.data if path not in shards]
+    if recipe.join and shards:
+        raise HalflapError(f"{shards[0]} is a folder of token shards, which --data.join cannot join; give its text")
+    documents: list[Document] = []
+    if texts:
+        read = read_documents(texts, recipe.field)
+        documents = tokenise(["\n\n".join(read)] if recipe.join else read, tokenizer, limit=recipe.tokens)
+    for path in shards:
+        documents += corpus_documents(open_corpus(path, tokenizer), tokenizer, limit=recipe.tokens)
+    return documents
+
+
+def _load_tasks(names: Sequence[str]) -> Any:
+    if not names:
+        return None
+    from halflap.evaluate.lm_eval import load_tasks  # takes seconds to import, and may not be installed
+
+    return load_tasks(names)
+
+
+def bench(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
+    """Measure each cell of the grid; a preset or the YAML of a model gets random weights."""
+    device = choose_device(recipe.common.device)
+    config = shape_of(recipe.model)
+    dtype = choose_dtype(recipe.common.dtype, device)
+    _check_memory(config, dtype, device)
+    is_checkpoint = Path(recipe.model).is_dir()
+    model = (
+        load_model(find_directory(recipe.model), dtype, device)
+        if is_checkpoint
+        else random_model(config, float_dtype("float32" if dtype == "auto" else dtype), device, recipe.common.seed)
+    )
+    rows = benchmark.bench(
+        model,
+        recipe.prompt,
+        recipe.output,
+        recipe.batch,
+        repeats=recipe.repeats,
+        seed=recipe.common.seed,
+        log=lambda row: run.log({"phase": "bench", **row}),
+    )
+    result = {
+        "rows": rows,
+        "hardware": _hardware(device),
+        "kernels": select.describe(),
+        "parameters": count_parameters(config),
+        "weights": "checkpoint" if is_checkpoint else "random",
+        "repeats": recipe.repeats,
+    }
+    if run.directory is not None:
+        run.save_json("bench.json", result)
+    return result
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> HybridModel:
+    """A model of a shape with random weights, built in `dtype` so that memory never holds more."""
+    with torch.device("meta"):
+        model = HybridModel(config).to(dtype)
+    model.to_empty(device=device)
+    initialize(model, seed)
+    return model.eval()
+
+
+def _check_memory(config: ModelConfig, dtype: str, device: torch.device) -> None:
+    """Raise HalflapError when the weights alone do not fit, instead of being killed by the system."""
+    wide = 4 if dtype in ("auto", "float32") and device.type == "cpu" else 2
+    needed = count_parameters(config) * wide
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise HalflapError(
+            f"the weights take {needed / 2**30:.1f} GiB as {'float32' if wide == 4 else 'bfloat16'} and "
+            f"{free / 2**30:.1f} GiB are free; take a smaller model{', or --dtype bfloat16' if wide == 4 else ''}"
+        )
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    found = {**environment.machine(), "threads": torch.get_num_threads(), "device": device.type}
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device)}
+    return found
+
+
+def _dtype(model: HybridModel) -> str:
+    return str(model.head_weight.dtype).removeprefix("torch.")
