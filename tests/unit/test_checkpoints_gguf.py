@@ -89,11 +89,12 @@ def write(path, config: ModelConfig, tensors, *, kind=F32, extra=(), **options) 
         writer.add_block_count(len(config.blocks) // 2)
         writer.add_head_count_kv(attention.num_key_value_heads)
         writer.add_feed_forward_length(mlp.intermediate_size)
+        assert attention.rope is not None
         writer.add_rope_freq_base(attention.rope.theta)
         writer.add_rope_dimension_count(attention.head_dim)
         rows = LLAMA_ROWS
     else:
-        mamba = config.blocks[0]
+        mamba = next(b for b in config.blocks if isinstance(b, Mamba2Config))
         writer.add_block_count(len(config.blocks))
         writer.add_head_count_kv([2 if b is attention else 0 for b in config.blocks])
         writer.add_feed_forward_length([mlp.intermediate_size if b.symbol == "-" else 0 for b in config.blocks])

@@ -9,6 +9,7 @@ import torch
 
 from halflap.errors import HalflapError
 from halflap.models.cache import Cache
+from halflap.models.config import AttentionConfig
 from halflap.models.count import (
     cache_bytes,
     count_block_parameters,
@@ -132,7 +133,7 @@ def test_flops_are_twice_the_matrices_and_what_the_context_adds(name):
     config = preset(name)
     matrices = count_parameters(config) - config.vocab_size * config.hidden_size * (not config.tie_word_embeddings)
     assert flops_per_token(config, 1) == pytest.approx(2 * matrices, rel=0.02)
-    attention = [b for b in config.blocks if b.kind == "attention"]
+    attention = [b for b in config.blocks if isinstance(b, AttentionConfig)]
     a_token = sum(4 * b.num_attention_heads * b.head_dim for b in attention)
     assert flops_per_token(config, 5001) - flops_per_token(config, 1) == 5000 * a_token
     longer = flops_per_token(config, 20001, "prefill") - flops_per_token(config, 10001, "prefill")
