@@ -221,12 +221,14 @@ class EvaluateRecipe:
 
     model: Model = field(kw_only=False)
     """Hugging Face directory or run directory."""
-    data: Annotated[Files, Parameter(name=("--data", "--eval-data"))] = ()
+    data: Files = ()
     """Held-out text: files (.txt, .jsonl, .json, .parquet, plain or compressed), folders of those, or token shards."""
     field: Annotated[str, Parameter(name="--data.field")] = "text"
     """Column of the records that holds the text."""
     join: Annotated[bool, SWITCH, Parameter(name="--data.join")] = False
     """Score all documents as one text, joined by blank lines, where records are parts of one (WikiText as rows)."""
+    eval_data: Files = ()
+    """The same as --data, by the name that other verbs give to text to judge on."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness; `..._local` ones read files in $HALFLAP_DATA (or ../shared/data)."""
     limit: int | None = None

@@ -33,7 +33,7 @@ NOT_MEASURED = {"loss": None, "perplexity": None, "bits_per_byte": None, "tokens
 
 def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
     """Score held-out text, then tasks; `scores.json` holds the same as the result."""
-    if not recipe.data and not recipe.tasks:
+    if not recipe.data and not recipe.eval_data and not recipe.tasks:
         raise RecipeError("nothing to judge on was given; name text (--data), tasks (--tasks), or both")
     directory = find_directory(recipe.model)
     tokenizer = Tokenizer.load(directory)
@@ -65,11 +65,12 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
 
 
 def _documents(recipe: EvaluateRecipe, tokenizer: Tokenizer) -> list[Document]:
-    """What --data names, as documents: text files together, then each folder of token shards."""
+    """What --data and --eval-data name, as documents: text files together, then each folder of token shards."""
+    paths = (*recipe.data, *recipe.eval_data)
     if recipe.tokens is not None and recipe.tokens < 1:
         raise HalflapError(f"tokens is {recipe.tokens}; it must be at least 1: ask for more, or leave it out for all")
-    shards = [path for path in recipe.data if is_corpus(path)]
-    texts = [path for path in recipe.data if path not in shards]
+    shards = [path for path in paths if is_corpus(path)]
+    texts = [path for path in paths if path not in shards]
     if recipe.join and shards:
         raise HalflapError(f"{shards[0]} is a folder of token shards, which --data.join cannot join; give its text")
     documents: list[Document] = []
