@@ -271,7 +271,7 @@ def test_without_a_compiler_plain_runs_and_says_so(tmp_path: Path) -> None:
 
 def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     source, target = tmp_path / "answer.cpp", tmp_path / "made" / "answer.so"
-    source.write_text('extern "C" int answer() { return 42; }')
+    source.write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 42; }')
     code = (
         "import ctypes, sys\nfrom pathlib import Path\nfrom halflap.ops.native import build\n"
         "source, target = map(Path, sys.argv[1:])\n"
