@@ -92,7 +92,6 @@ NOT_CONTENT = ("out", "json", "quiet", "overwrite")
 
 # What NVIDIA's tools call it, and what we call it; the scale turns a bare number into an amount with its unit.
 ALIASES: dict[str, tuple[str, str]] = {
-    "eval_data": ("data", ""),
     "prune_target_params": ("params", ""),
     "target_params": ("params", ""),
     "target_memory": ("memory", ""),

@@ -147,7 +147,52 @@ def doctor(result: Mapping[str, Any], console: Console) -> None:
         console.print(Text(f"- {line}" if result["missing"] else line))
 
 
+def evaluate(result: Mapping[str, Any], console: Console) -> None:
+    if result["loss"] is not None:
+        grid = Table.grid(padding=(0, 2))
+        for name, unit in (("loss", "nats a token"), ("perplexity", "a token"), ("bits_per_byte", "")):
+            low, high = result[f"{name}_interval"] or (None, None)
+            span = "" if low is None else f"95 % in {low:.4f} to {high:.4f}"
+            grid.add_row(Text(name.replace("_", " "), style="bold"), f"{result[name]:.4f} {unit}".rstrip(), span)
+        of = f"{result['tokens']:,} tokens of {result['documents']:,} documents, {result['bytes']:,} bytes"
+        console.print(grid)
+        console.print(f"{of}; windows of {result['context']:,} every {result['stride']:,}")
+    for name, metrics in result["tasks"].items():
+        row = [
+            f"{metric.replace('_', ' ')} {value:.4f}"
+            + (f" ± {metrics[f'{metric}_stderr']:.4f}" if f"{metric}_stderr" in metrics else "")
+            for metric, value in metrics.items()
+            if metric != "items" and not metric.endswith("_stderr")
+        ]
+        console.print(Text(name, style="bold"), f" {', '.join(row)} ({metrics.get('items', 0):,} items)")
+    if truncated := result.get("truncated_prompts"):
+        console.print(f"{truncated:,} prompts were longer than the window and lost their beginning")
+
+
+def bench(result: Mapping[str, Any], console: Console) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("in+out", "batch", "prefill/s", "decode/s", "first", "step", "peak", "cache"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        rates = [
+            f"{row[name]:,.{0 if row[name] >= 100 else 2}f} ±{100 * row[f'{name}_spread'] / row[name]:.0f}%"
+            for name in ("prefill_tokens_per_second", "decode_tokens_per_second")
+        ]
+        times = [f"{row[name]:,.3g} ms" for name in ("time_to_first_token_ms", "decode_step_ms")]
+        sizes = [size(row[name]) for name in ("peak_memory_bytes", "cache_bytes")]
+        table.add_row(f"{row['prompt']}+{row['output']}", str(row["batch"]), *rates, *times, *sizes)
+    console.print(table, width=max(console.width, 100), crop=False)
+    hardware, dtype = result["hardware"], result["rows"][0]["dtype"]
+    kernels = ", ".join(f"{op} {kind}" for op, kind in result["kernels"]["ops"].items())
+    console.print(f"{hardware.get('gpu') or hardware['processor']}, {hardware['threads']} threads, {dtype}; {kernels}")
+    console.print(
+        f"tokens a second of the batch, time to the first token and of a step: medians of {result['repeats']}"
+    )
+
+
 def generate(result: Mapping[str, Any], console: Console) -> None:
+    if result.get("shown"):  # it was printed while it was written
+        return
     texts = result["text"] if isinstance(result["text"], list) else [result["text"]]
     for text in texts:
         console.print(text, markup=False)
@@ -156,5 +201,7 @@ def generate(result: Mapping[str, Any], console: Console) -> None:
 VIEWS: dict[str, Callable[[Mapping[str, Any], Console], None]] = {
     "inspect": inspect,
     "doctor": doctor,
+    "evaluate": evaluate,
+    "bench": bench,
     "generate": generate,
 }
