@@ -16,11 +16,12 @@ from cyclopts import exceptions as problem
 from cyclopts.token import Token
 
 import halflap
+from halflap.amounts import Amount
 from halflap.errors import HalflapError, RecipeError
-from halflap.recipe import SWITCH, flat, leaves, normalise, read_yaml, unknown_name
+from halflap.recipe import COMMON, SWITCH, flat, leaves, normalise, read_yaml, unknown_name
 
 
-@flat("Common to all verbs")
+@flat(COMMON)
 @dataclass(frozen=True, kw_only=True)
 class Control:
     """Flags of the command line alone."""
@@ -59,7 +60,8 @@ def bind(
             _fill(commands[0], recipes[commands[0]], arguments, given, source, remarks)
 
     try:
-        outcome = _app(recipes, fill)(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        app = _app(_HelpApp if {"--help", "-h"} & set(tokens) else App, recipes, fill)
+        outcome = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except problem.CycloptsError as error:
         verb = next((token for token in tokens if token in recipes), "")
         raise RecipeError(_sentence(error, verb, list(recipes))) from error
@@ -71,18 +73,38 @@ def bind(
     return Call(verb, recipe, control, tuple(remarks))
 
 
-def _app(recipes: Mapping[str, type], fill: Callable[..., None]) -> App:
-    app = App(
+class _HelpApp(App):
+    """Help asks three times for a verb's arguments, which are dear to collect; nothing changes them in between."""
+
+    def assemble_argument_collection(self, **_: Any) -> Any:
+        if "collected" not in self.__dict__:
+            self.__dict__["collected"] = super().assemble_argument_collection(parse_docstring=True)
+        return self.__dict__["collected"]
+
+
+def _app(kind: type[App], recipes: Mapping[str, type], fill: Callable[..., None]) -> App:
+    app = kind(
         name="halflap",
         help=(halflap.__doc__ or "").partition("\n")[0],
         version=halflap.__version__,
-        default_parameter=Parameter(consume_multiple=True, negative_iterable=(), show_env_var=False),
+        default_parameter=Parameter(
+            consume_multiple=True, negative_iterable=(), show_env_var=False, show_default=_shown_default
+        ),
         config=(fill,),
         help_format="plaintext",
     )
     for place, (verb, recipe) in enumerate(recipes.items()):
         app.command(_command(verb, recipe), name=verb, help=recipe.__doc__, sort_key=place)
     return app
+
+
+def _shown_default(value: Any) -> str | None:
+    """A default as it would be typed; what says nothing (false, an empty list) is left out."""
+    if value is None or value is False or value == ():
+        return None
+    if isinstance(value, tuple):
+        return " ".join(str(item) for item in value)
+    return str(Amount(value)) if type(value) is int else str(value)
 
 
 def _command(verb: str, recipe_class: type) -> Callable[..., tuple[str, Any, Control]]:
@@ -144,8 +166,10 @@ def _sentence(error: problem.CycloptsError, verb: str, verbs: list[str]) -> str:
         case problem.RepeatArgumentError():
             return f"{error.token.keyword} is given twice; keep one of the two"
         case problem.CoercionError() if isinstance(error.__cause__, HalflapError):
-            cause = str(error.__cause__)
-            return f"{error.token.keyword}: {cause}" if error.token and error.token.keyword else cause
+            cause, argument = str(error.__cause__), error.argument
+            leaf = argument.names[0] if argument and not argument.children else ""
+            name = (error.token and error.token.keyword) or leaf
+            return f"{name}: {cause}" if name else cause
         case problem.CoercionError() if error.argument is not None:
             return _wrong_value(error, see)
         case problem.MissingArgumentError() if error.argument is not None:

@@ -37,18 +37,39 @@ def _count(_: type, tokens: Any) -> int:
     return parse_count(tokens[0].value)
 
 
-def _counts(_: type, tokens: Any) -> tuple[int, ...]:
-    return tuple(parse_count(token.value) for token in tokens)
+def _positive(_: type, tokens: Any) -> int:
+    value = parse_count(tokens[0].value)
+    if value < 1:
+        raise RecipeError(f"{value} is too small; at least 1 is allowed")
+    return value
 
 
-def section(title: str) -> Parameter:
+def _positives(_: type, tokens: Any) -> tuple[int, ...]:
+    return tuple(_positive(int, [token]) for token in tokens)
+
+
+HEADINGS = (
+    TEXT := "Text",
+    BUDGETS := "Budgets (ceilings, all kept; 50% is a share of the teacher's)",
+    SIZES := "Sizes of the student",
+    SEARCH := "Search",
+    SPACE := "Search space",
+    IMPORTANCE := "Importance",
+    DISTILLATION := "Distillation",
+    TRAINING := "Training",
+    COMMON := "Common to all verbs",
+)
+"""Headings of the help in their order, after the fields of no section."""
+
+
+def section(heading: str) -> Parameter:
     """A section whose fields are `--name.field`, under a heading of their own in the help."""
-    return Parameter(group=Group(title))
+    return Parameter(group=Group(heading, sort_key=HEADINGS.index(heading)))
 
 
-def flat(title: str) -> Parameter:
+def flat(heading: str) -> Parameter:
     """A section whose fields are flags without its name."""
-    return Parameter(name="*", group=Group(title))
+    return Parameter(name="*", group=Group(heading, sort_key=HEADINGS.index(heading)))
 
 
 SWITCH = Parameter(negative=())
@@ -56,14 +77,15 @@ Count = Annotated[Amount, _amount("count")]
 Bytes = Annotated[Amount, _amount("bytes")]
 Duration = Annotated[Amount, _amount("seconds")]
 Tokens = Annotated[int, Parameter(converter=_count, n_tokens=1)]
-TokensList = Annotated[tuple[int, ...], Parameter(converter=_counts)]
+Positive = Annotated[int, Parameter(converter=_positive, n_tokens=1)]
+Positives = Annotated[tuple[int, ...], Parameter(converter=_positives)]
 File = Annotated[str, INPUT]
 Files = Annotated[tuple[str, ...], INPUT]
 Model = Annotated[str, INPUT]
 Shape = Annotated[str, INPUT, SHAPE]
 
 
-@flat("Common to all verbs")
+@flat(COMMON)
 @dataclass(frozen=True, kw_only=True)
 class Common:
     """What every verb takes."""

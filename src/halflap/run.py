@@ -257,7 +257,12 @@ def _refuse_other(directory: Path, verb: str, settings: Mapping[str, Any], input
 
 def _lock(directory: Path) -> IO[str]:
     """The directory's lock, held until it is closed. Raises HalflapError when another process holds it."""
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HalflapError(
+            f"out is {str(directory)!r}, which cannot be made ({error.strerror}); give another directory with --out"
+        ) from None
     path = directory / LOCK
     while True:
         file = path.open("a+", encoding="utf-8")

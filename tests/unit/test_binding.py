@@ -125,6 +125,8 @@ def test_names_of_other_tools_are_understood_and_said_in_ours() -> None:
         ("compress DIR --params 12XB", "--params: '12XB' is not an amount that fits here"),
         ("compress DIR --memory 500", "write bytes with their unit, such as 31.7GiB"),
         ("compress DIR --tokens 50%", "--tokens: '50%' is not an amount"),
+        ("compress DIR --batch 0", "--batch: 0 is too small; at least 1 is allowed"),
+        ("bench DIR --batch 1 0", "--batch: 0 is too small; at least 1 is allowed"),
         ("compress DIR --seed x", "--seed is 'x'; a whole number is allowed"),
         ("compress DIR --fit.learning-rate x", "--fit.learning-rate is 'x'; a number is allowed"),
         ("compress DIR --fit.learning-rate -1", "fit.learning_rate is -1.0; it must be greater than 0"),
@@ -172,7 +174,7 @@ def test_every_field_has_a_help_text() -> None:
 
     from halflap.binding import _app
 
-    app: App = _app(RECIPES, lambda *_: None)
+    app: App = _app(App, RECIPES, lambda *_: None)
     for verb in RECIPES:
         for argument in app[verb].assemble_argument_collection(parse_docstring=True):
             if argument.names and argument.names[0] != "*" and argument.show:

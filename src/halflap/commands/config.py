@@ -20,7 +20,20 @@ from halflap.commands.sections import (
 )
 from halflap.compress.axes import Sizes
 from halflap.compress.space import SearchSpace
-from halflap.recipe import SWITCH, Common, File, Files, Model, Shape, Tokens, TokensList, section
+from halflap.recipe import (
+    SIZES,
+    SPACE,
+    SWITCH,
+    TRAINING,
+    Common,
+    File,
+    Files,
+    Model,
+    Positive,
+    Positives,
+    Shape,
+    section,
+)
 from halflap.train.config import Fit
 
 
@@ -30,11 +43,11 @@ class InspectRecipe:
 
     model: Shape | None = field(default=None, kw_only=False)
     """Hugging Face directory, run directory, preset, or YAML of a model."""
-    context: TokensList = (8192, 65536)
+    context: Positives = (8192, 65536)
     """Context lengths for the cache and FLOP columns."""
-    batch: int = 1
+    batch: Positive = 1
     """Sequences at once."""
-    cache_bits: int = 16
+    cache_bits: Positive = 16
     """Bits a key or value takes."""
     list_presets: Annotated[bool, SWITCH, Parameter(name="--list")] = False
     """Print the presets and stop."""
@@ -68,7 +81,7 @@ class TokenizerRecipe:
     """Train a byte-level BPE tokenizer."""
 
     text: Text = Text()
-    vocab_size: int = 8192
+    vocab_size: Positive = 8192
     """Entries, special tokens included."""
     common: Common = Common()
 
@@ -90,13 +103,13 @@ class PretrainRecipe:
     shape: Shape = field(kw_only=False)
     """Preset, YAML of a model, or a checkpoint to go on from."""
     text: Text = Text()
-    tokens: Tokens = 10_000_000
+    tokens: Positive = 10_000_000
     """Tokens to train on."""
     tokenizer: File | None = None
     """Directory with the tokenizer; token shards bring their own."""
     eval_data: Files = ()
     """Held-out text for the loss curve."""
-    fit: Annotated[Fit, section("Training")] = Fit()
+    fit: Annotated[Fit, section(TRAINING)] = Fit()
     common: Common = Common()
 
 
@@ -107,12 +120,12 @@ class ScoreRecipe:
     model: Model = field(kw_only=False)
     """The teacher: Hugging Face directory or run directory."""
     text: Text = Text()
-    tokens: Tokens = 262_144
+    tokens: Positive = 262_144
     """Calibration tokens to read."""
     settings: ScoreSettings = ScoreSettings()
-    sequence_length: int = 512
+    sequence_length: Positive = 512
     """Tokens of a calibration row."""
-    batch_size: int = 4
+    batch_size: Positive = 4
     """Rows at once."""
     common: Common = Common()
 
@@ -128,10 +141,10 @@ class SearchRecipe:
     text: Text = Text()
     budgets: Budgets = Budgets()
     settings: SearchSettings = SearchSettings()
-    space: Annotated[SearchSpace, section("Search space")] = SearchSpace()
+    space: Annotated[SearchSpace, section(SPACE)] = SearchSpace()
     norm_correction: NormCorrection = "masked"
     """What replaces the cut channels in the mean of the norms."""
-    fit: Annotated[Fit, section("Training of shortlisted candidates")] = Fit()
+    fit: Annotated[Fit, section(TRAINING)] = Fit()
     common: Common = Common()
 
 
@@ -146,8 +159,8 @@ class PruneRecipe:
     plan: File | None = None
     """Pruning plan or search result to follow instead of budgets or sizes."""
     budgets: Budgets = Budgets()
-    sizes: Annotated[Sizes, section("Sizes of the student")] = Sizes()
-    space: Annotated[SearchSpace, section("Search space")] = SearchSpace()
+    sizes: Annotated[Sizes, section(SIZES)] = Sizes()
+    space: Annotated[SearchSpace, section(SPACE)] = SearchSpace()
     norm_correction: NormCorrection = "masked"
     """What replaces the cut channels in the mean of the norms."""
     common: Common = Common()
@@ -161,7 +174,7 @@ class VerifyRecipe:
     """Checkpoint or run directory with a pruning plan."""
     teacher: Model | None = None
     """The teacher it was cut from; found through the lineage when it has not moved."""
-    tokens: Tokens = 256
+    tokens: Positive = 256
     """Tokens compared."""
     common: Common = Common()
 
@@ -175,12 +188,12 @@ class DistillRecipe:
     teacher: Model | None = None
     """Checkpoint or run directory of the teacher; found through the lineage when it has not moved."""
     text: Text = Text()
-    tokens: Tokens = 10_000_000
+    tokens: Positive = 10_000_000
     """Tokens to train on."""
     loss_settings: LossSettings = LossSettings()
     eval_data: Files = ()
     """Held-out text for the loss curve."""
-    fit: Annotated[Fit, section("Training")] = Fit()
+    fit: Annotated[Fit, section(TRAINING)] = Fit()
     common: Common = Common()
 
 
@@ -191,27 +204,27 @@ class CompressRecipe:
     model: Model = field(kw_only=False)
     """The teacher: Hugging Face directory or run directory."""
     text: Text = Text()
-    tokens: Tokens = 10_000_000
+    tokens: Positive = 10_000_000
     """Tokens the student is distilled on."""
-    calibration_tokens: Tokens = 262_144
+    calibration_tokens: Positive = 262_144
     """Tokens read to measure importance."""
     eval_data: Files = ()
     """Text to judge on; without it the last 5 % of the documents, by a hash of their text, are kept back."""
-    eval_tokens: Tokens = 131_072
+    eval_tokens: Positive = 131_072
     """Tokens to judge on at most."""
     importance: File | None = None
     """File that `score` wrote, to save measuring it again."""
     budgets: Budgets = Budgets()
-    sizes: Annotated[Sizes, section("Sizes of the student")] = Sizes()
+    sizes: Annotated[Sizes, section(SIZES)] = Sizes()
     settings: SearchSettings = SearchSettings()
-    space: Annotated[SearchSpace, section("Search space")] = SearchSpace()
+    space: Annotated[SearchSpace, section(SPACE)] = SearchSpace()
     score_settings: ScoreSettings = ScoreSettings()
     norm_correction: NormCorrection = "masked"
     """What replaces the cut channels in the mean of the norms."""
     loss_settings: LossSettings = LossSettings()
     controls: tuple[Literal["scratch", "group_blind", "random"], ...] = ()
     """Arms to train beside the student: the same shape from scratch, a group-blind cut, a random ranking."""
-    fit: Annotated[Fit, section("Training")] = Fit()
+    fit: Annotated[Fit, section(TRAINING)] = Fit()
     common: Common = Common()
 
 
@@ -231,15 +244,15 @@ class EvaluateRecipe:
     """The same as --data, by the name that other verbs give to text to judge on."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness; `..._local` ones read files in $HALFLAP_DATA (or ../shared/data)."""
-    limit: int | None = None
+    limit: Positive | None = None
     """Items of each task at most."""
-    tokens: Tokens | None = None
+    tokens: Positive | None = None
     """Tokens of text at most; all when not given."""
-    context: Tokens | None = None
+    context: Positive | None = None
     """Window in tokens; the model's, at most 2048, when not given."""
-    stride: Tokens | None = None
+    stride: Positive | None = None
     """Step between windows; the window when not given."""
-    batch_size: int = 4
+    batch_size: Positive = 4
     """Windows at once."""
     common: Common = Common()
 
@@ -250,13 +263,13 @@ class BenchRecipe:
 
     model: Shape = field(kw_only=False)
     """Hugging Face directory, run directory or preset (random weights)."""
-    prompt: TokensList = (512,)
+    prompt: Positives = (512,)
     """Prompt lengths in tokens."""
-    output: TokensList = (32,)
+    output: Positives = (32,)
     """Tokens to decode."""
-    batch: tuple[int, ...] = (1,)
+    batch: Positives = (1,)
     """Sequences at once."""
-    repeats: int = 3
+    repeats: Positive = 3
     """Timed passes of each cell; the median is reported."""
     common: Common = Common()
 
@@ -269,7 +282,7 @@ class GenerateRecipe:
     """Hugging Face directory or run directory."""
     prompt: tuple[str, ...] = ()
     """Prompts; standard input when not given."""
-    max_new_tokens: Tokens = 128
+    max_new_tokens: Positive = 128
     """New tokens at most."""
     temperature: float = 0.0
     """0 takes the likeliest token; above it samples."""

@@ -12,7 +12,20 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from halflap.data.config import Data
-from halflap.recipe import Bytes, Count, Duration, Files, Tokens, flat
+from halflap.recipe import (
+    BUDGETS,
+    DISTILLATION,
+    IMPORTANCE,
+    SEARCH,
+    TEXT,
+    Bytes,
+    Count,
+    Duration,
+    Files,
+    Positive,
+    Tokens,
+    flat,
+)
 
 Phase = Literal["decode", "prefill"]
 NormCorrection = Literal["none", "masked", "calibrated"]
@@ -20,7 +33,7 @@ WidthMetric = Literal["activation", "weight_norm", "random"]
 DepthMetric = Literal["kl", "block_influence", "loss", "hidden_mse", "logit_mse"]
 
 
-@flat("Text")
+@flat(TEXT)
 @dataclass(frozen=True, kw_only=True)
 class Text:
     """Text to read."""
@@ -41,7 +54,7 @@ class Text:
         return Data(self.data, self.field, self.weights or None, sequence_length, self.packing, self.held_out)
 
 
-@flat("Budgets (ceilings, all kept; 50% is a share of the teacher's)")
+@flat(BUDGETS)
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
     """Ceilings on the student; several together are all kept."""
@@ -60,32 +73,34 @@ class Budgets:
     """Floating-point operations a token in the given phase."""
     phase: Phase = "decode"
     """Phase that latency, throughput and FLOPs are meant in."""
-    context: Tokens = 8192
+    context: Positive = 8192
     """Context length of the memory, latency and FLOP budgets, in tokens."""
-    batch: int = 1
+    batch: Positive = 1
     """Sequences at once in the memory, latency and throughput budgets."""
-    weight_bits: int = 16
+    weight_bits: Positive = 16
     """Bits a weight takes in the memory budget."""
-    cache_bits: int = 16
-    """Bits a key or value takes in the memory budget; SSM states take 32."""
+    cache_bits: Positive = 16
+    """Bits a key or value takes in the memory budget; SSM states take twice as many."""
 
 
-@flat("Search")
+@flat(SEARCH)
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
     """How candidates are ranked."""
 
     method: Literal["homogeneous"] = "homogeneous"
     """One size an axis for all blocks."""
-    shortlist: int = 8
+    shortlist: Positive = 8
     """Candidates that are built and scored by loss."""
     shortlist_tokens: Tokens = 0
-    """Tokens each shortlisted candidate is distilled on before it is scored; 0 scores it as cut."""
-    score_tokens: Tokens = 16384
+    """Tokens the best of the shortlist are distilled on and then scored again; 0 lets the loss as cut decide."""
+    refined: Positive = 3
+    """How many of the shortlist those are."""
+    score_tokens: Positive = 16384
     """Tokens on which a candidate's loss is measured."""
 
 
-@flat("Importance")
+@flat(IMPORTANCE)
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
     """How importance is measured."""
@@ -96,7 +111,7 @@ class ScoreSettings:
     """What ranks blocks: the effect of leaving one out, or how little it moves the residual stream."""
 
 
-@flat("Distillation")
+@flat(DISTILLATION)
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
     """What the student learns from its teacher."""
