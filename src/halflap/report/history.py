@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from halflap.report.artifacts import Fact, Node, RunFiles
+from halflap.report.artifacts import Fact, Node, RunFiles, Source
 
 VERBS = {
     "pretrain": "trained from text",
@@ -116,7 +116,7 @@ class Setting:
     name: str
     recipe: str | None
     recipe_file: Fact
-    environment: tuple[tuple[str, Fact], ...]
+    environment: tuple[tuple[str, Fact, str], ...]
     inputs: tuple[tuple[str, str, Fact], ...]
 
 
@@ -135,23 +135,23 @@ def read_settings(runs: Sequence[RunFiles]) -> list[Setting]:
     return found
 
 
-def _leaves(node: Node, prefix: str = "") -> list[tuple[str, Fact]]:
-    rows: list[tuple[str, Fact]] = []
+OWN_NAMES = ("versions", "machine")
+"""Groups of environment.json whose members are clear without the group's name."""
+
+
+def _leaves(node: Node, prefix: str = "") -> list[tuple[str, Fact, str]]:
+    """Name, value and format of everything in a document, one after another."""
+    rows: list[tuple[str, Fact, str]] = []
     for key, child in node.items():
         name = f"{prefix}{key.replace('_', ' ')}"
-        if isinstance(child.value, list):
-            rows.append((name, Fact(" ".join(map(str, child.value)), _sources(child))))
-        elif isinstance(child.value, dict):
-            rows += _leaves(child, f"{name} ")
-        elif (fact := node.fact(key)) is not None:
-            rows.append((name, fact))
+        if isinstance(child.value, dict):
+            rows += _leaves(child, "" if name in OWN_NAMES else f"{name} ")
+            continue
+        text = " ".join(map(str, child.value)) if isinstance(child.value, list) else child.value
+        kind = "size" if key.endswith("_bytes") and isinstance(text, int) else "plain"
+        if text != "":
+            rows.append((name, Fact(text, (Source(child.path, child.pointer),)), kind))
     return rows
-
-
-def _sources(node: Node):
-    fact = Node(node.path, str(node.value), node.pointer).fact()
-    assert fact is not None
-    return fact.sources
 
 
 def _inputs(node: Node) -> list[tuple[str, str, Fact]]:

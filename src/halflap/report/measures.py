@@ -114,22 +114,20 @@ def read_series(runs: Sequence[tuple[str, RunFiles]]) -> list[Series]:
 
     Rows of one training share their arm, else all their text values; rows without a step are no training.
     """
-    found: list[Series] = []
+    trainings: list[tuple[str, str, list[Node]]] = []
     for shown, run in runs:
-        groups: dict[tuple[str, ...], list[Node]] = {}
+        groups: dict[str, list[Node]] = {}
         for row in run.metrics:
             if row.number("tokens") is not None and row.number("step") is not None:
-                words = (
-                    [row.text("arm") or ""]
-                    if row.text("arm")
-                    else [v for v in row.value.values() if isinstance(v, str)]
-                )
-                groups.setdefault(tuple(words), []).append(row)
-        for words, rows in groups.items():
-            title = " ".join(words).replace("_", " ") if len(groups) > 1 else ""
-            name = title if len(runs) == 1 and title else ", ".join(part for part in (shown, title) if part)
-            if (series := _series(name, rows, len(found) % COLORS)) is not None:
-                found.append(series)
+                words = [row.text("arm")] if row.text("arm") else [v for v in row.value.values() if isinstance(v, str)]
+                groups.setdefault(" ".join(map(str, words)).replace("_", " "), []).append(row)
+        trainings += [(shown, title if len(groups) > 1 else "", rows) for title, rows in groups.items()]
+    several = len({shown for shown, *_ in trainings}) > 1
+    found: list[Series] = []
+    for shown, title, rows in trainings:
+        name = f"{shown}, {title}" if title and several else title or shown
+        if (series := _series(name, rows, len(found) % COLORS)) is not None:
+            found.append(series)
     return found
 
 
@@ -175,13 +173,13 @@ class SpeedRow:
 
 @dataclass(frozen=True)
 class Speed:
-    """bench.json side by side: `metrics` are (key, heading, format, higher is better)."""
+    """bench.json side by side: `metrics` are (key, heading, format)."""
 
     models: tuple[str, ...]
     rows: tuple[SpeedRow, ...]
     hardware: str
     kernels: str
-    metrics: tuple[tuple[str, str, str, bool], ...]
+    metrics: tuple[tuple[str, str, str], ...]
 
     def ratio(self, row: SpeedRow, key: str) -> Fact | None:
         """The last model's number over the first's."""
@@ -191,42 +189,51 @@ class Speed:
         return derive(float(last) / float(first), last, first)
 
 
-METRICS: tuple[tuple[str, str, str, bool], ...] = (
-    ("prefill_tokens_per_second", "Prefill", "rate", True),
-    ("decode_tokens_per_second", "Decode", "rate", True),
-    ("time_to_first_token_ms", "First token after", "milliseconds", False),
-    ("peak_memory_bytes", "Peak memory", "size", False),
-    ("cache_bytes", "Cache", "size", False),
+METRICS: tuple[tuple[str, str, str], ...] = (
+    ("prefill_tokens_per_second", "Prefill", "rate"),
+    ("decode_tokens_per_second", "Decode", "rate"),
+    ("time_to_first_token_ms", "First token after", "milliseconds"),
+    ("peak_memory_bytes", "Peak memory", "size"),
+    ("cache_bytes", "Cache", "size"),
 )
+GRID = ("prompt", "output", "batch")
+NUMBERS = tuple(name for key, *_ in METRICS for name in (key, f"{key}_spread"))
 
 
-def read_speed(runs: Sequence[RunFiles]) -> Speed | None:
-    """All bench.json of the runs side by side; the teacher first when one is named so."""
+def read_speed(runs: Sequence[RunFiles], teacher: Fact | None = None, student: Fact | None = None) -> Speed | None:
+    """All bench.json of the runs side by side, the largest model first.
+
+    A model with as many parameters as the teacher or the student is called so, any other by its run's name.
+    """
     tables = [
         table for run in runs if (node := run.document("bench.json")) is not None for table in _tables(run.name, node)
     ]
     if not tables:
         return None
-    tables.sort(key=lambda table: table[0] != "teacher")
-    names = tuple(name for name, _ in tables)
+    tables.sort(key=lambda table: (table[0] != "teacher", -_size(table[1])))
+    known = {_count(student): "student", _count(teacher): "teacher"}
+    names = [known.get(_size(table), name) if _size(table) else name for name, table in tables]
+    if len(set(names)) < len(names):
+        names = [name for name, _ in tables]
     cells: dict[tuple[int, int, int, str], list[Node | None]] = {}
     for position, (_, table) in enumerate(tables):
         for _, row in table.get("rows").items():  # type: ignore[union-attr]
-            prompt, output, batch = (int(row.value.get(name) or 0) for name in ("prompt", "output", "batch"))
+            prompt, output, batch = (int(fact.value) if (fact := row.number(name)) else 0 for name in GRID)
             cells.setdefault((prompt, output, batch, row.text("dtype") or ""), [None] * len(tables))[position] = row
     rows = tuple(
-        SpeedRow(
-            *key,
-            tuple(
-                {name: _metric(node, name) for key, *_ in METRICS for name in (key, f"{key}_spread")} for node in nodes
-            ),
-        )
+        SpeedRow(*key, tuple({name: _metric(node, name) for name in NUMBERS} for node in nodes))
         for key, nodes in sorted(cells.items())
     )
-    shown = tuple(
-        metric for metric in METRICS if any(cell[metric[0]] is not None for row in rows for cell in row.cells)
-    )
-    return Speed(names, rows, _hardware(tables[0][1]), _kernels(tables[0][1]), shown)
+    shown = tuple(metric for metric in METRICS if any(cell[metric[0]] for row in rows for cell in row.cells))
+    return Speed(tuple(names), rows, _hardware(tables[0][1]), _kernels(tables[0][1]), shown)
+
+
+def _size(table: Node) -> float:
+    return _count(table.number("parameters"))
+
+
+def _count(fact: Fact | None) -> float:
+    return 0.0 if fact is None else float(fact)
 
 
 def _tables(name: str, node: Node) -> Iterator[tuple[str, Node]]:

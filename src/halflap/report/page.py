@@ -143,8 +143,8 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
     runs = sources.runs
     shapes = read_shapes(runs, problems)
     judgements = read_judgements(runs)
-    if shapes is not None:
-        judgements = with_parameters(judgements, shapes.parameters_before, shapes.parameters_after)
+    before, after = (shapes.parameters_before, shapes.parameters_after) if shapes is not None else (None, None)
+    judgements = with_parameters(judgements, before, after)
     importance = _importance(runs, problems)
     candidates = read_candidates(runs)
     series = read_series(sources.curves)
@@ -169,7 +169,7 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
         "series": series,
         "curves_plot": _curves_plot(series, divergence=False),
         "divergence_plot": _curves_plot(series, divergence=True),
-        "speed": read_speed(runs),
+        "speed": read_speed(runs, before, after),
         "lineage": history.read_lineage(runs),
         "certificate": history.read_certificate(runs),
         "settings": history.read_settings(runs),
@@ -207,7 +207,7 @@ def _importance_plots(importance: Importance | None, shapes: Shapes | None) -> d
     kinds = [block.kind for block in shapes.blocks] if shapes is not None else []
     compared = shapes is not None and shapes.student is not None
     depth = []
-    for metric, values in importance.depth.items():
+    for metric, values in sorted(importance.depth.items(), key=lambda item: item[0] == "block_influence"):
         bars = [
             plots.DepthBar(i, kinds[i] if i < len(kinds) else "mlp", float(v), i not in dropped if compared else None)
             for i, v in enumerate(values)
@@ -217,7 +217,11 @@ def _importance_plots(importance: Importance | None, shapes: Shapes | None) -> d
             (
                 name,
                 bars,
-                plots.both(plots.depth_plot(bars, metric.replace("_", " ")), wide=(760, 250), narrow=(358, 230)),
+                plots.both(
+                    plots.depth_plot(bars, "KL, nats a token" if metric == "kl" else metric.replace("_", " ")),
+                    wide=(760, 250),
+                    narrow=(358, 230),
+                ),
             )
         )
     hidden = None

@@ -13,8 +13,12 @@ from halflap.report.svg import Scale, element, padded, ticks
 LEVELS = 14
 
 
-def heat_strip(groups: Sequence[Sequence[float]], kept: Sequence[Sequence[bool]] | None, label: str) -> Markup:
-    """Cells shaded by the root of value over the row's largest, a gap between groups, a bar below every kept index.
+def heat_strip(
+    groups: Sequence[Sequence[float]], kept: Sequence[Sequence[bool]] | None, label: str, root: bool = False
+) -> Markup:
+    """Cells shaded by value over the row's largest, a gap between groups, a bar below every kept index.
+
+    `root` shades by the square root, for values that fall off steeply.
 
     One path for each shade, so that a hundred rows stay small.
     """
@@ -25,7 +29,8 @@ def heat_strip(groups: Sequence[Sequence[float]], kept: Sequence[Sequence[bool]]
     bars, at = [], 0.0
     for number, values in enumerate(groups):
         for index, value in enumerate(values):
-            shade = min(LEVELS - 1, int(LEVELS * math.sqrt(max(value, 0.0) / top)))
+            share = max(value, 0.0) / top
+            shade = min(LEVELS - 1, int(LEVELS * (math.sqrt(share) if root else share)))
             shades.setdefault(shade, []).append(f"M{at:.5g} 0h1v14h-1z")
             if kept is not None and kept[number][index]:
                 bars.append(f"M{at:.5g} 16.5h1v2.5h-1z")
