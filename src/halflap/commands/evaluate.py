@@ -67,8 +67,6 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
 def _documents(recipe: EvaluateRecipe, tokenizer: Tokenizer) -> list[Document]:
     """What --data and --eval-data name, as documents: text files together, then each folder of token shards."""
     paths = (*recipe.data, *recipe.eval_data)
-    if recipe.tokens is not None and recipe.tokens < 1:
-        raise HalflapError(f"tokens is {recipe.tokens}; it must be at least 1: ask for more, or leave it out for all")
     shards = [path for path in paths if is_corpus(path)]
     texts = [path for path in paths if path not in shards]
     if recipe.join and shards:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -289,7 +288,7 @@ def _plain_metrics(numbers: dict[str, Any], samples: dict[str, int] | None) -> d
 
 @contextlib.contextmanager
 def _quiet_harness() -> Iterator[None]:
-    """Keep the harness off standard output, and its bars and its chatter below errors off standard error."""
+    """Keep the harness's prints, its bars and its chatter below errors away."""
     bars = harness_tasks.tqdm  # tqdm's own class: whoever in the harness shows a bar shows one of these
     start = bars.__init__
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
@@ -298,7 +297,7 @@ def _quiet_harness() -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         bars.__init__ = functools.partialmethod(start, disable=True)  # type: ignore[method-assign,assignment]
-        with contextlib.redirect_stdout(sys.stderr):
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield
     finally:
         bars.__init__ = start  # type: ignore[method-assign]
