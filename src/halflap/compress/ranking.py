@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halflap.compress.axes import Sizes, check_sizes, depth_units, target_counts
+from halflap.compress.axes import Sizes, block_counts, check_sizes, depth_units, target_counts
 from halflap.compress.importance import Importance
 from halflap.compress.plan import Kept, PruningPlan, Row
 from halflap.errors import HalflapError
@@ -86,12 +86,10 @@ def _rank_mamba2(
     widths: Mapping[str, Tensor], prefix: str, block: BlockConfig, count: Mapping[str, int]
 ) -> dict[str, Kept]:
     assert isinstance(block, Mamba2Config)
-    heads, channels = nested_ranking(widths[f"{prefix}.inner"], count["head"], count["channel"])
     keep: dict[str, Kept] = {}
-    if count["head"] < block.heads_per_group:
-        keep[f"{prefix}.head"] = _table(heads)
-    if count["channel"] < block.head_dim:
-        keep[f"{prefix}.channel"] = _row(channels)
+    if count["head"] < block.heads_per_group or count["channel"] < block.head_dim:
+        heads, channels = nested_ranking(widths[f"{prefix}.inner"], count["head"], count["channel"])
+        keep = {f"{prefix}.head": _table(heads), f"{prefix}.channel": _row(channels)}
     if count["state"] < block.state_size:
         keep[f"{prefix}.state"] = _table(top(widths[f"{prefix}.state"], count["state"]))
     return keep
@@ -101,6 +99,8 @@ def _rank_attention(
     widths: Mapping[str, Tensor], prefix: str, block: BlockConfig, count: Mapping[str, int]
 ) -> dict[str, Kept]:
     assert isinstance(block, AttentionConfig)
+    if count == block_counts(block):
+        return {}
     scores, keep = widths[f"{prefix}.query"], dict[str, Kept]()
     if count["kv"] < block.num_key_value_heads:
         kv = top(torch.linalg.vector_norm(scores.double(), dim=-1), count["kv"])

@@ -36,7 +36,8 @@ WITHIN = 0.95  # a student comes within 5 % below its ceiling where the space al
 class Budget:
     """Ceilings, absolute: counts, bytes, operations a token; and what memory and FLOPs are meant at.
 
-    Keys and values take `cache_bits`; SSM states, which are summed up over the whole text, take twice as many.
+    Keys and values take `cache_bits`; SSM states, into which the whole text is summed, take twice as many: 32 and 16
+    beside 16 and 8, as in our cache and in the memory budget of Nemotron-H 47B.
     """
 
     params: float | None = None
@@ -126,7 +127,7 @@ LEFT_WHOLE = ("num_attention_heads", "num_key_value_heads", "ssm_state_size")
 # How much a cut of each size hurts (order of Taghibakhshi et al. 2025: depth, Mamba heads, then FFN and hidden;
 # channels worse than heads), on the squared logarithm of the cut. It decides which candidates are looked at first.
 HURTS: dict[str, float] = {
-    "num_blocks": 8,
+    "num_blocks": 16,
     "mamba_head_dim": 4,
     "mamba_num_heads": 3,
     "num_key_value_heads": 3,
@@ -148,7 +149,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fitting:
-    """Candidates that fit, the likeliest first; `remark` says so when none comes near a ceiling."""
+    """Candidates that fit, the likeliest of every depth first; `remark` says so when none comes near a ceiling."""
 
     candidates: tuple[Candidate, ...]
     tried: int
@@ -219,7 +220,18 @@ def fitting(
     remark = None if close else _not_close(largest, ceilings, cost)
     found = [_candidate(teacher, budget, sizes, drop_order) for sizes in close or largest]
     tried = math.prod(len(values) for values in grid.values())
-    return Fitting(tuple(sorted(found, key=lambda candidate: candidate.hurt)), tried, remark)
+    return Fitting(_by_turns(found), tried, remark)
+
+
+def _by_turns(candidates: list[Candidate]) -> tuple[Candidate, ...]:
+    """The likeliest of each depth, then the second of each, and so on: depth and width are hard to compare unseen."""
+    ordered = sorted(candidates, key=lambda candidate: candidate.hurt)
+    seen: Counter[int | None] = Counter()
+    turns = []
+    for candidate in ordered:
+        turns.append((seen[candidate.sizes.num_blocks], candidate.hurt))
+        seen[candidate.sizes.num_blocks] += 1
+    return tuple(candidate for _, candidate in sorted(zip(turns, ordered), key=lambda pair: pair[0]))
 
 
 def _product(grid: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:

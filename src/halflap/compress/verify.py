@@ -53,7 +53,7 @@ def verify(student: Checkpoint, teacher: Checkpoint, plan: PruningPlan, tokens: 
     if different:
         raise HalflapError(
             f"{len(different)} of the student's tensors (first {different[0]}) are not what its plan makes of the "
-            "teacher, so its weights were trained or changed after pruning; verify the run's pruned/ directory instead"
+            "teacher, so its weights were trained or changed after pruning; verify it as cut (`compress` keeps pruned/)"
         )
     dtype = torch.float64 if count_parameters(teacher.config) <= WIDE_LIMIT else torch.float32
     whole = _model(teacher.config, teacher.tensors(), dtype)
@@ -155,7 +155,7 @@ def _certify_axis(size: str, plan: PruningPlan, whole: HybridModel, tokens: Tens
         "axis": size,
         "kept": kept,
         "total": total,
-        "blocks": len({block_of(axis.name) for axis in cut}) or None,
+        "blocks": len({block_of(axis.name) for axis in cut} - {None}) or None,
         "max_abs_error": error,
         "logit_scale": scale,
         "passed": error <= WIDE_TOLERANCE[next(whole.parameters()).dtype] * scale,

@@ -78,7 +78,9 @@ def test_candidates_fit_and_none_could_grow(cost: str) -> None:
     names = {tuple(getattr(c.sizes, n) or whole[n] for n in grid) for c in found.candidates}
     assert names and names <= largest
     assert all(0.95 * limit <= c.costs[cost] <= limit for c in found.candidates) or (names == largest and found.remark)
-    assert [c.hurt for c in found.candidates] == sorted(c.hurt for c in found.candidates)
+    assert found.candidates[0].hurt == min(c.hurt for c in found.candidates)
+    depths = [c.sizes.num_blocks for c in found.candidates]
+    assert len(set(depths)) == len(set(depths[: len(set(depths))])), "every depth has its turn first"
 
 
 def test_several_budgets_are_all_kept() -> None:

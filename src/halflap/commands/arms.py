@@ -1,0 +1,247 @@
+"""Models trained and judged side by side: the student, and the controls that say what its steps are worth.
+
+scratch        the student's shape from random weights, on the same text
+group_blind    Mamba heads ranked without regard for their groups, distilled alike
+random         indices kept at random, distilled alike
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halflap.checkpoints.checkpoint import load_model
+from halflap.checkpoints.config import lineage_step, read_json
+from halflap.commands import students
+from halflap.commands.config import CompressRecipe, SearchRecipe
+from halflap.commands.corpora import Corpora, held_out_batches
+from halflap.commands.sections import LossSettings
+from halflap.commands.students import Teacher
+from halflap.compress.axes import Sizes, block_sizes
+from halflap.compress.controls import blind_heads, blind_tensors
+from halflap.compress.importance import Importance
+from halflap.compress.metrics import collect
+from halflap.compress.plan import PruningPlan
+from halflap.compress.ranking import plan_for
+from halflap.data.loader import Loader
+from halflap.files import write_json
+from halflap.models.model import HybridModel, initialize
+from halflap.report.arms import Arm, Arms
+from halflap.run import Run
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms of a `compress` run share."""
+
+    recipe: CompressRecipe
+    run: Run
+    teacher: Teacher
+    plan: PruningPlan
+    importance: Importance
+    loader: Loader
+    corpora: Corpora
+
+    @property
+    def pruned(self) -> Path:
+        return self.run.path / "pruned"
+
+
+def train_and_judge(setting: Setting) -> dict[str, dict[str, Any]]:
+    """Train the student and the controls and judge all on the held-out text; rows by arm, kept as scores.json too.
+
+    An arm whose row is there is passed over; one whose training was interrupted goes on.
+    """
+    rows = _read_rows(setting)
+    for name in ("teacher", "pruned", "student", *setting.recipe.controls):
+        if name not in rows:
+            row = _arm(setting, name)
+            if row is None:
+                continue
+            rows[name] = row
+            setting.run.save_json("scores.json", rows)
+    _write_table(setting, rows)
+    return rows
+
+
+def short_distillation(
+    place: Path,
+    teacher: Teacher,
+    plan: PruningPlan,
+    model: HybridModel,
+    loader: Loader,
+    recipe: SearchRecipe | CompressRecipe,
+) -> HybridModel:
+    """A candidate after `shortlist_tokens` of distillation; its weights are kept for the long one to go on from."""
+    directory = place / "shortlist" / plan.digest[:12]
+    if not (directory / "checkpoint").exists():
+        student = students.build(model, plan)
+        students.write_student(directory / "cut", teacher, plan, iter(student.state_dict().items()))
+        loss = recipe.loss_settings if isinstance(recipe, CompressRecipe) else LossSettings()
+        done = students.distill_into(
+            student,
+            teacher,
+            loader,
+            recipe.fit,
+            tokens=recipe.settings.shortlist_tokens,
+            directory=directory / "training",
+            loss=dataclasses.replace(loss, top_k=0),
+            log=lambda row: None,
+        )
+        step = lineage_step("distill", {"teacher": teacher.digest}, tokens=done["tokens"], loss=done["loss"])
+        students.save_trained(directory / "checkpoint", student, directory / "cut", step)
+        shutil.rmtree(directory / "training", ignore_errors=True)
+    return load_model(directory / "checkpoint", "float32", teacher.device)
+
+
+# ---- arms
+
+
+def _arm(setting: Setting, name: str) -> dict[str, Any] | None:
+    """One row of the table; None for a control that this student does not have."""
+    judged = {"teacher": setting.teacher.checkpoint.path, "pruned": setting.pruned}
+    if name in judged:
+        return _judge(setting, load_model(judged[name], "float32")) | {"tokens_trained": 0}
+    start = STARTS[name](setting)
+    if start is None:
+        return None
+    as_cut = {} if name in ("student", "scratch") else {"loss_as_cut": _judge(setting, start)["loss"]}
+    place = setting.run.path if name == "student" else setting.run.path / "arms" / name
+    trained = _train(setting, name, start, place)
+    return _judge(setting, load_model(place / "checkpoint", "float32")) | trained | as_cut
+
+
+def _judge(setting: Setting, model: HybridModel) -> dict[str, Any]:
+    return students.judge(model, setting.corpora, setting.teacher, setting.recipe.eval_tokens)
+
+
+def _train(setting: Setting, name: str, start: HybridModel, place: Path) -> dict[str, Any]:
+    """Train an arm into `place`/checkpoint; training.json is written last and says that it is done."""
+    recipe, summary = setting.recipe, place / "training.json"
+    if summary.exists():
+        return read_json(summary)
+    before = _short_tokens(setting) if name == "student" else 0
+    loss = dataclasses.replace(recipe.loss_settings, loss="next_token") if name == "scratch" else recipe.loss_settings
+    done = students.distill_into(
+        start,
+        setting.teacher,
+        setting.loader,
+        recipe.fit,
+        tokens=max(1, recipe.tokens - before),
+        directory=place / "training",
+        loss=loss,
+        log=lambda row: setting.run.log({"phase": "train", "arm": name, **row}),
+        held_out=held_out_batches(setting.corpora, recipe.fit.sequence_length, recipe.fit.micro_batch_rows),
+    )
+    numbers = {"tokens": done["tokens"] + before, "loss": done["loss"], "continues_short_distillation": bool(before)}
+    if name == "scratch":
+        students.save_trained(place / "checkpoint", start, setting.pruned, lineage_step("pretrain", {}, **numbers), [])
+    else:
+        step = lineage_step("distill", {"teacher": setting.teacher.digest}, **numbers)
+        students.save_trained(place / "checkpoint", start, setting.pruned, step)
+    trained = {"tokens_trained": numbers["tokens"], "seconds": done["tokens"] / max(done["tokens_per_second"], 1e-9)}
+    write_json(summary, trained)
+    return trained
+
+
+def _short_tokens(setting: Setting) -> int:
+    """Tokens of the short distillation that the student goes on from; 0 when there was none."""
+    return setting.recipe.settings.shortlist_tokens if _short(setting).exists() else 0
+
+
+def _short(setting: Setting) -> Path:
+    return setting.run.path / "shortlist" / setting.plan.digest[:12] / "checkpoint"
+
+
+def _start_student(setting: Setting) -> HybridModel:
+    """The winner of a short distillation goes on from there."""
+    return load_model(_short(setting) if _short(setting).exists() else setting.pruned, "float32")
+
+
+def _start_scratch(setting: Setting) -> HybridModel:
+    model = HybridModel(setting.plan.student)
+    initialize(model, setting.teacher.seed)
+    return model
+
+
+def _start_group_blind(setting: Setting) -> HybridModel | None:
+    """None when the student keeps all its Mamba heads: there is then nothing to be blind to."""
+    heads = blind_heads(setting.plan, setting.importance)
+    if not heads:
+        return None
+    tensors = blind_tensors(setting.plan, heads, setting.teacher.load().state_dict().items())
+    return students.fill(setting.plan.student, tensors)
+
+
+def _start_random(setting: Setting) -> HybridModel:
+    """As many indices and the same blocks as the student, drawn at random."""
+    teacher, plan = setting.teacher, setting.plan
+    model = teacher.load()
+    scores = collect(model, [], "random", teacher=teacher.digest, seed=teacher.seed + 1)
+    dropped = tuple(index for index in range(len(plan.teacher_config.blocks)) if index not in plan.keep_blocks)
+    sizes = dataclasses.replace(_sizes(plan), drop_blocks=dropped)
+    correction = "masked" if plan.norm_correction == "calibrated" else plan.norm_correction
+    return students.build(model, plan_for(scores, teacher.digest, teacher.config, sizes, correction))
+
+
+def _sizes(plan: PruningPlan) -> Sizes:
+    """The student's sizes; its blocks of a kind have the same ones."""
+    sizes: dict[str, Any] = {"hidden_size": plan.student.hidden_size}
+    for block in plan.student.blocks:
+        sizes |= block_sizes(block)
+    return Sizes(**sizes)
+
+
+STARTS: Mapping[str, Callable[[Setting], HybridModel | None]] = {
+    "student": _start_student,
+    "scratch": _start_scratch,
+    "group_blind": _start_group_blind,
+    "random": _start_random,
+}
+
+
+# ---- the table
+
+
+def _read_rows(setting: Setting) -> dict[str, dict[str, Any]]:
+    file = setting.run.path / "scores.json"
+    return read_json(file) if file.exists() else {}
+
+
+NAMES = {
+    "teacher": "teacher",
+    "pruned": "pruned only",
+    "student": "pruned + distilled",
+    "scratch": "same shape from scratch",
+    "group_blind": "group-blind, distilled",
+    "random": "random ranking, distilled",
+}
+
+
+def _write_table(setting: Setting, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    table = []
+    for name, row in rows.items():
+        cut = row.get("loss_as_cut")
+        table.append(
+            Arm(
+                name=NAMES[name],
+                parameters=row["parameters"],
+                loss=row["loss"],
+                loss_ci=tuple(row["loss_interval"]) if row["loss_interval"] else None,  # type: ignore[arg-type]
+                bits_per_byte=row["bits_per_byte"],
+                perplexity=row["perplexity"],
+                tokens_trained=row["tokens_trained"],
+                seconds=row.get("seconds"),
+                description="" if cut is None else f"{cut:.3f} as cut",
+                role=name if name in ("teacher", "pruned", "student") else "control",  # type: ignore[arg-type]
+            )
+        )
+    resampled = next(iter(rows.values()))["resampled"]
+    judged = setting.corpora.held_out_is
+    Arms(tuple(table), (setting.teacher.seed,), judged, f"95 % bootstrap over {resampled}").save(
+        setting.run.path / "arms.json"
+    )

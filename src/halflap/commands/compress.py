@@ -1,0 +1,310 @@
+"""From a teacher to a smaller model: score, search, prune, verify, distill, and `compress`, which does all of it.
+
+Every step leaves a file in the run's directory and is passed over when that file is there, so an interrupted run
+goes on where it stopped. What a step does stands in students.py; what controls there are, in arms.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from halflap.checkpoints.checkpoint import Checkpoint, load_model
+from halflap.checkpoints.config import find_directory, lineage_step, read_json
+from halflap.commands import arms, students
+from halflap.commands.config import (
+    CompressRecipe,
+    DistillRecipe,
+    PruneRecipe,
+    ScoreRecipe,
+    SearchRecipe,
+    VerifyRecipe,
+)
+from halflap.commands.corpora import held_out_batches, open_corpora, training_loader
+from halflap.commands.sections import Budgets, ScoreSettings, SearchSettings
+from halflap.commands.students import CERTIFICATE, PLAN, Teacher, has_ceiling, open_teacher
+from halflap.compress.axes import Sizes, check_sizes, largest_sizes
+from halflap.compress.importance import Importance
+from halflap.compress.plan import PruningPlan
+from halflap.compress.prune import apply_plan
+from halflap.compress.ranking import drop_order, plan_for
+from halflap.compress.search import SearchResult
+from halflap.compress.search import search as search_candidates
+from halflap.compress.space import Fitting, SearchSpace, fitting
+from halflap.data.loader import Loader
+from halflap.errors import HalflapError, RecipeError
+from halflap.models.count import count_non_embedding_parameters, count_parameters
+from halflap.parallel import mesh
+from halflap.report.page import build as build_report
+from halflap.run import Run
+
+IMPORTANCE, SEARCH = "importance.safetensors", "search.json"
+
+
+def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
+    """Measure the importance of every axis on calibration text."""
+    teacher = open_teacher(recipe.model, recipe.common)
+    corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
+    loader = training_loader(corpora, recipe.text, recipe.sequence_length, recipe.batch_size, recipe.common.seed)
+    found = _importance(run.path / IMPORTANCE, teacher, loader, recipe.tokens, recipe.settings)
+    sizes = largest_sizes(teacher.config)
+    return {
+        "axes": [{"axis": name, "size": size} for name, size in sizes.items() if name != "num_blocks"],
+        "depth": {name: scores.tolist() for name, scores in found.depth.items()},
+        "metric": found.metric,
+        "tokens": found.tokens,
+        "path": str(run.path / IMPORTANCE),
+    }
+
+
+def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
+    """Rank the sizes that fit the budgets."""
+    teacher = open_teacher(recipe.model, recipe.common)
+    _require_target(recipe.budgets, Sizes())
+    corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
+    loader = training_loader(
+        corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.micro_batch_rows, recipe.common.seed
+    )
+    if recipe.importance is None:
+        raise RecipeError(
+            "no importance was given; measure it with `halflap score` and name its file with --importance"
+        )
+    importance = _read_importance(recipe.importance, teacher)
+    candidates = _candidates(teacher, importance, recipe.budgets, Sizes(), recipe.space)
+    result = _search(recipe, run, teacher, importance, candidates, loader)
+    return result.to_json() | {"path": str(run.path / SEARCH)}
+
+
+def prune(recipe: PruneRecipe, run: Run) -> dict[str, Any]:
+    """Write the student of a plan, of given sizes, or of the likeliest sizes under budgets."""
+    directory = find_directory(recipe.model)
+    teacher = open_teacher(directory, recipe.common)
+    plan, remark = _plan_to_prune(recipe, teacher)
+    certificate = _prune(run.checkpoint_dir, teacher, plan)
+    student, whole = count_parameters(plan.student), count_parameters(teacher.config)
+    return {
+        "parameters": student,
+        "non_embedding_parameters": count_non_embedding_parameters(plan.student),
+        "ratio": student / whole,
+        "pattern": plan.student.pattern(),
+        "plan": str(run.checkpoint_dir / PLAN),
+        "verified": None if certificate is None else certificate["passed"],
+        "remark": remark,
+    }
+
+
+def verify(recipe: VerifyRecipe, run: Run) -> dict[str, Any]:
+    """Check that a pruned student is exactly its masked teacher, and leave the certificate beside it."""
+    del run
+    pruned = Path(recipe.student) / "pruned"
+    directory = find_directory(pruned if pruned.is_dir() else recipe.student)
+    if not (directory / PLAN).exists():
+        raise HalflapError(f"{str(directory)!r} has no {PLAN}, so it is no pruned student; give one that is")
+    plan = PruningPlan.load(directory / PLAN)
+    teacher = Checkpoint.open(students.teacher_of(directory, recipe.teacher))
+    certificate = students.certify(directory, teacher, plan, recipe.tokens, recipe.common.seed)
+    if not certificate["passed"]:
+        raise HalflapError(
+            f"the student in {str(directory)!r} is not its masked teacher: logits differ by "
+            f"{certificate['exact_max_abs_error']:.2g} of {certificate['logit_scale']:.2g}, as {CERTIFICATE} beside "
+            "it says axis by axis: prune again"
+        )
+    return certificate
+
+
+def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
+    """Train a student on its teacher's outputs."""
+    directory = find_directory(recipe.student)
+    teacher = open_teacher(students.teacher_of(directory, recipe.teacher), recipe.common)
+    corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus", recipe.eval_data)
+    loader = training_loader(
+        corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed
+    )
+    student = load_model(directory, "float32")
+    result = students.distill_into(
+        student,
+        teacher,
+        loader,
+        recipe.fit,
+        tokens=recipe.tokens,
+        directory=run.path / "training",
+        loss=recipe.loss_settings,
+        log=lambda row: run.log({"phase": "distill", **row}),
+        held_out=held_out_batches(corpora, recipe.fit.sequence_length, recipe.fit.micro_batch_rows),
+    )
+    if mesh.is_main():
+        step = lineage_step("distill", {"teacher": teacher.digest}, tokens=result["tokens"], loss=result["loss"])
+        students.save_trained(run.checkpoint_dir, student, directory, step)
+    return result | {"held_out": corpora.held_out_is, "parameters": count_parameters(student.config)}
+
+
+def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
+    """Everything: importance, sizes, student, certificate, distillation, controls, judgement, page."""
+    _require_target(recipe.budgets, recipe.sizes)
+    teacher = open_teacher(recipe.model, recipe.common)
+    check_sizes(teacher.config, recipe.sizes)
+    corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus", recipe.eval_data)
+    if not corpora.held_out:
+        raise HalflapError(f"there is no text to judge on ({corpora.held_out_is}); name some with --eval-data")
+    length, seed = recipe.fit.sequence_length, recipe.common.seed
+    scoring = training_loader(corpora, recipe.text, length, recipe.fit.micro_batch_rows, seed)
+    training = training_loader(corpora, recipe.text, length, recipe.fit.batch_size, seed)
+
+    if recipe.importance is not None:
+        importance = _read_importance(recipe.importance, teacher)
+    else:
+        place = run.path / IMPORTANCE
+        importance = _importance(place, teacher, scoring, recipe.calibration_tokens, recipe.score_settings)
+    sizes, remark = recipe.sizes, None
+    if has_ceiling(recipe.budgets):
+        candidates = _candidates(teacher, importance, recipe.budgets, recipe.sizes, recipe.space)
+        found = _search(recipe, run, teacher, importance, candidates, scoring)
+        sizes, remark = _with_dropped(found.chosen.sizes, recipe.sizes), found.remark
+    plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
+    certificate = _prune(run.path / "pruned", teacher, plan)
+
+    setting = arms.Setting(recipe, run, teacher, plan, importance, training, corpora)
+    table = arms.train_and_judge(setting)
+    return {
+        "teacher": table["teacher"],
+        "pruned": table["pruned"],
+        "student": table["student"],
+        "parameters_ratio": table["student"]["parameters"] / table["teacher"]["parameters"],
+        "sizes": {name: value for name, value in vars(sizes).items() if value},
+        "verified": None if certificate is None else certificate["passed"],
+        "controls": [{"name": name, **table[name]} for name in recipe.controls if name in table],
+        "held_out": corpora.held_out_is,
+        "remark": _remarks(remark, [name for name in recipe.controls if name not in table]),
+        "report": str(build_report([run.path], run.path / "report.html")),
+    }
+
+
+# ---- steps
+
+
+def _importance(file: Path, teacher: Teacher, loader: Loader, tokens: int, settings: ScoreSettings) -> Importance:
+    """Measured once and kept in `file`."""
+    if file.exists():
+        return _read_importance(file, teacher)
+    found = students.measure(teacher, students.calibration(loader, tokens), settings)
+    found.save(file)
+    return found
+
+
+def _read_importance(file: str | Path, teacher: Teacher) -> Importance:
+    found = Importance.load(Path(file) / IMPORTANCE if Path(file).is_dir() else file)
+    found.check_teacher(teacher.digest)
+    return found
+
+
+def _require_target(budgets: Budgets, sizes: Sizes) -> None:
+    if not has_ceiling(budgets) and sizes == Sizes():
+        raise RecipeError(
+            "nothing says how small the student shall be; give a budget (--params 50%, --memory 4GiB, ...) or sizes "
+            "(--sizes.hidden-size 384, ...)"
+        )
+
+
+def _candidates(
+    teacher: Teacher, importance: Importance, budgets: Budgets, fixed: Sizes, space: SearchSpace
+) -> Fitting:
+    """Sizes that fit the budgets; those given as `fixed` are not varied."""
+    check_sizes(teacher.config, fixed)
+    order = drop_order(importance, teacher.config) if importance.depth else None
+    given = {name: (value,) for name, value in vars(fixed).items() if value and name != "drop_blocks"}
+    if fixed.drop_blocks:
+        rest = [index for index in range(len(teacher.config.blocks)) if index not in fixed.drop_blocks]
+        order = (*fixed.drop_blocks, *rest)
+        given["num_blocks"] = (len(rest),)
+    return fitting(
+        teacher.config, students.budget_of(budgets, teacher.config), dataclasses.replace(space, **given), order
+    )
+
+
+def _with_dropped(sizes: Sizes, fixed: Sizes) -> Sizes:
+    """Blocks named to be dropped stay named."""
+    return dataclasses.replace(sizes, num_blocks=None, drop_blocks=fixed.drop_blocks) if fixed.drop_blocks else sizes
+
+
+def _search(
+    recipe: SearchRecipe | CompressRecipe,
+    run: Run,
+    teacher: Teacher,
+    importance: Importance,
+    candidates: Fitting,
+    loader: Loader,
+) -> SearchResult:
+    """Losses of the likeliest candidates as cut, and of the best after a short distillation if tokens are given."""
+    settings: SearchSettings = recipe.settings
+    batches = students.choosing(loader, settings.score_tokens)
+    model = teacher.load()
+    fixed = recipe.sizes if isinstance(recipe, CompressRecipe) else Sizes()
+
+    def plan_of(sizes: Sizes) -> PruningPlan:
+        sizes = _with_dropped(sizes, fixed)
+        return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
+
+    def loss_as_cut(plan: PruningPlan) -> float:
+        return students.next_token_loss(students.build(model, plan), batches, teacher)
+
+    def loss_after_distillation(plan: PruningPlan) -> float:
+        student = arms.short_distillation(run.path, teacher, plan, model, loader, recipe)
+        return students.next_token_loss(student, batches, teacher)
+
+    return search_candidates(
+        candidates,
+        plan_of,
+        loss_as_cut,
+        made_from={
+            "teacher": teacher.digest,
+            "importance": importance.digest,
+            "budgets": {name: str(value) for name, value in vars(recipe.budgets).items() if value is not None},
+            "norm_correction": recipe.norm_correction,
+            "settings": dataclasses.asdict(settings),
+        },
+        path=run.path / SEARCH,
+        shortlist=settings.shortlist,
+        refine=loss_after_distillation if settings.shortlist_tokens else None,
+        refined=settings.refined,
+    )
+
+
+def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher) -> tuple[PruningPlan, str | None]:
+    """From a plan, from the best candidate of a search, from sizes, or from budgets."""
+    sizes, file = recipe.sizes, Path(recipe.importance) if recipe.importance is not None else None
+    if recipe.plan is not None:
+        path = Path(recipe.plan)
+        if "made_from" not in read_json(path):
+            plan = PruningPlan.load(path)
+            plan.check_teacher(teacher.digest)
+            return plan, None
+        sizes, file = SearchResult.load(path).chosen.sizes, file or path.parent / IMPORTANCE
+    else:
+        _require_target(recipe.budgets, sizes)
+    only_drops = sizes == Sizes(drop_blocks=sizes.drop_blocks) and not has_ceiling(recipe.budgets)
+    if file is None and not only_drops:
+        raise RecipeError(
+            "no importance was given; measure it with `halflap score` and name its file with --importance"
+        )
+    importance = Importance("none", {}) if file is None else _read_importance(file, teacher)
+    remark = None
+    if recipe.plan is None and has_ceiling(recipe.budgets):
+        found = _candidates(teacher, importance, recipe.budgets, sizes, recipe.space)
+        sizes, remark = _with_dropped(found.candidates[0].sizes, sizes), found.remark
+    return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction), remark
+
+
+def _remarks(remark: str | None, without: list[str]) -> str | None:
+    left_out = f"{', '.join(without)} left out: the student keeps all its Mamba heads" if without else None
+    return "; ".join(part for part in (remark, left_out) if part) or None
+
+
+def _prune(directory: Path, teacher: Teacher, plan: PruningPlan) -> dict[str, Any] | None:
+    """Write the student as cut and certify it; a model too large to hold in float64 is left to `halflap verify`."""
+    if (directory / CERTIFICATE).exists():
+        return read_json(directory / CERTIFICATE)
+    students.write_student(directory, teacher, plan, apply_plan(plan, teacher.checkpoint.tensors()))
+    if count_parameters(teacher.config) > students.CERTIFIED_AT_ONCE:
+        return None
+    return students.certify(directory, teacher.checkpoint, plan, seed=teacher.seed)

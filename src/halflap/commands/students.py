@@ -1,0 +1,304 @@
+"""What the verbs of compression do: open the teacher, choose text, measure, cut, certify, train, judge.
+
+Each function is one step and knows nothing of the steps around it; `compress.py` says in which order they come.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halflap.checkpoints.checkpoint import Checkpoint, load_model, write_checkpoint
+from halflap.checkpoints.config import Lineage, find_directory, lineage_step, read_lineage
+from halflap.commands.corpora import Corpora
+from halflap.commands.device import choose_device
+from halflap.commands.sections import Budgets, LossSettings, ScoreSettings
+from halflap.compress.depth import depth_scores
+from halflap.compress.importance import Importance
+from halflap.compress.metrics import collect
+from halflap.compress.plan import PruningPlan
+from halflap.compress.prune import apply_plan
+from halflap.compress.space import Budget, costs
+from halflap.compress.verify import verify
+from halflap.data.batch import Batch
+from halflap.data.loader import Loader
+from halflap.data.tokenizer import Tokenizer
+from halflap.errors import HalflapError
+from halflap.evaluate.documents import corpus_documents
+from halflap.evaluate.held_out import evaluate_text
+from halflap.files import write_json
+from halflap.models.config import ModelConfig
+from halflap.models.count import count_parameters
+from halflap.models.model import HybridModel
+from halflap.recipe import Common
+from halflap.train.config import Fit
+from halflap.train.fit import fit
+from halflap.train.losses import mean_loss
+from halflap.train.numerics import resolve_dtype
+from halflap.train.objectives.distillation import Distillation, TopKDistillation
+from halflap.train.objectives.language import NextToken
+from halflap.train.teacher_logits import TopKTeacher, store_teacher_logits
+
+DEPTH_SHARE = 8
+"""Blocks are removed one by one on this fraction of the calibration text: each costs a pass, and a quarter of the
+text that widths need suffices in the papers."""
+CERTIFIED_AT_ONCE = 300_000_000
+"""Parameters up to which a student is certified as soon as it is written: teacher and student are then in memory."""
+PLAN, CERTIFICATE = "pruning_plan.json", "certificate.json"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A checkpoint to compress, and where and in which precision to compute."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: str
+    seed: int
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.config
+
+    @property
+    def digest(self) -> str:
+        return self.checkpoint.digest
+
+    def load(self) -> HybridModel:
+        """The model, in float32 whatever it is stored in."""
+        return load_model(self.checkpoint.path, "float32", self.device)
+
+
+def open_teacher(path: str | Path, common: Common) -> Teacher:
+    directory = find_directory(path)
+    checkpoint, tokenizer = Checkpoint.open(directory), Tokenizer.load(directory)
+    tokenizer.check_matches(checkpoint.config.vocab_size)
+    return Teacher(checkpoint, tokenizer, choose_device(common.device), common.dtype, common.seed)
+
+
+def teacher_of(student: Path, given: str | None) -> Path:
+    """The teacher's directory: the given one, or the one that the student's lineage names, if it is still there."""
+    if given is not None:
+        return find_directory(given)
+    named = [step["teacher_path"] for step in read_lineage(student) if "teacher_path" in step]
+    if named and Path(named[-1]).is_dir():
+        return find_directory(named[-1])
+    where = f"{named[-1]!r}, where its lineage says it was, is not there" if named else "its lineage names none"
+    raise HalflapError(f"the teacher of {str(student)!r} cannot be found: {where}; name it with --teacher")
+
+
+CEILINGS = ("params", "non_embedding_params", "memory", "flops", "latency", "throughput")
+
+
+def has_ceiling(budgets: Budgets) -> bool:
+    return any(getattr(budgets, name) is not None for name in CEILINGS)
+
+
+def budget_of(budgets: Budgets, teacher: ModelConfig) -> Budget:
+    """The ceilings in absolute numbers; a share is of the teacher's own count under the same context and bits."""
+    at: dict[str, Any] = {n: getattr(budgets, n) for n in ("phase", "context", "batch", "weight_bits", "cache_bits")}
+    whole = costs(teacher, Budget(**at))
+    ceilings: dict[str, Any] = {
+        name: amount.of(whole.get(name, 0.0)) for name in CEILINGS if (amount := getattr(budgets, name)) is not None
+    }
+    return Budget(**at, **ceilings)
+
+
+# ---- text
+
+
+def calibration(loader: Loader, tokens: int) -> list[Batch]:
+    """The first batches of the training text, about so many tokens, each row at most once."""
+    most = sum(loader.rows) // loader.micro_batch_size or 1
+    return [loader.batch(index) for index in range(min(most, max(1, round(tokens / loader.tokens_per_batch))))]
+
+
+def choosing(loader: Loader, tokens: int) -> list[Batch]:
+    """The last batches of the first epoch: neither calibrated on nor, in a short distillation, trained on."""
+    most = sum(loader.rows) // loader.micro_batch_size or 1
+    count = min(most, max(1, round(tokens / loader.tokens_per_batch)))
+    return [loader.batch(most - 1 - index) for index in range(count)]
+
+
+def judge(model: HybridModel, corpora: Corpora, teacher: Teacher, tokens: int) -> dict[str, Any]:
+    """Loss, perplexity and bits a byte on the held-out documents, with intervals."""
+    documents = [
+        document
+        for corpus in corpora.held_out
+        for document in corpus_documents(corpus, teacher.tokenizer, limit=tokens)
+    ]
+    scores = evaluate_text(model.to(teacher.device).eval(), documents, tokens=tokens, seed=teacher.seed).to_json()
+    return {"parameters": count_parameters(model.config), **scores}
+
+
+# ---- importance
+
+
+def measure(teacher: Teacher, batches: list[Batch], settings: ScoreSettings) -> Importance:
+    """Scores of every axis in one pass, and of whole blocks by removal on a part of the text."""
+    model = teacher.load()
+    on_device = [batch.to(teacher.device) for batch in batches]
+    found = collect(
+        model,
+        on_device,
+        settings.metric,
+        teacher=teacher.digest,
+        calibration=_digest(batches),
+        seed=teacher.seed,
+    )
+    if settings.depth_metric in found.depth or settings.metric == "random":
+        return found
+    part = on_device[: max(1, len(on_device) // DEPTH_SHARE)]
+    scores = depth_scores(model, part, settings.depth_metric)
+    return dataclasses.replace(found, depth={**found.depth, settings.depth_metric: scores})
+
+
+def _digest(batches: list[Batch]) -> str:
+    total = hashlib.sha256()
+    for batch in batches:
+        total.update(batch.tokens.numpy().tobytes())
+    return total.hexdigest()
+
+
+# ---- students
+
+
+def build(model: HybridModel, plan: PruningPlan) -> HybridModel:
+    """The student of a teacher that is in memory."""
+    return fill(plan.student, apply_plan(plan, model.state_dict().items()))
+
+
+def fill(config: ModelConfig, tensors: Iterator[tuple[str, Tensor]]) -> HybridModel:
+    with torch.device("meta"):
+        student = HybridModel(config)
+    student.load_state_dict({name: tensor.clone() for name, tensor in tensors}, strict=True, assign=True)
+    return student.requires_grad_(True).eval()
+
+
+def next_token_loss(model: HybridModel, batches: list[Batch], teacher: Teacher) -> float:
+    dtype = resolve_dtype(teacher.dtype, teacher.device)
+    return mean_loss(model, NextToken(), batches, teacher.device, dtype)["loss"]
+
+
+def write_student(
+    directory: Path, teacher: Teacher, plan: PruningPlan, tensors: Iterator[tuple[str, Tensor]]
+) -> Checkpoint:
+    """A student as cut, in the teacher's stored types, with tokenizer and plan."""
+    source = teacher.checkpoint
+    types = {
+        student: dtype for name, dtype in source.dtypes.items() if (student := plan.student_name(name)) is not None
+    }
+    cut = {"parameters": count_parameters(plan.student), "norm_correction": plan.norm_correction}
+    where = {"teacher_path": str(source.path.resolve())}
+    lineage = [*source.lineage, lineage_step("prune", {"teacher": teacher.digest, "plan": plan.digest}, **cut, **where)]
+    return write_checkpoint(
+        directory,
+        plan.student,
+        tensors,
+        dtype=types,
+        tokenizer_from=source.path,
+        lineage=lineage,
+        extra_files={PLAN: json.dumps(plan.to_json()) + "\n"},
+    )
+
+
+def save_trained(
+    directory: Path,
+    student: HybridModel,
+    source: Path,
+    step: Mapping[str, Any],
+    lineage: Lineage | None = None,
+) -> Checkpoint:
+    """A student after training, in the types of the checkpoint it started from.
+
+    It comes with that one's tokenizer, and with its plan and lineage unless another `lineage` is given.
+    """
+    cut = Checkpoint.open(source)
+    keeps_plan = lineage is None and (source / PLAN).exists()
+    return write_checkpoint(
+        directory,
+        student.config,
+        student.cpu().state_dict().items(),
+        dtype=cut.dtypes,
+        tokenizer_from=source,
+        lineage=[*(cut.lineage if lineage is None else lineage), step],
+        extra_files={PLAN: (source / PLAN).read_text("utf-8")} if keeps_plan else None,
+    )
+
+
+def certify(
+    directory: Path, teacher: Checkpoint, plan: PruningPlan, tokens: int = 256, seed: int = 0
+) -> dict[str, Any]:
+    """The certificate of a student on random tokens, which reach every part of the vocabulary; kept beside it."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, tokens) if tokens < 2 else (2, tokens // 2)
+    ids = torch.randint(0, teacher.config.vocab_size, shape, generator=generator)
+    certificate = verify(Checkpoint.open(directory), teacher, plan, ids)
+    write_json(directory / CERTIFICATE, certificate)
+    return certificate
+
+
+# ---- training
+
+
+def distill_into(
+    student: HybridModel,
+    teacher: Teacher,
+    loader: Loader,
+    settings: Fit,
+    *,
+    tokens: int,
+    directory: Path,
+    loss: LossSettings,
+    log: Callable[[dict[str, Any]], None],
+    held_out: list[Batch] | None = None,
+) -> dict[str, Any]:
+    """Train the student in place, on its teacher's outputs or on the text itself; goes on from a saved state."""
+    batches: Callable[[int], Any] = loader.batch
+    if loss.loss == "next_token":
+        objective: Any = NextToken()
+    elif loss.top_k:
+        place = directory.parent / "teacher-logits"
+        count = _steps(loader, tokens)
+        store_teacher_logits(
+            teacher.load(), loader.batch, count, place, k=loss.top_k, digest=teacher.digest, device=str(teacher.device)
+        )
+        batches, objective = TopKTeacher(place).batches(loader.batch), TopKDistillation()
+    else:
+        objective = Distillation(teacher.load(), loss.temperature, loss.loss)
+
+    def logged(row: dict[str, Any]) -> None:
+        named = {loss.loss: row["loss"]} if loss.loss != "next_token" and "loss" in row else {}
+        log({**row, **named})
+
+    return fit(
+        student,
+        objective,
+        batches,
+        settings,
+        tokens=tokens,
+        directory=directory,
+        log=logged,
+        held_out=held_out or None,
+        device=teacher.device,
+        dtype=teacher.dtype,
+        seed=teacher.seed,
+    )
+
+
+def _steps(loader: Loader, tokens: int) -> int:
+    """Steps until so many tokens with a target have been seen."""
+    seen, step = 0.0, 0
+    while seen < tokens:
+        seen += float((loader.batch(step).weights > 0).sum()) * loader.world
+        step += 1
+    return step

@@ -1,0 +1,182 @@
+"""From a teacher to a smaller model through the command line: what the verbs leave and refuse, and resuming."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halflap.checkpoints.checkpoint import load_model, save_model
+from halflap.checkpoints.config import read_lineage
+from halflap.commands import students
+from halflap.compress.importance import Importance
+from halflap.data.tokenizer import train_tokenizer
+from halflap.models.count import count_parameters
+from halflap.models.model import HybridModel, initialize
+from halflap.models.presets import preset
+
+FIT = ("--fit.sequence-length", 32, "--fit.batch-size", 4, "--fit.learning-rate", 1e-3)
+SMALL = ("--calibration-tokens", 512, "--score-tokens", 256, "--eval-tokens", 400, "--shortlist", 2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of each family with random weights and a tokenizer, and text of 200 short documents."""
+    folder = tmp_path_factory.mktemp("compress")
+    words = [f"{first}{second}" for first in ("ha", "ma", "sta", "ga") for second in ("te", "d", "lf", "mba")]
+    generator = random.Random(0)
+    documents = [" ".join(generator.choices(words, k=generator.randint(30, 90))) for _ in range(200)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    train_tokenizer(documents, 300).save(folder / "tokenizer")
+    for name in ("nemotron-h-tiny", "llama-tiny"):
+        model = HybridModel(preset(name))
+        initialize(model, 0)
+        save_model(model, folder / name, tokenizer_from=folder / "tokenizer", dtype="bfloat16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(place: Path) -> Path:
+    """Importance of the hybrid teacher, as `score` leaves it."""
+    from halflap.cli import main
+
+    words = ("score", place / "nemotron-h-tiny", "--data", place / "text.jsonl", "--tokens", "2K")
+    assert main([str(w) for w in (*words, "--sequence-length", 32, "--out", place / "scored", "--quiet")]) == 0
+    return place / "scored" / "importance.safetensors"
+
+
+def test_score_leaves_importance_of_every_axis(scored: Path, place: Path) -> None:
+    found = Importance.load(scored)
+    assert set(found.depth) == {"block_influence", "kl"} and found.tokens > 1900
+    result = json.loads((place / "scored" / "status.json").read_text())["result"]
+    assert {row["axis"] for row in result["axes"]} >= {"hidden_size", "mamba_num_heads", "num_attention_heads"}
+
+
+def test_search_then_prune_then_verify(halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path) -> None:
+    teacher = place / "nemotron-h-tiny"
+    text = ("--data", place / "text.jsonl")
+    search = halflap(
+        *("search", teacher, "--importance", scored, *text, "--params", "60%", *FIT, "--shortlist", 2),
+        *("--score-tokens", 256, "--out", tmp_path / "search", "--json"),
+    ).json
+    best, limit = search["candidates"][0], 0.6 * count_parameters(preset("nemotron-h-tiny"))
+    assert best["chosen"] and best["loss"] and 0.95 * limit <= best["costs"]["params"] <= limit
+    pruned = halflap(
+        *("prune", teacher, "--plan", tmp_path / "search" / "search.json", "--importance", scored),
+        *("--out", tmp_path / "pruned", "--json"),
+    ).json
+    assert pruned["parameters"] == best["costs"]["params"] and pruned["verified"]
+    checkpoint = tmp_path / "pruned" / "checkpoint"
+    assert {"pruning_plan.json", "certificate.json", "tokenizer.json"} <= {file.name for file in checkpoint.iterdir()}
+    assert read_lineage(checkpoint)[-1]["verb"] == "prune"
+    again = halflap("verify", tmp_path / "pruned", "--tokens", 64, "--json").json
+    assert again["passed"] and again["tokens"] == 64 and {row["axis"] for row in again["axes"]} == set(best["sizes"])
+    same = halflap(
+        "prune", teacher, "--plan", checkpoint / "pruning_plan.json", "--out", tmp_path / "again", "--json"
+    ).json
+    assert same["parameters"] == pruned["parameters"]
+    one, other = (load_model(tmp_path / name).state_dict() for name in ("pruned", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_sizes_need_no_search(halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path) -> None:
+    sizes = ("--sizes.mamba-num-heads", 8, "--sizes.num-blocks", 5, "--norm-correction", "calibrated")
+    words = ("prune", place / "nemotron-h-tiny", "--importance", scored, *sizes)
+    result = halflap(*words, "--out", tmp_path / "run", "--json").json
+    assert len(result["pattern"]) == 5 and result["verified"]
+    alone = ("prune", place / "nemotron-h-tiny", "--sizes.drop-blocks", 1, 4, "--out", tmp_path / "alone", "--json")
+    assert halflap(*alone).json["pattern"] == "MM*M-"
+
+
+def test_distill_goes_on_from_the_lineage(
+    halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path
+) -> None:
+    words = ("prune", place / "nemotron-h-tiny", "--importance", scored, "--params", "70%")
+    halflap(*words, "--out", tmp_path / "pruned", "--json")
+    text = ("--data", place / "text.jsonl", "--tokens", "1K", *FIT)
+    result = halflap("distill", tmp_path / "pruned", *text, "--out", tmp_path / "run", "--json").json
+    assert result["tokens"] >= 1000 and result["held_out_loss"] > 0
+    assert [step["verb"] for step in read_lineage(tmp_path / "run" / "checkpoint")] == ["prune", "distill"]
+    outcome = halflap("verify", tmp_path / "run")
+    assert outcome.status == 1 and "trained or changed after pruning" in outcome.err
+    stored = halflap("distill", tmp_path / "pruned", *text, "--top-k", 8, "--out", tmp_path / "stored", "--json").json
+    assert stored["steps"] == result["steps"]
+
+
+@pytest.mark.parametrize("family", ["nemotron-h-tiny", "llama-tiny"])
+def test_compress_does_it_all(halflap: Callable[..., Any], place: Path, tmp_path: Path, family: str) -> None:
+    controls = ("--controls", "scratch", "group_blind", "random")
+    cut = ("--sizes.mamba-num-heads", 8) if family == "nemotron-h-tiny" else ()
+    words = ("compress", place / family, "--data", place / "text.jsonl", "--tokens", "1K", "--params", "60%", *SMALL)
+    out = tmp_path / "run"
+    result = halflap(*words, *FIT, *cut, *controls, "--shortlist-tokens", 256, "--out", out, "--json").json
+    assert result["verified"] and 0.55 < result["parameters_ratio"] <= 0.6
+    assert {"teacher", "pruned", "student"} <= set(json.loads((out / "scores.json").read_text()))
+    expected = ["scratch", "group_blind", "random"] if cut else ["scratch", "random"]
+    assert [row["name"] for row in result["controls"]] == expected
+    assert bool(cut) == (result["remark"] is None or "group_blind" not in result["remark"])
+    for name in ("report.html", "search.json", "arms.json", "importance.safetensors", "pruned/certificate.json"):
+        assert (out / name).exists(), name
+    student = load_model(out / "checkpoint")
+    assert sum(p.numel() for p in student.parameters()) == result["student"]["parameters"]
+    assert read_lineage(out / "checkpoint")[-1]["continues_short_distillation"]
+    finished = halflap(*words, *FIT, *cut, *controls, "--shortlist-tokens", 256, "--out", out, "--json")
+    assert finished.json == result and "finished" in finished.err
+
+
+def test_an_interrupted_compress_goes_on(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted at the judgement, after everything else: nothing is measured, cut or trained twice."""
+    words = ("compress", place / "nemotron-h-tiny", "--data", place / "text.jsonl", "--tokens", "1K", "--params", "60%")
+    words = (*words, *SMALL, *FIT, "--out", tmp_path / "run", "--json")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(students, "judge", interrupted)
+        assert halflap(*words).status == 130
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "pruned").iterdir()}
+    monkeypatch.setattr(students, "measure", interrupted)
+    result = halflap(*words).json
+    assert result["student"]["loss"] > 0
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "pruned").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (("--params", "1K"), 1, "the smallest student of this search space has"),
+        ((), 2, "nothing says how small"),
+        (("--params", "50%", "--latency", "5ms"), 1, "not supported yet"),
+        (("--sizes.mamba-num-heads", 7), 1, "choose 8"),
+        (("--sizes.hidden-size", 1000), 1, "the teacher has 96"),
+        (("--plan", "absent.json"), 1, "does not exist"),
+    ],
+)
+def test_what_cannot_be_is_said(
+    halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path, words: Any, status: int, says: str
+) -> None:
+    outcome = halflap("prune", place / "nemotron-h-tiny", "--importance", scored, *words, "--out", tmp_path / "run")
+    assert outcome.status == status and says in outcome.err and "Traceback" not in outcome.err
+
+
+def test_importance_and_plans_of_another_teacher_are_refused(
+    halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path
+) -> None:
+    outcome = halflap("prune", place / "llama-tiny", "--importance", scored, "--params", "60%", "--out", tmp_path / "a")
+    assert outcome.status == 1 and "score this checkpoint first" in outcome.err
+    halflap("prune", place / "nemotron-h-tiny", "--importance", scored, "--params", "60%", "--out", tmp_path / "p")
+    plan = tmp_path / "p" / "checkpoint" / "pruning_plan.json"
+    outcome = halflap("prune", place / "llama-tiny", "--plan", plan, "--out", tmp_path / "b")
+    assert outcome.status == 1 and "made for teacher" in outcome.err
+    outcome = halflap("verify", place / "llama-tiny")
+    assert outcome.status == 1 and "no pruned student" in outcome.err
+    outcome = halflap("prune", place / "llama-tiny", "--params", "60%", "--out", tmp_path / "c")
+    assert outcome.status == 2 and "halflap score" in outcome.err
