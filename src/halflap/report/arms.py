@@ -26,7 +26,10 @@ Role = Literal["teacher", "student", "pruned", "control"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One model and how it was judged; `tokens_trained` counts what its own training read, 0 for none."""
+    """One model and how it was judged; `tokens_trained` counts what its own training read, 0 for none.
+
+    Of a teacher 0 means that nobody knows here what it was trained on.
+    """
 
     name: str
     parameters: int
@@ -128,7 +131,7 @@ def arms_markdown(table: Arms) -> str:
         cells = (
             name + (f": {arm.description}" if arm.description else ""),
             units.count(arm.parameters),
-            units.count(arm.tokens_trained) if arm.tokens_trained else "none",
+            units.count(arm.tokens_trained) if arm.tokens_trained else "" if arm.role == "teacher" else "none",
             units.loss(arm.loss),
             f"{units.loss(arm.loss_ci[0])} to {units.loss(arm.loss_ci[1])}" if arm.loss_ci else "",
             units.loss(arm.bits_per_byte) if arm.bits_per_byte is not None else "",
