@@ -96,7 +96,7 @@ def _described(eval_data: Sequence[str], share: float, any_held_out: bool) -> st
     if eval_data:
         return "the text given with eval-data"
     if any_held_out:
-        return f"the last {share:.3g} of the documents by a hash of their text, kept back from training"
+        return f"the last {100 * share:g} % of the documents by a hash of their text, kept back from training"
     return (
         "nothing: no share was to be kept back"
         if not share
