@@ -39,7 +39,9 @@ def cut(
         student_name = plan.student_name(name)
         if student_name is None:
             continue
-        student = scale(select(tensor, source[name], keep), plan.scales.get(name))
+        selected = select(tensor, source[name], keep)
+        student = scale(selected, plan.scales.get(name), in_place=selected is not tensor)
+        del selected, tensor  # not held while the caller writes
         expected = missing.pop(student_name, None)
         assert tuple(student.shape) == expected, f"{name} became {student_name} {tuple(student.shape)}, not {expected}"
         yield student_name, student
@@ -89,13 +91,13 @@ def _span_indices(span: Span, keep: Mapping[str, Kept]) -> Tensor:
     return positions.flatten()
 
 
-def scale(tensor: Tensor, factors: tuple[float, ...] | None) -> Tensor:
+def scale(tensor: Tensor, factors: tuple[float, ...] | None, *, in_place: bool = False) -> Tensor:
     """Times one factor, or one for each equal part of the first dimension; rounded once, to the tensor's own dtype."""
     if factors is None:
         return tensor
+    if len(factors) == 1:  # torch multiplies narrow floats in float32
+        return tensor.mul_(factors[0]) if in_place else tensor * factors[0]
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    if len(factors) == 1:
-        return tensor * factors[0]  # torch multiplies narrow floats in float32
     parts = tensor.to(wide).unflatten(0, (len(factors), -1))
     factor = torch.tensor(factors, dtype=wide, device=tensor.device).reshape(-1, *[1] * (parts.dim() - 1))
     return (parts * factor).flatten(0, 1).to(tensor.dtype)
