@@ -1,4 +1,4 @@
-"""The chunked scan equals the recurrence: outputs, final states and gradients, for any chunk size, start and packing."""
+"""The chunked scan equals the recurrence: outputs, states and gradients, for any chunk size, start and packing."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ def _require_positive(owner: object, *fields: str) -> None:
         value = getattr(owner, field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise HalflapError(
-                f"{type(owner).__name__}.{field} is {value!r}; it must be a whole number of at least 1: correct the config"
+                f"{type(owner).__name__}.{field} is {value!r}; it must be a whole number of at least 1: "
+                "correct the config"
             )
 
 
@@ -72,7 +73,8 @@ class AttentionConfig:
         if self.rope is not None and (round(self.head_dim * self.rope.fraction) % 2 or self.rope.fraction > 1):
             raise HalflapError(
                 f"the rotary part of head_dim={self.head_dim} at fraction {self.rope.fraction} is "
-                f"{self.head_dim * self.rope.fraction:g} channels; it must be an even number of at most head_dim: correct the config"
+                f"{self.head_dim * self.rope.fraction:g} channels; it must be an even number of at most head_dim: "
+                "correct the config"
             )
 
     @property
@@ -134,7 +136,8 @@ class MLPConfig:
         _require_positive(self, "intermediate_size")
         if self.activation not in ACTIVATIONS:
             raise HalflapError(
-                f"MLP activation {self.activation!r} is not known; allowed are {', '.join(ACTIVATIONS)}: correct the config"
+                f"MLP activation {self.activation!r} is not known; allowed are {', '.join(ACTIVATIONS)}: "
+                "correct the config"
             )
 
 

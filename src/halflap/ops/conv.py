@@ -24,7 +24,7 @@ def causal_conv(
     initial_state (B, W-1, C) are the inputs before the first token (zeros if absent); runs (B, T) number the
     documents of a row (`ssd.segment_runs`), and no tap reaches across their borders.
     """
-    batch, time, channels = x.shape
+    time = x.shape[1]
     width = weight.shape[1]
     if initial_state is None:
         padded = F.pad(x, (0, 0, width - 1, 0))
@@ -41,7 +41,7 @@ def causal_conv(
 
 
 def final_conv_state(x: Tensor, width: int, initial_state: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """The last W-1 valid inputs (B, W-1, C) after x (B, T, C), of which the first `lengths` (B,) tokens of a row count."""
+    """The last W-1 valid inputs (B, W-1, C) after x (B, T, C), of which the first `lengths` (B,) of a row count."""
     if initial_state is None:
         padded = F.pad(x, (0, 0, width - 1, 0))
     else:

@@ -4,7 +4,7 @@ Per head h of group g, with decay a_t = exp(dt_t A):
     S_t = a_t S_{t-1} + dt_t x_t (outer) B_t        state (P, N)
     y_t = S_t C_t + D x_t
 `ssd_recurrence` is these two lines and the truth; `ssd_chunked` computes the same by matrix products inside chunks
-and a carry between them, for any chunk size. Legend: B T H P G N as everywhere, Q tokens in a chunk, R heads in a group.
+and a carry between them, for any chunk size. Legend: B T H P G N as everywhere, Q tokens in a chunk, R heads a group.
 
 Segments are documents packed into a row: the state is zero at the start of each. `runs (B, T)` numbers maximal
 stretches of equal segment, so equal numbers mean the same document. A token with dt = 0 leaves the state alone,
@@ -41,7 +41,7 @@ def ssd_recurrence(
     runs (B, T). Returns y (B, T, H, P) and the state after the last token (B, H, P, N).
     """
     batch, time, heads, channels = x.shape
-    groups, size = B.shape[2:]
+    size = B.shape[3]
     state = x.new_zeros(batch, heads, channels, size) if initial_state is None else initial_state.to(x.dtype)
     outputs = []
     for t in range(time):
@@ -55,7 +55,7 @@ def ssd_recurrence(
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Advance one token: x (B, H, P), dt (B, H), B and C (B, G, N), state (B, H, P, N); returns y (B, H, P) and the state."""
+    """Advance one token: x (B, H, P), dt (B, H), B and C (B, G, N), state (B, H, P, N); y (B, H, P) and the state."""
     batch, heads, channels = x.shape
     groups, size = B.shape[1:]
     grouped = state.view(batch, groups, heads // groups, channels, size)
@@ -132,7 +132,7 @@ def _same_run(runs: Tensor) -> Tensor:
 def _chunk_decays(
     total: Tensor, runs: Tensor | None, chunks: int, chunk: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decay from each token to the chunk's end, from its start to each token (B, chunks, H, Q), and across it (B, chunks, H)."""
+    """Decay from each token to its chunk's end, from its start (B, chunks, H, Q), and across it (B, chunks, H)."""
     to_end = torch.exp((total[..., -1:] - total).to(dtype))
     from_start = torch.exp(total.to(dtype))
     through = torch.exp(total[..., -1].to(dtype))
