@@ -180,7 +180,8 @@ def test_tasks_score_as_in_the_harness_own_model(
     tasks = load_tasks(names)
     got = run_tasks(ours, Tokenizer.load(directory), tasks, limit=limit, context=256)
     fast = transformers.AutoTokenizer.from_pretrained(directory)
-    harness = HFLM(pretrained=theirs, tokenizer=fast, batch_size=1, max_length=256, device="cpu", dtype="float32")
+    hf_model: Any = HFLM
+    harness = hf_model(pretrained=theirs, tokenizer=fast, batch_size=1, max_length=256, device="cpu", dtype="float32")
     samples = {name: _indices(task, limit) for name, task in tasks.tasks.items()}
     task_dict: Any = {"tasks": tasks.tasks, "groups": {}, "group_map": {}}
     for task in tasks.tasks.values():

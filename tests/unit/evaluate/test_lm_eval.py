@@ -171,14 +171,15 @@ def test_local_tasks_ask_what_stock_tasks_ask(name: str, shared_data: Path, monk
     from lm_eval.tasks._yaml_loader import load_yaml
 
     monkeypatch.setenv("HALFLAP_DATA", str(shared_data))
-    ours = resolve_task(local_tasks()[name])
+    our_config = resolve_task(local_tasks()[name])
     stock = load_yaml(Path(lm_eval.__file__).parent / "tasks" / STOCK[name])
-    splits = {key: value for key, value in ours.items() if key.endswith("_split")}
-    source = {key: ours[key] for key in ("dataset_path", "dataset_kwargs")}
+    splits = {key: value for key, value in our_config.items() if key.endswith("_split")}
+    source = {key: our_config[key] for key in ("dataset_path", "dataset_kwargs")}
     unused = {"training_split": None, "validation_split": None, "test_split": None, "dataset_name": None, "tag": None}
-    theirs = {**stock, **unused, **splits, **source, "task": "stock"}
-    theirs.pop("tag")
-    ours, theirs = ConfigurableTask(config=ours), ConfigurableTask(config=theirs)
+    their_config = {**stock, **unused, **splits, **source, "task": "stock"}
+    their_config.pop("tag")
+    ours: Any = ConfigurableTask(config=our_config)
+    theirs: Any = ConfigurableTask(config=their_config)
     assert len(ours.eval_docs) == len(theirs.eval_docs) > 40
     for mine, other in zip(ours.eval_docs.select(range(40)), theirs.eval_docs.select(range(40))):
         assert ours.doc_to_text(mine) == theirs.doc_to_text(other)
