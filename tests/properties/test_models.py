@@ -36,7 +36,9 @@ def blocks(draw: st.DrawFn) -> BlockConfig:
         rope = draw(st.sampled_from([None, RopeConfig(), RopeConfig(theta=500.0, fraction=0.5)]))
         return AttentionConfig(shared * draw(st.integers(1, 3)), shared, 4, rope=rope, bias=draw(st.booleans()))
     gated = draw(st.booleans())
-    return MLPConfig(draw(st.integers(1, 9)), activation="silu" if gated else "relu2", gated=gated, bias=draw(st.booleans()))
+    return MLPConfig(
+        draw(st.integers(1, 9)), activation="silu" if gated else "relu2", gated=gated, bias=draw(st.booleans())
+    )
 
 
 @st.composite
