@@ -304,7 +304,8 @@ def _prune(directory: Path, teacher: Teacher, plan: PruningPlan) -> dict[str, An
     """Write the student as cut and certify it; a model too large to hold in float64 is left to `halflap verify`."""
     if (directory / CERTIFICATE).exists():
         return read_json(directory / CERTIFICATE)
-    students.write_student(directory, teacher, plan, apply_plan(plan, teacher.checkpoint.tensors()))
+    if not students.is_complete(directory, plan):
+        students.write_student(directory, teacher, plan, apply_plan(plan, teacher.checkpoint.tensors()))
     if count_parameters(teacher.config) > students.CERTIFIED_AT_ONCE:
         return None
     return students.certify(directory, teacher.checkpoint, plan, seed=teacher.seed)

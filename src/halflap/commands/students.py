@@ -211,6 +211,11 @@ def write_student(
     )
 
 
+def is_complete(directory: Path, plan: PruningPlan) -> bool:
+    """Whether the student of this plan lies there whole; README.md is the last file of a checkpoint to be written."""
+    return (directory / "README.md").exists() and PruningPlan.load(directory / PLAN) == plan
+
+
 def save_trained(
     directory: Path,
     student: HybridModel,
