@@ -19,7 +19,14 @@ parallel      ranks and many jobs                          commands    a file is
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halflap.errors import HalflapError as HalflapError
+    from halflap.python import generate as generate
+    from halflap.python import load as load
+    from halflap.python import save as save
+    from halflap.python import tokenizer as tokenizer
 
 __version__ = "0.1.0"
 

@@ -21,6 +21,7 @@ from halflap.models.count import (
 )
 from halflap.models.presets import PRESETS
 from halflap.progress import track
+from halflap.report.shapes import describe
 from halflap.run import Run
 
 EXPORT_CHECK_TOKENS = 64
@@ -52,7 +53,7 @@ def inspect(recipe: InspectRecipe, run: Run) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
         "blocks": [
-            {"symbol": block.symbol, "kind": block.kind, "parameters": count} | data
+            {"symbol": block.symbol, "kind": block.kind, "parameters": count, "sizes": describe(block)} | data
             for block, count, data in zip(config.blocks, parameters, blocks)
         ],
     }

@@ -120,16 +120,13 @@ def inspect(result: Mapping[str, Any], console: Console) -> None:
 
 
 def _runs(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Blocks of equal widths in one row."""
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    """Blocks of equal kind and sizes in one row."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for index, block in enumerate(blocks):
-        shape = {key: value for key, value in block.items() if not isinstance(value, dict | list) and value is not None}
-        row = rows.setdefault(tuple(shape.items()), {"block": block["symbol"], "how many": 0, "first": index})
+        row = rows.setdefault((block["symbol"], block["sizes"]), {"block": block["symbol"], "how many": 0})
         row["how many"] += 1
-        sizes = ", ".join(
-            f"{key} {number(value)}" for key, value in shape.items() if key not in ("symbol", "kind", "parameters")
-        )
-        row |= {"kind": block["kind"], "parameters each": block["parameters"], "sizes": sizes}
+        row.setdefault("first", index)
+        row |= {"kind": block["kind"], "parameters each": block["parameters"], "sizes": block["sizes"]}
     return list(rows.values())
 
 
