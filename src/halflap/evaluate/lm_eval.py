@@ -19,8 +19,9 @@ from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
 from halflap.evaluate.held_out import default_context
 from halflap.evaluate.local_tasks import local_tasks, resolve_task, unknown_task
+from halflap.inference.answers import score_answers
 from halflap.inference.generate import end_tokens, generate, require_positions, with_prefix
-from halflap.inference.log_probs import length_batches, padded_batch, score_tokens
+from halflap.inference.log_probs import length_batches
 from halflap.models.model import HybridModel
 from halflap.progress import Progress
 
@@ -114,23 +115,19 @@ class HalflapLM(TemplateLM):
         self, requests: list[tuple[Any, list[int], list[int]]], what: str = "score answers", **_: object
     ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether greedy decoding would write it) of each request."""
-        sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
-        scored = [min(len(request[2]), len(row) - 1) for request, row in zip(requests, sequences, strict=True)]
-        self.truncated += sum(len(c) + len(k) > self.max_length + 1 for _, c, k in requests)
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        pairs = [self._window(context, continuation) for _, context, continuation in requests]
         with Progress(what, len(requests), unit="requests") as progress:
-            for indices in length_batches([len(row) for row in sequences], self.batch_tokens):
-                batch = [sequences[i] for i in indices]
-                tokens, targets, wanted = padded_batch(batch, [scored[i] for i in indices], self._device)
-                scores = score_tokens(self.model, tokens, targets, wanted)
-                counts = wanted.sum(1).tolist()
-                parts = zip(scores.log_probs.double().split(counts), scores.greedy.split(counts), strict=True)
-                for index, (log_probs, greedy) in zip(indices, parts, strict=True):
-                    results[index] = (float(log_probs.sum()), bool(greedy.all()))
-                    if requests[index][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
-                progress.advance(len(indices))
-        return results
+            answers = score_answers(self.model, pairs, batch_tokens=self.batch_tokens, advance=progress.advance)
+        for request, answer in zip(requests, answers, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], tuple(answer))
+        return [(answer.log_prob, answer.greedy) for answer in answers]
+
+    def _window(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """What fits of both: the context loses its beginning first, then the continuation its own."""
+        self.truncated += len(context) + len(continuation) > self.max_length + 1
+        continuation = continuation[-self.max_length :]
+        return context[-(self.max_length + 1 - len(continuation)) :], continuation
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts in windows, each token predicted once (the harness's own windows)."""

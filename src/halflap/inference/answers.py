@@ -1,0 +1,101 @@
+"""Log-probabilities of answers after their contexts; answers to the same question share its reading.
+
+A question's tokens are read once into a cache, its row is repeated for each answer, and only the answers are read on.
+Contexts with one answer, and short ones, are read together with it, right-padded, which causality makes exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halflap.inference.generate import prefill
+from halflap.inference.log_probs import Scores, length_batches, padded_batch, score_hidden, score_tokens
+from halflap.models.model import HybridModel
+
+SHARED_FROM = 16  # tokens of a context from which sharing it pays for the second pass
+
+
+class Answer(NamedTuple):
+    """log_prob of the whole continuation in nats; greedy: each of its tokens is the likeliest one there."""
+
+    log_prob: float
+    greedy: bool
+
+
+def score_answers(
+    model: HybridModel,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_tokens: int = 8192,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Answer]:
+    """The answer of each (context, continuation), both token ids, the context not empty.
+
+    A batch holds at most `batch_tokens` padded tokens (or one question); `advance` hears how many pairs are done.
+    """
+    results = [Answer(0.0, True)] * len(pairs)
+    asked: dict[tuple[int, ...], list[int]] = {}
+    for index, (context, _) in enumerate(pairs):
+        asked.setdefault(tuple(context), []).append(index)
+    shared: list[list[int]] = []
+    alone: list[int] = []
+    for context, indices in asked.items():
+        if len(indices) > 1 and len(context) >= SHARED_FROM:
+            shared.append(indices)
+        else:
+            alone += indices
+    for batch in _question_batches(pairs, shared, batch_tokens):
+        _fill(results, [i for indices in batch for i in indices], *_score_shared(model, pairs, batch))
+        advance(sum(map(len, batch)))
+    sequences = [[*pairs[i][0], *pairs[i][1]] for i in alone]
+    for rows in length_batches([len(sequence) for sequence in sequences], batch_tokens):
+        indices = [alone[row] for row in rows]
+        scored = [len(pairs[i][1]) for i in indices]
+        tokens, targets, wanted = padded_batch([sequences[row] for row in rows], scored, model.head_weight.device)
+        _fill(results, indices, score_tokens(model, tokens, targets, wanted), wanted)
+        advance(len(indices))
+    return results
+
+
+def _question_batches(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], questions: list[list[int]], batch_tokens: int
+) -> list[list[list[int]]]:
+    """Questions of nearly equal length together, so that all their rows, padded, hold at most `batch_tokens` tokens."""
+
+    def length(question: list[int]) -> int:
+        return len(pairs[question[0]][0]) + max(len(pairs[i][1]) for i in question)
+
+    batches: list[list[list[int]]] = []
+    rows = 0
+    for question in sorted(questions, key=lambda q: (-length(q), q)):
+        if not batches or (rows + len(question)) * length(batches[-1][0]) > batch_tokens:
+            batches.append([])
+            rows = 0
+        batches[-1].append(question)
+        rows += len(question)
+    return batches
+
+
+@torch.inference_mode()
+def _score_shared(
+    model: HybridModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], questions: list[list[int]]
+) -> tuple[Scores, Tensor]:
+    """Scores of all answers to the questions in order, and where they stand (answers, T)."""
+    contexts = [pairs[question[0]][0] for question in questions]
+    cache, _ = prefill(model, [context[:-1] for context in contexts])
+    cache = cache.select([row for row, question in enumerate(questions) for _ in question])
+    sequences = [[context[-1], *pairs[i][1]] for context, question in zip(contexts, questions) for i in question]
+    tokens, targets, wanted = padded_batch(sequences, device=model.head_weight.device)
+    hidden = model.hidden_states(tokens, cache=cache, lengths=wanted.sum(1))
+    return score_hidden(hidden[wanted], model.head_weight, targets[wanted]), wanted
+
+
+def _fill(results: list[Answer], indices: list[int], scores: Scores, wanted: Tensor) -> None:
+    counts = wanted.sum(1).tolist()
+    parts = zip(scores.log_probs.double().split(counts), scores.greedy.split(counts), strict=True)
+    for index, (log_probs, greedy) in zip(indices, parts, strict=True):
+        results[index] = Answer(float(log_probs.sum()), bool(greedy.all()))
