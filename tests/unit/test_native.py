@@ -22,7 +22,7 @@ from torch import Tensor
 from halflap.errors import HalflapError
 from halflap.models.config import Mamba2Config
 from halflap.ops import activation, mamba2, norm, select
-from halflap.ops.native import build, elementwise
+from halflap.ops.native import build, decode, elementwise
 from halflap.ops.native import mamba2 as native
 from halflap.ops.ssd import segment_runs
 
@@ -200,6 +200,60 @@ def test_mixer_refuses_what_it_does_not_know() -> None:
     with select.using("auto"):
         expected, _ = mamba2.mamba2_mix(*args, config)
         assert torch.equal(select.mamba2_mix(*args, config)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "config",
+    [
+        Mamba2Config(4, 16, 2, 16),
+        Mamba2Config(6, 24, 3, 20, 3, conv_bias=False, time_step_limit=(0.05, 0.8)),
+        Mamba2Config(3, 5, 1, 9, 2),
+        Mamba2Config(2, 64, 1, 128, 5),
+    ],
+)
+def test_steps_advance_the_states_in_place(config: Mamba2Config, dtype: torch.dtype) -> None:
+    inputs = mixer_inputs(9, config, 3, 4)
+    parameters = [v for k, v in inputs.items() if k not in ("projected", "ssm_state", "conv_state")]
+    if not config.conv_bias:
+        parameters[1] = None
+    if dtype == torch.bfloat16:  # parameters in bfloat16 as well, as in a model of that dtype
+        parameters = [None if p is None else p.bfloat16().double() for p in parameters]
+    conv, ssm = inputs["conv_state"], inputs["ssm_state"]
+    fast_conv, fast_ssm = conv.to(dtype), ssm.float()
+    typed = [None if p is None else p.to(dtype) for p in parameters]
+    with torch.inference_mode():
+        for t in range(4):
+            projected = inputs["projected"][:, t]
+            expected, conv, ssm = mamba2.mamba2_step(projected, *parameters, config, conv, ssm)
+            found, *states = decode.mamba2_step(projected.to(dtype), *typed, config, fast_conv, fast_ssm)
+            assert error(expected, found) < (1e-2 if dtype == torch.bfloat16 else 2e-6)
+            assert states[0] is fast_conv and states[1] is fast_ssm
+            assert torch.equal(conv.to(dtype), fast_conv)
+            assert error(ssm, fast_ssm) < 1e-6  # the state itself never leaves float32
+    assert (
+        decode.mamba2_step(inputs["projected"][:, 0].to(dtype), *typed, config, fast_conv, fast_ssm) is NotImplemented
+    )
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, decode.FEW_ROWS),
+    inputs=st.sampled_from([1, 7, 16, 33, 96, 130]),
+    outputs=st.sampled_from([1, 3, 8, 37]),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_linear_of_few_rows(seed: int, rows: int, inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((rows, inputs), (outputs, inputs), (outputs,))
+    x, weight, offset = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes)
+    with torch.no_grad():
+        found = decode.linear(x, weight, offset if bias else None)
+    expected = x.double() @ weight.double().t() + (offset.double() if bias else 0)
+    # bfloat16 rounds the result once, 2^-9; the sums are in float32 in both
+    assert (expected - found.double()).abs().max() <= (5e-3 if dtype == torch.bfloat16 else 2e-6) * expected.abs().max()
 
 
 def check_function(plain, fast, inputs: list[Tensor], dtype: torch.dtype, **extra) -> None:

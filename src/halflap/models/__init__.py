@@ -8,6 +8,7 @@ rope.py       rotary position embedding: full, partial, scaled
 attention.py  grouped-query attention mixer
 mamba2.py     Mamba-2 mixer
 mlp.py        MLP mixer
+linear.py     the linear map of every mixer
 cache.py      what a decoded sequence keeps: keys and values, convolution tails, SSM states
 model.py      Block, HybridModel, initialisation
 """

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from halflap.models.cache import KeyValueState
 from halflap.models.config import AttentionConfig
 from halflap.models.context import SequenceContext
+from halflap.models.linear import Linear
 from halflap.models.rope import rotate
 from halflap.ops.attention import attention
 
@@ -19,10 +20,10 @@ class AttentionMixer(nn.Module):
         self.config = config
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden_size, query_size, bias=config.bias)
-        self.k_proj = nn.Linear(hidden_size, key_size, bias=config.bias)
-        self.v_proj = nn.Linear(hidden_size, key_size, bias=config.bias)
-        self.o_proj = nn.Linear(query_size, hidden_size, bias=config.bias)
+        self.q_proj = Linear(hidden_size, query_size, bias=config.bias)
+        self.k_proj = Linear(hidden_size, key_size, bias=config.bias)
+        self.v_proj = Linear(hidden_size, key_size, bias=config.bias)
+        self.o_proj = Linear(query_size, hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, context: SequenceContext, state: KeyValueState | None = None) -> Tensor:
         """x (B, T, D) to (B, T, D); with a state, keys and values are appended to it."""

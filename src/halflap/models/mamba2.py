@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from halflap.models.cache import ConvSSMState
 from halflap.models.config import Mamba2Config
 from halflap.models.context import SequenceContext
+from halflap.models.linear import Linear
 from halflap.ops import select
 from halflap.ops.conv import final_conv_state
-from halflap.ops.mamba2 import mamba2_step
 
 
 class GroupNormWeight(nn.Module):
@@ -27,7 +27,7 @@ class Mamba2Mixer(nn.Module):
     def __init__(self, config: Mamba2Config, hidden_size: int) -> None:
         super().__init__()
         self.config = config
-        self.in_proj = nn.Linear(hidden_size, config.inner_size + config.conv_size + config.num_heads, bias=False)
+        self.in_proj = Linear(hidden_size, config.inner_size + config.conv_size + config.num_heads, bias=False)
         self.conv1d = nn.Conv1d(
             config.conv_size, config.conv_size, config.conv_kernel, groups=config.conv_size, bias=config.conv_bias
         )
@@ -35,13 +35,13 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(config.num_heads))
         self.D = nn.Parameter(torch.ones(config.num_heads))
         self.norm = GroupNormWeight(config.inner_size)
-        self.out_proj = nn.Linear(config.inner_size, hidden_size, bias=False)
+        self.out_proj = Linear(config.inner_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor, context: SequenceContext, state: ConvSSMState | None = None) -> Tensor:
         """x (B, T, D) to (B, T, D); with a state, both parts of it are advanced in place."""
         projected = self.in_proj(x)
         if state is not None and x.shape[1] == 1 and context.lengths is None:
-            mixed, state.conv, state.ssm = mamba2_step(projected[:, 0], *self._inner(), state.conv, state.ssm)
+            mixed, state.conv, state.ssm = select.mamba2_step(projected[:, 0], *self._inner(), state.conv, state.ssm)
             return self.out_proj(mixed[:, None])
         conv_state, ssm_state = (state.conv, state.ssm) if state is not None and context.past else (None, None)
         mixed, final = select.mamba2_mix(

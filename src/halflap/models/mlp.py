@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from halflap.models.cache import BlockState
 from halflap.models.config import MLPConfig
 from halflap.models.context import SequenceContext
+from halflap.models.linear import Linear
 from halflap.ops import select
 
 
@@ -18,9 +19,9 @@ class MLPMixer(nn.Module):
         super().__init__()
         self.config = config
         if config.gated:
-            self.gate_proj = nn.Linear(hidden_size, config.intermediate_size, bias=config.bias)
-        self.up_proj = nn.Linear(hidden_size, config.intermediate_size, bias=config.bias)
-        self.down_proj = nn.Linear(config.intermediate_size, hidden_size, bias=config.bias)
+            self.gate_proj = Linear(hidden_size, config.intermediate_size, bias=config.bias)
+        self.up_proj = Linear(hidden_size, config.intermediate_size, bias=config.bias)
+        self.down_proj = Linear(config.intermediate_size, hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, context: SequenceContext, state: BlockState | None = None) -> Tensor:
         """x (B, T, D) to (B, T, D)."""

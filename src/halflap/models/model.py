@@ -12,6 +12,7 @@ from halflap.models.attention import AttentionMixer
 from halflap.models.cache import BlockState, Cache
 from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.context import SequenceContext
+from halflap.models.linear import Linear
 from halflap.models.mamba2 import Mamba2Mixer
 from halflap.models.mlp import MLPMixer
 from halflap.ops import select
@@ -61,7 +62,7 @@ class HybridModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(block, config.hidden_size, config.norm_eps) for block in config.blocks)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -81,7 +82,8 @@ class HybridModel(nn.Module):
         segments (B, T) separate documents packed in a row (0 is padding); cache continues sequences, and lengths (B,)
         then says how many right-padded tokens of each row count.
         """
-        logits = F.linear(self.hidden_states(tokens, segments=segments, cache=cache, lengths=lengths), self.head_weight)
+        hidden = self.hidden_states(tokens, segments=segments, cache=cache, lengths=lengths)
+        logits = select.linear(hidden, self.head_weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def hidden_states(

@@ -2,7 +2,8 @@
 
 HALFLAP_KERNELS=auto (default) takes the C++ kernels where a compiler is found and says so, once, where none is;
 `plain` is PyTorch alone; `native` refuses to run without the kernels. A kernel may decline an input (a dtype, a
-device, a size it does not know); the plain form then runs and the refusal is counted.
+device, a size it does not know); the plain form then runs and the refusal is counted. `linear` and `mamba2_step`
+decline by nature, with gradients or many rows, and are not counted.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from torch.nn import functional
 
 from halflap.errors import HalflapError
 from halflap.ops import activation, mamba2, norm
-from halflap.ops.native import build, elementwise
+from halflap.ops.native import build, decode, elementwise
 from halflap.ops.native import mamba2 as native_mamba2
 
 SETTINGS = ("auto", "plain", "native")
@@ -28,25 +31,29 @@ class Op:
 
     plain: Callable[..., Any]
     native: Callable[..., Any]
-    calls: dict[str, int] = field(default_factory=lambda: {"native": 0, "refused": 0})
+    counted: bool = True
+    refused: int = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _native_is_on():
             result = self.native(*args, **kwargs)
             if result is not NotImplemented:
-                self.calls["native"] += 1
                 return result
-            self.calls["refused"] += 1
+            self.refused += self.counted
         return self.plain(*args, **kwargs)
 
 
 mamba2_mix = Op(mamba2.mamba2_mix, native_mamba2.mamba2_mix)
+mamba2_step = Op(mamba2.mamba2_step, decode.mamba2_step, counted=False)
+linear = Op(functional.linear, decode.linear, counted=False)
 rms_norm = Op(norm.rms_norm, elementwise.rms_norm)
 squared_relu = Op(activation.squared_relu, elementwise.squared_relu)
 swiglu = Op(activation.swiglu, elementwise.swiglu)
 
 OPS: dict[str, Op] = {
     "mamba2_mix": mamba2_mix,
+    "mamba2_step": mamba2_step,
+    "linear": linear,
     "rms_norm": rms_norm,
     "squared_relu": squared_relu,
     "swiglu": swiglu,
@@ -96,7 +103,7 @@ def describe() -> dict[str, Any]:
     return {
         "setting": _setting,
         "ops": dict.fromkeys(OPS, "native" if native else "plain"),
-        "refused": {name: op.calls["refused"] for name, op in OPS.items() if op.calls["refused"]},
+        "refused": {name: op.refused for name, op in OPS.items() if op.refused},
         "compiler": built.compiler if built else None,
         "library": str(built.path) if built and built.path else None,
         "reason": "" if native else ("chosen" if built is None else built.reason),

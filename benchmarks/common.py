@@ -1,0 +1,196 @@
+"""What every benchmark shares: a canary for the machine's health, interleaved timing, both models, one JSON file.
+
+The canary (matrix products in float32 and bfloat16, one read of memory) runs before and after; when the two differ
+by more than a tenth, the result says so. Sides take turns, so that a slow minute of the machine hits all of them.
+transformers runs at its best: scaled-dot-product attention, fused AdamW, no cache while training, last logits only in
+prefill, a bare loop in decode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halflap import environment
+from halflap.checkpoints.checkpoint import save_model
+from halflap.models.config import Mamba2Config
+from halflap.models.model import HybridModel, initialize
+from halflap.models.presets import preset
+from halflap.ops import select
+
+RESULTS = Path(__file__).parent / "results"
+THREADS = 2
+SIZES = {"55m": "nemotron-h-55m", "205m": "nemotron-h-205m"}
+
+
+def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
+    """--sizes, --repeats, --threads, --out and the script's own numbers, by their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each side")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory for the JSON file")
+    for name, default in defaults.items():
+        listed = isinstance(default, (list, tuple))
+        kind = type(default[0]) if listed else type(default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+" if listed else None, default=default)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    return chosen
+
+
+# --- the machine ---------------------------------------------------------------------------------------------------
+
+
+def canary() -> dict[str, float]:
+    """GFLOP/s of a 2048^3 product in both dtypes and GB/s of summing 512 MB: the best of three."""
+    found = {}
+    for name, dtype in (("float32_gflops", torch.float32), ("bfloat16_gflops", torch.bfloat16)):
+        a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+        found[name] = 2 * 2048**3 / 1e9 / min(seconds(lambda a=a, b=b: a @ b) for _ in range(3))
+    memory = torch.ones(2**27)
+    found["read_gb_per_second"] = memory.nbytes / 1e9 / min(seconds(memory.sum) for _ in range(3))
+    return found
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def commit() -> str:
+    """The checkout's commit, with `+` when files of the package differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--", "../src"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed.strip() else "")
+
+
+# --- timing --------------------------------------------------------------------------------------------------------
+
+
+def interleave(sides: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call; the sides take turns. A side's `prepare`, if it has one, runs untimed before each turn."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(-warm_up, repeats):
+        for name, run in sides.items():
+            getattr(run, "prepare", lambda: None)()
+            taken = seconds(run)
+            if turn >= 0:
+                times[name].append(taken)
+    return times
+
+
+def spread(times: Sequence[float], amount: float = 1.0) -> dict[str, float]:
+    """Median, least and most of `amount / time`: tokens a second when `amount` is tokens."""
+    rates = sorted(amount / t for t in times)
+    return {"median": statistics.median(rates), "least": rates[0], "most": rates[-1], "runs": len(rates)}
+
+
+# --- both models ---------------------------------------------------------------------------------------------------
+
+
+def our_model(size: str, seed: int = 0) -> HybridModel:
+    model = HybridModel(preset(SIZES.get(size, size)))
+    initialize(model, seed)
+    return model
+
+
+def both_models(size: str, dtype: torch.dtype = torch.float32) -> tuple[HybridModel, Any]:
+    """Ours and transformers' with the same random weights."""
+    ours = our_model(size)
+    with tempfile.TemporaryDirectory() as directory:
+        save_model(ours, directory)
+        theirs = stock_model(directory, dtype)
+    return ours.to(dtype).eval(), theirs
+
+
+def stock_model(directory: str, dtype: torch.dtype) -> Any:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def random_tokens(model: HybridModel, batch: int, time: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (batch, time), generator=generator)
+
+
+def mamba_flops(model: HybridModel) -> int:
+    """Multiply-adds x 2 of a token in the projections of the Mamba-2 blocks."""
+    hidden = model.config.hidden_size
+    blocks = [block for block in model.config.blocks if isinstance(block, Mamba2Config)]
+    return sum(2 * hidden * (2 * b.inner_size + b.conv_size + b.num_heads) for b in blocks)
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+def run_apart(script: str, *arguments: str, threads: int = THREADS) -> dict[str, Any]:
+    """Run a script of this folder in a process of its own; its last line of output is a JSON object."""
+    environment_ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, str(Path(__file__).parent / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment_)
+    if done.returncode:
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+class Report:
+    """Collects rows, prints them as a table and writes `results/<name>.json`."""
+
+    def __init__(self, name: str, out: Path, threads: int) -> None:
+        self.name, self.out, self.threads = name, out, threads
+        self.rows: list[dict[str, Any]] = []
+        self.before = canary()
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        print("  ".join(f"{key} {_show(value)}" for key, value in row.items()), flush=True)
+
+    def write(self) -> None:
+        after = canary()
+        drift = max(abs(after[k] / v - 1) for k, v in self.before.items())
+        healthy = drift < 0.1
+        if not healthy:
+            print(f"the machine changed by {drift:.0%} while this ran: measure again", file=sys.stderr)
+        found = {
+            "name": self.name,
+            "rows": self.rows,
+            "canary": {"before": self.before, "after": after, "drift": drift, "healthy": healthy},
+            "threads": self.threads,
+            "machine": environment.machine(),
+            "versions": environment.versions(),
+            "kernels": select.describe(),
+            "commit": commit(),
+            "date": time.strftime("%Y-%m-%d"),
+            "platform": platform.platform(),
+        }
+        found["kernels"].pop("library", None)
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / f"{self.name}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"written to {path}")
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['median']:.4g} ({value['least']:.4g} to {value['most']:.4g})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

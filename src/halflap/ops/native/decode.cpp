@@ -1,0 +1,171 @@
+// One token of many sequences: a Mamba-2 block between its projections, and linear maps of few rows.
+//
+// Both are bound by memory. A step reads and writes each state once: a task is one group of one sequence, which owns
+// its slice of the convolution, its heads' states and its slice of the norm. A linear map reads its weight once and
+// does the few rows' dot products while a block of the weight is in the first-level cache.
+#include "parallel.h"
+#include "product.h"
+#include <vector>
+
+using namespace halflap;
+
+namespace {
+
+struct Step {  // mirrored by ops/native/decode.py
+    int64_t batch, heads, channels, groups, states, width, bf16, narrow_parameters, threads;
+    float low, high, eps;
+    const void* projected;  // (B, 2 I + 2 G N + H): z, x, B, C, dt
+    const float *conv_weight, *conv_bias, *dt_bias, *A_log, *D, *norm_weight;  // conv_weight (C, W); conv_bias may be null
+    void* conv_state;   // (B, W-1, C), advanced in place
+    float* ssm_state;   // (B, H, P, N), advanced in place
+    void* out;          // (B, I)
+};
+
+// silu(conv) of channels c0 .. c0 + count of one sequence; the state loses its oldest input and gains the newest
+template <class T>
+void convolve_step(const Step& s, const T* x, T* state, int64_t all, int64_t c0, int64_t count, float* y) {
+    const int64_t W = s.width;
+    for (int64_t c = c0; c < c0 + count; c++) {
+        const float* w = s.conv_weight + c * W;
+        float sum = w[W - 1] * widen(x[c]) + (s.conv_bias ? s.conv_bias[c] : 0);
+        for (int64_t k = 0; k < W - 1; k++) sum += w[k] * widen(state[k * all + c]);
+        y[c - c0] = sum;
+    }
+    for (int64_t k = 0; k + 1 < W - 1; k++) memcpy(state + k * all + c0, state + (k + 1) * all + c0, count * sizeof(T));
+    if (W > 1) memcpy(state + (W - 2) * all + c0, x + c0, count * sizeof(T));
+    for (int64_t c = 0; c < count; c += VL) store_to(y + c, silu<float>(load_to(y + c, count - c)), count - c);
+}
+
+// S = decay S + (step x) outer B and y = S C + D x for one head
+inline void head_step(float* S, const float* x, const float* B, const float* C, float step, float decay, float D, int64_t P, int64_t N, float* y) {
+    for (int64_t p = 0; p < P; p++) {
+        float* row = S + p * N;
+        const float in = step * x[p];
+        vf dot = splat(0);
+        for (int64_t n = 0; n < N; n += VL) {
+            vf state = decay * load_to(row + n, N - n) + in * load(B + n);
+            store_to(row + n, state, N - n);
+            dot += state * load(C + n);
+        }
+        y[p] = sum(dot) + D * x[p];
+    }
+}
+
+template <class T>
+void step(const Step& s) {
+    const int64_t P = s.channels, N = s.states, inner = s.heads * P, bc = s.groups * N, conv = inner + 2 * bc, row = inner + conv + s.heads;
+    const int64_t per_group = s.heads / s.groups, size = per_group * P, padded = round_up(N, VL);
+    parallel_tasks(s.batch * s.groups, (int)s.threads, [&](int64_t task) {
+        const int64_t b = task / s.groups, g = task % s.groups;
+        const T *z = (const T*)s.projected + b * row, *x = z + inner, *dt = x + conv;
+        T* state = (T*)s.conv_state + b * (s.width - 1) * conv;
+        float* xs = scratch(2 * round_up(size, VL) + 2 * padded);
+        float *ys = xs + round_up(size, VL), *B = ys + round_up(size, VL), *C = B + padded;
+        memset(B, 0, 2 * padded * sizeof(float));
+        convolve_step(s, x, state, conv, g * size, size, xs);
+        convolve_step(s, x, state, conv, inner + g * N, N, B);
+        convolve_step(s, x, state, conv, inner + bc + g * N, N, C);
+        for (int64_t h = g * per_group; h < (g + 1) * per_group; h++) {
+            float time = softplus(splat(widen(dt[h]) + s.dt_bias[h]))[0];
+            time = time < s.low ? s.low : time > s.high ? s.high : time;
+            const float decay = std::exp(-std::exp(s.A_log[h]) * time);
+            const int64_t at = (h - g * per_group) * P;
+            head_step(s.ssm_state + (b * s.heads + h) * P * N, xs + at, B, C, time, decay, s.D[h], P, N, ys + at);
+        }
+        vf squares = splat(0);
+        for (int64_t c = 0; c < size; c += VL) {
+            vf v = load_to(ys + c, size - c) * silu<float>(load_to(z + g * size + c, size - c));
+            store_to(ys + c, v, size - c);
+            squares += v * v;
+        }
+        const float scale = 1 / std::sqrt(sum(squares) / size + s.eps);
+        for (int64_t c = 0; c < size; c += VL)
+            store_to((T*)s.out + b * inner + g * size + c, load_to(ys + c, size - c) * scale * load_to(s.norm_weight + g * size + c, size - c), size - c);
+    });
+}
+
+// parameters kept in bfloat16, widened once a call
+Step widened(const Step& s, std::vector<float>& memory) {
+    Step wide = s;
+    const int64_t inner = s.heads * s.channels, conv = inner + 2 * s.groups * s.states;
+    const float** fields[] = {&wide.conv_weight, &wide.conv_bias, &wide.dt_bias, &wide.A_log, &wide.D, &wide.norm_weight};
+    const int64_t sizes[] = {conv * s.width, conv, s.heads, s.heads, s.heads, inner};
+    memory.resize(conv * (s.width + 1) + 3 * s.heads + inner);
+    float* next = memory.data();
+    for (int i = 0; i < 6; i++) {
+        if (!*fields[i]) continue;
+        const bf16* from = (const bf16*)*fields[i];
+        for (int64_t k = 0; k < sizes[i]; k++) next[k] = widen(from[k]);
+        *fields[i] = next;
+        next += sizes[i];
+    }
+    return wide;
+}
+
+// --- linear maps of few rows ---------------------------------------------------------------------------------------------
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+constexpr int WIDE = 32;  // bfloat16 numbers of one register
+LANES vf dot_step(vf c, const bf16* a, const bf16* b, int64_t left) {
+    const __mmask32 lanes = left >= WIDE ? ~0u : (1u << left) - 1;
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_maskz_loadu_epi16(lanes, a), (__m512bh)_mm512_maskz_loadu_epi16(lanes, b));
+}
+#else
+constexpr int WIDE = VL;
+LANES vf dot_step(vf c, const bf16* a, const bf16* b, int64_t left) { return c + load_to(a, left) * load_to(b, left); }
+#endif
+LANES vf dot_step(vf c, const float* a, const float* b, int64_t left) { return c + load_to(a, left) * load_to(b, left); }
+
+template <class T, int MB, int NB>
+inline void dot_block(int64_t K, const T* x, const T* w, const float* bias, T* y, int64_t ldy) {
+    vf sums[MB][NB] = {};
+    constexpr int step = sizeof(T) == 2 ? WIDE : VL;
+    int64_t k = 0;
+    for (; k + step <= K; k += step)
+#pragma GCC unroll 4
+        for (int n = 0; n < NB; n++)
+#pragma GCC unroll 4
+            for (int m = 0; m < MB; m++) sums[m][n] = dot_step(sums[m][n], x + m * K + k, w + n * K + k, step);
+    for (; k < K; k += step)
+        for (int n = 0; n < NB; n++)
+            for (int m = 0; m < MB; m++) sums[m][n] = dot_step(sums[m][n], x + m * K + k, w + n * K + k, K - k);
+    for (int m = 0; m < MB; m++)
+        for (int n = 0; n < NB; n++) store_some(y + m * ldy + n, splat(sum(sums[m][n]) + (bias ? bias[n] : 0)), 1);
+}
+
+template <class T, int NB>
+inline void dot_rows(int64_t M, int64_t K, const T* x, const T* w, const float* bias, T* y, int64_t ldy) {
+    int64_t m = 0;
+    for (; m + 4 <= M; m += 4) dot_block<T, 4, NB>(K, x + m * K, w, bias, y + m * ldy, ldy);
+    for (; m < M; m++) dot_block<T, 1, NB>(K, x + m * K, w, bias, y + m * ldy, ldy);
+}
+
+// y (M, N) = x (M, K) weight (N, K)' + bias
+template <class T>
+void few_rows(int64_t M, int64_t N, int64_t K, const T* x, const T* weight, const float* bias, T* y, int threads) {
+    const int64_t grain = 1 + 32768 / (K * M);  // below this, waking a thread costs more than it saves
+    parallel_ranges(N, round_up(grain, 4), threads, [&](int64_t begin, int64_t end) {
+        int64_t n = begin;
+        for (; n + 4 <= end; n += 4) dot_rows<T, 4>(M, K, x, weight + n * K, bias ? bias + n : nullptr, y + n, N);
+        for (; n < end; n++) dot_rows<T, 1>(M, K, x, weight + n * K, bias ? bias + n : nullptr, y + n, N);
+    });
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+void halflap_mamba2_step(const Step* s) {
+    static thread_local std::vector<float> memory;
+    const Step wide = s->narrow_parameters ? widened(*s, memory) : *s;
+    if (s->bf16) step<bf16>(wide);
+    else step<float>(wide);
+}
+
+void halflap_few_rows(int64_t M, int64_t N, int64_t K, const void* x, const void* weight, const float* bias, void* y, int narrow, int threads) {
+    if (narrow) few_rows(M, N, K, (const bf16*)x, (const bf16*)weight, bias, (bf16*)y, threads);
+    else few_rows(M, N, K, (const float*)x, (const float*)weight, bias, (float*)y, threads);
+}
+
+}
