@@ -11,7 +11,7 @@ from typing import Any
 
 import halflap
 
-PACKAGES = ("torch", "numpy", "scipy", "safetensors", "tokenizers", "transformers", "lm-eval", "gguf", "pyarrow")
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "lm-eval", "gguf", "pyarrow")
 
 
 def versions() -> dict[str, str]:

@@ -135,7 +135,7 @@ def _train(setting: Setting, name: str, start: HybridModel, place: Path) -> dict
         directory=place / "training",
         loss=loss,
         log=lambda row: setting.run.log({"phase": "train", "arm": name, **row}),
-        held_out=held_out_batches(setting.corpora, recipe.fit.sequence_length, recipe.fit.micro_batch_rows),
+        held_out=held_out_batches(setting.corpora, recipe.fit, recipe.tokens),
     )
     numbers = {"tokens": done["tokens"] + before, "loss": done["loss"], "continues_short_distillation": bool(before)}
     if name == "scratch":

@@ -131,7 +131,7 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
         directory=run.path / "training",
         loss=recipe.loss_settings,
         log=lambda row: run.log({"phase": "distill", **row}),
-        held_out=held_out_batches(corpora, recipe.fit.sequence_length, recipe.fit.micro_batch_rows),
+        held_out=held_out_batches(corpora, recipe.fit, recipe.tokens),
     )
     if mesh.is_main():
         step = lineage_step("distill", {"teacher": teacher.digest}, tokens=result["tokens"], loss=result["loss"])

@@ -22,9 +22,12 @@ from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
 from halflap.files import atomic_write
 from halflap.parallel import mesh
+from halflap.train.config import Fit
 
-HELD_OUT_TOKENS = 131_072
-"""At most this many tokens are judged on while training."""
+HELD_OUT_TOKENS = (8192, 131_072)
+"""At least and at most so many tokens are judged on at each point of a training run's curve."""
+HELD_OUT_SHARE = 1 / 40
+"""In between, this share of the tokens trained on: ten forward passes over it are a small part of the training."""
 FEW_DOCUMENTS, PIECES, SHORTEST_PIECE = 20, 100, 1000
 """Text of fewer documents is cut into about so many pieces, each of at least so many characters, to keep some back."""
 
@@ -118,11 +121,14 @@ def training_loader(corpora: Corpora, text: Text, sequence_length: int, rows: in
     )
 
 
-def held_out_batches(corpora: Corpora, sequence_length: int, rows: int, tokens: int = HELD_OUT_TOKENS) -> list[Batch]:
+def held_out_batches(corpora: Corpora, settings: Fit, training_tokens: int) -> list[Batch]:
     """A fixed sample of the held-out rows, each at most once; empty when nothing was kept back."""
     if not corpora.held_out:
         return []
-    loader = Loader(corpora.held_out, sequence_length=sequence_length, micro_batch_size=rows, seed=0)
+    rows, length = settings.micro_batch_rows, settings.sequence_length
+    loader = Loader(corpora.held_out, sequence_length=length, micro_batch_size=rows, seed=0)
     available = sum(loader.rows)
-    count = max(1, min(available, tokens // sequence_length) // rows)
+    least, most = HELD_OUT_TOKENS
+    tokens = min(most, max(least, round(HELD_OUT_SHARE * training_tokens)))
+    count = max(1, min(available, tokens // length) // rows)
     return [loader.batch(index) for index in range(count)]

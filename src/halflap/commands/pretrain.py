@@ -5,19 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from halflap.checkpoints.checkpoint import load_model, save_model
-from halflap.checkpoints.config import find_directory, lineage_step, read_config, read_lineage
+from halflap.checkpoints.config import find_directory, lineage_step, read_lineage
 from halflap.commands.config import CorpusRecipe, PretrainRecipe, TokenizerRecipe
 from halflap.commands.corpora import Corpora, held_out_batches, open_corpora, training_loader
+from halflap.commands.device import choose_device
+from halflap.commands.resolve import shape_of
 from halflap.data.corpus import build_corpus, is_corpus
 from halflap.data.text import read_documents
 from halflap.data.tokenizer import Tokenizer, train_tokenizer
 from halflap.errors import HalflapError
-from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel, initialize
-from halflap.models.presets import PRESETS, preset
 from halflap.parallel import mesh
 from halflap.run import Run
 from halflap.train.fit import fit
@@ -65,8 +63,8 @@ def pretrain(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
         tokens=recipe.tokens,
         directory=run.path / "training",
         log=run.log,
-        held_out=held_out_batches(corpora, recipe.fit.sequence_length, recipe.fit.micro_batch_rows) or None,
-        device=_device(recipe.common.device),
+        held_out=held_out_batches(corpora, recipe.fit, recipe.tokens) or None,
+        device=choose_device(recipe.common.device),
         dtype=recipe.common.dtype,
         seed=recipe.common.seed,
     )
@@ -78,26 +76,13 @@ def pretrain(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
     return result | {"held_out": corpora.held_out_is, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def read_shape(shape: str) -> ModelConfig:
-    """The config of a preset, a YAML of a model, or a checkpoint."""
-    if shape in PRESETS:
-        return preset(shape)
-    if Path(shape).suffix in (".yaml", ".yml"):
-        from halflap.recipe import read_yaml
-
-        return ModelConfig.from_json(read_yaml(shape, "model"))
-    if Path(shape).exists():
-        return read_config(shape)
-    return preset(shape)  # says which presets there are
-
-
 def _start_model(shape: str, seed: int) -> tuple[HybridModel, list[dict[str, Any]]]:
     """A model to train in float32 and how it came to be: random from a shape, or a checkpoint's weights."""
     path = Path(shape)
-    if shape not in PRESETS and path.is_dir():
+    if path.is_dir():
         directory = find_directory(path)
         return load_model(directory, dtype="float32"), read_lineage(directory)
-    model = HybridModel(read_shape(shape))
+    model = HybridModel(shape_of(shape))
     initialize(model, seed)
     return model, []
 
@@ -105,14 +90,14 @@ def _start_model(shape: str, seed: int) -> tuple[HybridModel, list[dict[str, Any
 def _choose_tokenizer(recipe: PretrainRecipe, place: Path) -> Tokenizer:
     """The recipe's tokenizer, else the one beside the token shards or the checkpoint, else one trained on the text."""
     beside = [recipe.tokenizer] if recipe.tokenizer else [path for path in recipe.text.data if is_corpus(path)]
-    if not beside and recipe.shape not in PRESETS and Path(recipe.shape).is_dir():
+    if not beside and Path(recipe.shape).is_dir():
         beside = [str(find_directory(recipe.shape))]
     if beside:
         return Tokenizer.load(beside[0])
     trained_before = place / "tokenizer"
     if not (trained_before / "tokenizer.json").exists():
         documents = read_documents(recipe.text.data, recipe.text.field)
-        train_tokenizer(documents, read_shape(recipe.shape).vocab_size).save(trained_before)
+        train_tokenizer(documents, shape_of(recipe.shape).vocab_size).save(trained_before)
     return Tokenizer.load(trained_before)
 
 
@@ -123,9 +108,3 @@ def _save_tokenizer(chosen: Tokenizer, run: Run) -> Path:
 
 def _inputs(corpora: Corpora) -> dict[str, str]:
     return {corpus.path.name: corpus.manifest.digest for corpus in corpora.train}
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
