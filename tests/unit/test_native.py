@@ -22,6 +22,9 @@ from torch import Tensor
 from halflap.errors import HalflapError
 from halflap.models.config import Mamba2Config
 from halflap.ops import activation, mamba2, norm, select
+from halflap.ops.attention import attention as plain_attention
+from halflap.ops.attention import cached_mask, packed_mask
+from halflap.ops.native import attention as native_attention
 from halflap.ops.native import build, decode, elementwise
 from halflap.ops.native import mamba2 as native
 from halflap.ops.ssd import segment_runs
@@ -348,3 +351,48 @@ def test_a_broken_compiler_is_a_reason_not_a_crash(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "CXX": str(fake), "HALFLAP_CACHE": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def attention_inputs(
+    seed: int, batch: int, time: int, keys: int, heads: int, key_heads: int, size: int
+) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((batch, heads, time, size), (batch, key_heads, keys, size), (batch, key_heads, keys, size))
+    return [torch.randn(s, generator=g, dtype=torch.float64).bfloat16().double() for s in shapes]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 2),
+    time=st.sampled_from([16, 17, 63, 64, 65, 150]),
+    key_heads=st.integers(1, 2),
+    per_key=st.integers(1, 3),
+    size=st.sampled_from([4, 16, 24, 64]),
+    packed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_attention(seed, batch, time, key_heads, per_key, size, packed, dtype) -> None:
+    inputs = attention_inputs(seed, batch, time, time, key_heads * per_key, key_heads, size)
+    g = torch.Generator().manual_seed(seed)
+    runs = segment_runs((torch.rand(batch, time, generator=g) < 0.05).long().cumsum(1)) if packed else None
+    extra: dict = {}
+    if runs is not None:
+        starts = torch.searchsorted(runs, runs)
+        extra = {"mask": lambda: packed_mask(runs), "starts": starts}
+    check_function(plain_attention, native_attention.attention, inputs, dtype, **extra)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_over_cached_keys(dtype: torch.dtype) -> None:
+    """A slice of a longer cache, heads in the second place in memory and not: strides are followed."""
+    query, key, value = (x.to(dtype) for x in attention_inputs(1, 2, 40, 130, 4, 2, 24))
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    positions = 60 + torch.arange(40).expand(2, 40)
+    with torch.no_grad():
+        found = native_attention.attention(query, key[:, :, :100], value[:, :, :100], offset=60)
+        wide = [x.double() for x in (query, key[:, :, :100], value[:, :, :100])]
+        expected = plain_attention(*wide, lambda: cached_mask(positions, 100))
+    assert error(expected, found) < TOLERANCE[dtype]
+    assert native_attention.attention(query, key, value, offset=None) is NotImplemented
+    assert native_attention.attention(query, key[:, :, :99], value[:, :, :99], offset=60) is NotImplemented

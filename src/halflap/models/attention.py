@@ -9,7 +9,7 @@ from halflap.models.config import AttentionConfig
 from halflap.models.context import SequenceContext
 from halflap.models.linear import Linear
 from halflap.models.rope import rotate
-from halflap.ops.attention import attention
+from halflap.ops import select
 
 
 class AttentionMixer(nn.Module):
@@ -36,5 +36,8 @@ class AttentionMixer(nn.Module):
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if state is not None:
             key, value = state.append(key, value, context.positions, context.uniform, context.used)
-        y = attention(query, key, value, context.attention_mask(key.shape[2]))
+        keys = key.shape[2]
+        y = select.attention(
+            query, key, value, lambda: context.attention_mask(keys), starts=context.starts, offset=context.offset
+        )
         return self.o_proj(y.transpose(1, 2).flatten(2))

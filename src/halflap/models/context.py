@@ -23,6 +23,7 @@ class SequenceContext:
 
     positions: Tensor
     runs: Tensor | None = None
+    starts: Tensor | None = None  # (B, T) where each token's document begins in its row; None when each row is one
     lengths: Tensor | None = None
     past: bool = False
     uniform: bool = True  # all rows of the cache equally long
@@ -44,17 +45,16 @@ class SequenceContext:
             return None
         return cached_mask(self.positions, keys)
 
+    @property
+    def offset(self) -> int | None:
+        """Keys before the first query, the same in every row; None when rows differ."""
+        if not self.past:
+            return 0
+        return self.used - self.positions.shape[1] if self.uniform else None
+
     def rotary(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (B, 1, T, rotary) of this pass, made once for all blocks with the same rotary embedding."""
         key = (rope, head_dim, dtype)
         if key not in self._rotary:
             self._rotary[key] = rotary_tables(self.positions, inverse_frequencies(rope, head_dim), dtype)
         return self._rotary[key]
-
-    @property
-    def valid(self) -> Tensor | None:
-        """(B, T, 1) True at tokens that count, None when all do."""
-        if self.lengths is None:
-            return None
-        time = self.positions.shape[1]
-        return (torch.arange(time, device=self.lengths.device) < self.lengths[:, None])[..., None]

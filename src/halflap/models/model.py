@@ -124,7 +124,7 @@ class HybridModel(nn.Module):
             return SequenceContext(positions=steps)
         runs = segment_runs(segments)
         starts = torch.where(F.pad(runs[:, 1:] != runs[:, :-1], (1, 0), value=True), steps, 0).cummax(1).values
-        return SequenceContext(positions=steps - starts, runs=runs)
+        return SequenceContext(positions=steps - starts, runs=runs, starts=starts)
 
 
 def _advance(cache: Cache, tokens: Tensor, lengths: Tensor | None) -> None:

@@ -6,19 +6,33 @@ keys are expressed by one boolean mask; without either, the causal kernel runs u
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Callable[[], Tensor | None] = lambda: None,
+    *,
+    starts: Tensor | None = None,
+    offset: int | None = 0,
+) -> Tensor:
     """Attend: query (B, H, T, h), key and value (B, K, S, h); returns (B, H, T, h).
 
-    mask (B, 1, T, S) is True where a query may look; None means causal with S == T, or T == 1 seeing every key.
+    mask() makes (B, 1, T, S), True where a query may look; None means causal with S == T, or T == 1 seeing every key.
+    The other two say the same without a mask, for implementations that need none: query i of row b sees the keys
+    starts[b, i] .. offset + i; offset None means that rows differ and only the mask knows.
     """
-    causal = mask is None and query.shape[2] > 1
+    del starts, offset
+    allowed = mask()
+    causal = allowed is None and query.shape[2] > 1
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, attn_mask=allowed, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
     )
 
 

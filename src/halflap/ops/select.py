@@ -2,8 +2,8 @@
 
 HALFLAP_KERNELS=auto (default) takes the C++ kernels where a compiler is found and says so, once, where none is;
 `plain` is PyTorch alone; `native` refuses to run without the kernels. A kernel may decline an input (a dtype, a
-device, a size it does not know); the plain form then runs and the refusal is counted. `linear` and `mamba2_step`
-decline by nature, with gradients or many rows, and are not counted.
+device, a size it does not know); the plain form then runs and the refusal is counted. `linear`,
+`mamba2_step` and `attention` decline by nature (gradients, many rows, few queries) and are not counted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch.nn import functional
 
 from halflap.errors import HalflapError
 from halflap.ops import activation, mamba2, norm
+from halflap.ops import attention as plain_attention
+from halflap.ops.native import attention as native_attention
 from halflap.ops.native import build, decode, elementwise
 from halflap.ops.native import mamba2 as native_mamba2
 
@@ -45,6 +47,7 @@ class Op:
 
 mamba2_mix = Op(mamba2.mamba2_mix, native_mamba2.mamba2_mix)
 mamba2_step = Op(mamba2.mamba2_step, decode.mamba2_step, counted=False)
+attention = Op(plain_attention.attention, native_attention.attention, counted=False)
 linear = Op(functional.linear, decode.linear, counted=False)
 rms_norm = Op(norm.rms_norm, elementwise.rms_norm)
 squared_relu = Op(activation.squared_relu, elementwise.squared_relu)
@@ -53,6 +56,7 @@ swiglu = Op(activation.swiglu, elementwise.swiglu)
 OPS: dict[str, Op] = {
     "mamba2_mix": mamba2_mix,
     "mamba2_step": mamba2_step,
+    "attention": attention,
     "linear": linear,
     "rms_norm": rms_norm,
     "squared_relu": squared_relu,

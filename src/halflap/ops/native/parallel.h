@@ -13,6 +13,20 @@ extern team_function start_team;  // GOMP_parallel, or null
 // Scratch memory of one thread, aligned for vectors, grown when needed and kept for the next call
 float* scratch(int64_t floats);
 
+// Scratch of a task, carved from one block; sizes in floats (an element of a matrix product is as wide as one)
+struct Carver {
+    float *next, *end;
+    explicit Carver(int64_t floats) : next(scratch(floats)), end(next + floats) {}
+    Carver(float* memory, int64_t floats) : next(memory), end(memory + floats) {}
+    template <class E = float>
+    E* take(int64_t floats) {
+        float* taken = next;
+        next += (floats + 15) / 16 * 16;
+        if (next > end) abort();  // a block reckoned too small: better no result than a wrong one
+        return reinterpret_cast<E*>(taken);
+    }
+};
+
 // Calls body(task) for 0 <= task < tasks on up to `threads` threads; tasks are handed out one by one
 template <class Body>
 void parallel_tasks(int64_t tasks, int threads, const Body& body) {

@@ -99,7 +99,8 @@ LANES void store_rows(pair* P, int64_t ld, int64_t k, int64_t n, vf first, vf se
     vu bits = join(first, second);
     memcpy(P + k / 2 * ld + n, &bits, sizeof bits);
 }
-LANES void copy_rows(float* P, int64_t ld, int64_t k, int64_t n, const float* first, const float* second) {
+template <class T, class E>
+LANES void copy_rows(E* P, int64_t ld, int64_t k, int64_t n, const T* first, const T* second) {
     store_rows(P, ld, k, n, load(first), load(second));
 }
 LANES void copy_rows(pair* P, int64_t ld, int64_t k, int64_t n, const bf16* first, const bf16* second) {

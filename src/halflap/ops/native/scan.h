@@ -100,11 +100,14 @@ LANES vf decay_between(const Decays& d, const Borders& borders, int64_t i, int64
 template <class T, class E>
 void pack_columns(const T* from, int64_t stride, int64_t length, int64_t width, int64_t q, E* to, int64_t ld) {
     for (int64_t i = 0; i < q; i++) {
-        char* row = (char*)(to + i * ld);
-        int64_t bytes = i < length ? width * sizeof(T) : 0;
-        if constexpr (sizeof(T) * PACK<E> == sizeof(E)) {
+        if constexpr (sizeof(T) * PACK<E> == sizeof(E)) {  // the same numbers: copied
+            char* row = (char*)(to + i * ld);
+            int64_t bytes = i < length ? width * sizeof(T) : 0;
             memcpy(row, from + i * stride, bytes);
             memset(row + bytes, 0, ld * sizeof(E) - bytes);
+        } else {
+            for (int64_t k = 0; k < ld * PACK<E>; k += VL)
+                store_columns(to, ld, i, k, i < length && k < width ? load_to(from + i * stride + k, width - k) : splat(0));
         }
     }
 }
@@ -163,16 +166,6 @@ void lower_of_product(int64_t q, int64_t K, const E* A, int64_t lda, const E* B,
     for (int64_t m = 0; m < q; m += MR) product<E, false>(MR, round_up(m + MR, TILE), K, A + m * lda, lda, B, ldb, C + m * ldc, ldc, nullptr);
 }
 
-// Scratch of a task, carved from one block; sizes in floats (an E is as wide as one)
-struct Carver {
-    float* next;
-    template <class E = float>
-    E* take(int64_t floats) {
-        float* r = next;
-        next += round_up(floats, 16);
-        return reinterpret_cast<E*>(r);
-    }
-};
 
 inline void load_state(const float* from, int64_t P, int64_t N, float* to, int64_t ld) {  // (P, N) to (N, P)
     for (int64_t p = 0; p < P; p++)
@@ -193,7 +186,7 @@ void decayed_scores(const Decays& d, const Borders& borders, int64_t q, const fl
 template <class T, class E>
 void scan_task(const Scan<T>& a, int64_t b, int64_t g, int64_t h0, int64_t h1) {
     const int64_t Np = round_up(a.N, TILE), Pp = round_up(a.P, TILE), Ne = Np / PACK<E>, Qe = Q / PACK<E>;
-    Carver carve{scratch((h1 - h0 + 1) * Np * Pp + 4 * Q * Np + 2 * Q * Q + 2 * Q * Pp + Np + 256)};
+    Carver carve((h1 - h0 + 1) * Np * Pp + 4 * Q * Np + 2 * Q * Q + 2 * Q * Pp + Np + 256);
     float* states = carve.take((h1 - h0) * Np * Pp);
     E* H = carve.take<E>(Ne * Pp);
     E* Cc = carve.take<E>(Q * Ne);

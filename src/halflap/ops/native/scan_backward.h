@@ -43,7 +43,7 @@ struct BackwardTask {
     BackwardTask(const Scan<T>& a, const ScanGradients<T>& out, int64_t b, int64_t g, int64_t h0, int64_t h1, int64_t slice)
         : a(a), out(out), b(b), g(g), h0(h0), h1(h1), slice(slice), Np(round_up(a.N, TILE)), Pp(round_up(a.P, TILE)),
           Ne(Np / PACK<E>), Pe(Pp / PACK<E>), heads(h1 - h0), chunks((a.time + Q - 1) / Q) {
-        Carver c{scratch(floats(Np, Pp, heads, chunks))};
+        Carver c(floats(Np, Pp, heads, chunks));
         before = c.take(chunks * heads * Np * Pp), dstates = c.take(heads * Np * Pp);
         Cc = c.take<E>(Q * Ne), Bc = c.take<E>(Q * Ne), Bt = c.take<E>(Ne * Q), Br = c.take<E>(Qe * Np), Cr = c.take<E>(Qe * Np);
         Xc = c.take<E>(Q * Pe), Xt = c.take<E>(Pe * Q), eX = c.take<E>(Q * Pe), dYc = c.take<E>(Q * Pe), dYr = c.take<E>(Qe * Pp);

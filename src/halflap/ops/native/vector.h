@@ -54,6 +54,15 @@ LANES float sum(vf a) {
 #endif
 }
 
+LANES float largest(vf a) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)a);
+#else
+    float s = a[0];
+    for (int i = 1; i < VL; i++) s = a[i] > s ? a[i] : s;
+    return s;
+#endif
+}
 LANES double sum(vd a) {
     double s = 0;
     for (int i = 0; i < VL; i++) s += a[i];
@@ -152,21 +161,25 @@ LANES vf softplus(vf x) {
 }
 LANES vf sigmoid_float(vf x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// 1 / (1 + e^-x) to 1e-4 relative, a fraction of bfloat16's spacing (4e-3): for values that are stored in bfloat16
-LANES vf sigmoid_bf16(vf x) {
+// e^x and 1 / (1 + e^-x) to 1e-5 and 1e-4 relative, a fraction of bfloat16's spacing (4e-3): for values stored in it
 #if defined(__AVX512F__)
-    __m512 t = _mm512_mul_ps((__m512)maximum(minimum(x, splat(87.0f)), splat(-87.0f)), _mm512_set1_ps(-1.44269504f));
+LANES vf exponential_bf16(vf x) {
+    __m512 t = _mm512_mul_ps((__m512)maximum(x, splat(-200.0f)), _mm512_set1_ps(1.44269504f));
     __m512 whole = _mm512_roundscale_ps(t, 0);
     vf f = (vf)_mm512_sub_ps(t, whole);
     vf p = splat(9.6181291e-3f) * f + 5.5504109e-2f;
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.0f;
-    return (vf)_mm512_rcp14_ps(_mm512_add_ps(_mm512_scalef_ps((__m512)p, whole), _mm512_set1_ps(1.0f)));
-#else
-    return sigmoid_float(x);
-#endif
+    return (vf)_mm512_scalef_ps((__m512)p, whole);
 }
+LANES vf sigmoid_bf16(vf x) {
+    return (vf)_mm512_rcp14_ps(_mm512_add_ps((__m512)exponential_bf16(minimum(-x, splat(87.0f))), _mm512_set1_ps(1.0f)));
+}
+#else
+LANES vf exponential_bf16(vf x) { return exponential(x); }
+LANES vf sigmoid_bf16(vf x) { return sigmoid_float(x); }
+#endif
 template <class T>
 LANES vf sigmoid(vf x) {
     return sizeof(T) == 2 ? sigmoid_bf16(x) : sigmoid_float(x);

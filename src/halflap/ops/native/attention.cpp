@@ -1,0 +1,49 @@
+// The C interface of causal attention (attention.h).
+#include "attention.h"
+
+using namespace halflap;
+
+namespace {
+
+struct Sizes {  // mirrored by ops/native/attention.py
+    int64_t batch, time, keys, heads, key_heads, size, offset, bf16, threads;
+    Strides q, k, v, out, dout, dq, dk, dv;
+    double scale;
+};
+
+struct Pointers {
+    const void *q, *k, *v;
+    const int64_t* start;
+    void* out;
+    float* lse;
+    const void* dout;
+    void *dq, *dk, *dv;
+    float* partial;
+};
+
+template <class T>
+Attention<T> attention(const Sizes& s, const Pointers& p) {
+    return {s.batch, s.time, s.keys, s.heads, s.key_heads, s.size, s.offset, s.q, s.k, s.v, s.out, (const T*)p.q, (const T*)p.k,
+            (const T*)p.v, p.start, (T*)p.out, p.lse, (float)s.scale, (int)s.threads};
+}
+template <class T>
+AttentionGradients<T> gradients(const Sizes& s, const Pointers& p) {
+    return {(const T*)p.dout, s.dout, s.dq, s.dk, s.dv, (T*)p.dq, (T*)p.dk, (T*)p.dv, p.partial};
+}
+using Narrow = std::conditional_t<HAVE_PAIRS, pair, float>;  // operands of products of bfloat16 numbers
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+void halflap_attention(const Sizes* s, const Pointers* p) {
+    if (!s->bf16) attend<float, float>(attention<float>(*s, *p));
+    else attend<bf16, Narrow>(attention<bf16>(*s, *p));
+}
+void halflap_attention_backward(const Sizes* s, const Pointers* p) {
+    if (!s->bf16) attention_backward<float, float>(attention<float>(*s, *p), gradients<float>(*s, *p));
+    else attention_backward<bf16, Narrow>(attention<bf16>(*s, *p), gradients<bf16>(*s, *p));
+}
+
+}
