@@ -1,6 +1,8 @@
 """Trends on a small trained teacher, over several seeds: property 24, and that the group matters before training.
 
 Bytes of English as tokens. Losses are means over seeds of the short distillation, on text that no model has seen.
+That width-only students beat depth-only ones is a finding about models of 52 blocks; of these 8 blocks on bytes three
+do as well at equal size, so it is not asserted here.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import torch
 
 from halflap.compress.axes import Sizes
 from halflap.compress.controls import blind_heads, blind_tensors
-from halflap.compress.depth import depth_scores
 from halflap.compress.importance import Importance
 from halflap.compress.metrics import collect
 from halflap.compress.prune import apply_plan
@@ -23,7 +24,6 @@ from halflap.compress.ranking import plan_for
 from halflap.data.batch import Batch
 from halflap.data.text import read_documents
 from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig
-from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel, initialize
 from halflap.train.config import Fit
 from halflap.train.fit import fit
@@ -62,8 +62,7 @@ class Judge:
         initialize(self.teacher, 0)
         self._fit(self.teacher, NextToken(), steps=700, seed=0, rate=3e-3)
         batches = [batch_of(self.train, 10**6 + k) for k in range(16)]
-        scores = collect(self.teacher, batches)
-        self.importance = dataclasses.replace(scores, depth={"kl": depth_scores(self.teacher, batches[:4])})
+        self.importance = collect(self.teacher, batches)
 
     def _fit(self, model: HybridModel, objective: object, *, steps: int, seed: int, rate: float) -> None:
         settings = Fit(learning_rate=rate, batch_size=ROWS, sequence_length=LENGTH, evaluate_every=0, save_every=0)
@@ -102,13 +101,6 @@ def test_importance_beats_random_and_reversed_ranking(judge: Judge) -> None:
     ranked = judge.distilled(HALF)
     assert ranked < judge.distilled(HALF, reversed_)
     assert ranked < statistics.fmean(judge.distilled(HALF, scores) for scores in random)
-
-
-def test_width_beats_depth_at_equal_size(judge: Judge) -> None:
-    depth = Sizes(num_blocks=4)
-    sizes = [count_parameters(judge.student(sizes).config) for sizes in (HALF, depth)]
-    assert abs(sizes[0] / sizes[1] - 1) < 0.1
-    assert judge.distilled(HALF) < judge.distilled(depth)
 
 
 def test_distillation_recovers_most_of_the_gap(judge: Judge) -> None:
