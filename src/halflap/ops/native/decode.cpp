@@ -116,6 +116,36 @@ LANES vf dot_step(vf c, const bf16* a, const bf16* b, int64_t left) { return c +
 #endif
 LANES vf dot_step(vf c, const float* a, const float* b, int64_t left) { return c + load_to(a, left) * load_to(b, left); }
 
+LANES void put(float* p, float x) { *p = x; }
+LANES void put(bf16* p, float x) {  // as store(bf16*, vf) rounds
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    p->bits = x == x ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : (uint16_t)(bits >> 16 | 0x40);
+}
+
+// the sums of 16 vectors
+LANES void sums_of_16(const vf* v, float* totals) {
+#if defined(__AVX512F__)
+    __m512 a[8], b[4];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        __m512 x = (__m512)v[2 * i], y = (__m512)v[2 * i + 1];
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    // each 128-bit lane of b[i] holds a quarter of the sums of v[4 i .. 4 i + 3]
+    __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
+    __m512 d = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
+    _mm512_storeu_ps(totals, _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd)));
+#else
+    for (int i = 0; i < 16; i++) totals[i] = sum(v[i]);
+#endif
+}
+
 template <class T, int MB, int NB>
 inline void dot_block(int64_t K, const T* x, const T* w, const float* bias, T* y, int64_t ldy) {
     vf sums[MB][NB] = {};
@@ -129,8 +159,12 @@ inline void dot_block(int64_t K, const T* x, const T* w, const float* bias, T* y
     for (; k < K; k += step)
         for (int n = 0; n < NB; n++)
             for (int m = 0; m < MB; m++) sums[m][n] = dot_step(sums[m][n], x + m * K + k, w + n * K + k, K - k);
+    float totals[MB * NB];
+    if constexpr (MB * NB == 16) sums_of_16(&sums[0][0], totals);
+    else
+        for (int i = 0; i < MB * NB; i++) totals[i] = sum(sums[i / NB][i % NB]);
     for (int m = 0; m < MB; m++)
-        for (int n = 0; n < NB; n++) store_some(y + m * ldy + n, splat(sum(sums[m][n]) + (bias ? bias[n] : 0)), 1);
+        for (int n = 0; n < NB; n++) put(y + m * ldy + n, totals[m * NB + n] + (bias ? bias[n] : 0));
 }
 
 template <class T, int NB>
