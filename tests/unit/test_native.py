@@ -22,9 +22,6 @@ from torch import Tensor
 from halflap.errors import HalflapError
 from halflap.models.config import Mamba2Config
 from halflap.ops import activation, mamba2, norm, select
-from halflap.ops.attention import attention as plain_attention
-from halflap.ops.attention import cached_mask, packed_mask
-from halflap.ops.native import attention as native_attention
 from halflap.ops.native import build, decode, elementwise
 from halflap.ops.native import mamba2 as native
 from halflap.ops.ssd import segment_runs
@@ -200,6 +197,12 @@ def test_mixer_refuses_what_it_does_not_know() -> None:
     args = [v.float() for k, v in inputs.items() if not k.endswith("state")]
     assert native.mamba2_mix(*args, config) is NotImplemented
     assert native.mamba2_mix(args[0].double(), *args[1:], config) is NotImplemented
+    known = Mamba2Config(2, 8, 1, 8)
+    fitting = [v.float() for k, v in mixer_inputs(0, known, 1, 4).items() if not k.endswith("state")]
+    assert native.mamba2_mix(*fitting, known) is not NotImplemented
+    for wrong in range(len(fitting)):  # a shape that does not fit is left to the plain form, which says so
+        cut = [a[..., 1:] if i == wrong else a for i, a in enumerate(fitting)]
+        assert native.mamba2_mix(*cut, known) is NotImplemented
     with select.using("auto"):
         expected, _ = mamba2.mamba2_mix(*args, config)
         assert torch.equal(select.mamba2_mix(*args, config)[0], expected)
@@ -220,11 +223,12 @@ def test_steps_advance_the_states_in_place(config: Mamba2Config, dtype: torch.dt
     parameters = [v for k, v in inputs.items() if k not in ("projected", "ssm_state", "conv_state")]
     if not config.conv_bias:
         parameters[1] = None
-    if dtype == torch.bfloat16:  # parameters in bfloat16 as well, as in a model of that dtype
-        parameters = [None if p is None else p.bfloat16().double() for p in parameters]
     conv, ssm = inputs["conv_state"], inputs["ssm_state"]
     fast_conv, fast_ssm = conv.to(dtype), ssm.float()
-    typed = [None if p is None else p.to(dtype) for p in parameters]
+    # as in a model of that dtype: dt_bias, A_log and D stay in float32
+    types = [dtype, dtype, torch.float32, torch.float32, torch.float32, dtype]
+    typed = [None if p is None else p.to(t) for p, t in zip(parameters, types)]
+    parameters = [None if p is None else p.double() for p in typed]
     with torch.inference_mode():
         for t in range(4):
             projected = inputs["projected"][:, t]
@@ -297,6 +301,15 @@ def test_norm_narrows_its_output() -> None:
     assert error(other.grad.double(), leaf.grad) < TOLERANCE[torch.float32]
 
 
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    x = torch.ones(2, 8)
+    with torch.no_grad():
+        assert decode.linear(x, torch.ones(3, 7)) is NotImplemented
+        assert decode.linear(x, torch.ones(3, 8), torch.ones(2)) is NotImplemented
+    assert elementwise.rms_norm(x, torch.ones(7), 1e-5) is NotImplemented
+    assert elementwise.swiglu(x, torch.ones(1, 8)) is NotImplemented
+
+
 def test_activations_keep_nan_and_infinity() -> None:
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 3.0, -2.0])
     assert torch.allclose(elementwise.squared_relu(x), activation.squared_relu(x), equal_nan=True)
@@ -351,48 +364,3 @@ def test_a_broken_compiler_is_a_reason_not_a_crash(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "CXX": str(fake), "HALFLAP_CACHE": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
-
-def attention_inputs(
-    seed: int, batch: int, time: int, keys: int, heads: int, key_heads: int, size: int
-) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((batch, heads, time, size), (batch, key_heads, keys, size), (batch, key_heads, keys, size))
-    return [torch.randn(s, generator=g, dtype=torch.float64).bfloat16().double() for s in shapes]
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    seed=st.integers(0, 10**6),
-    batch=st.integers(1, 2),
-    time=st.sampled_from([16, 17, 63, 64, 65, 150]),
-    key_heads=st.integers(1, 2),
-    per_key=st.integers(1, 3),
-    size=st.sampled_from([4, 16, 24, 64]),
-    packed=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-def test_attention(seed, batch, time, key_heads, per_key, size, packed, dtype) -> None:
-    inputs = attention_inputs(seed, batch, time, time, key_heads * per_key, key_heads, size)
-    g = torch.Generator().manual_seed(seed)
-    runs = segment_runs((torch.rand(batch, time, generator=g) < 0.05).long().cumsum(1)) if packed else None
-    extra: dict = {}
-    if runs is not None:
-        starts = torch.searchsorted(runs, runs)
-        extra = {"mask": lambda: packed_mask(runs), "starts": starts}
-    check_function(plain_attention, native_attention.attention, inputs, dtype, **extra)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_attention_over_cached_keys(dtype: torch.dtype) -> None:
-    """A slice of a longer cache, heads in the second place in memory and not: strides are followed."""
-    query, key, value = (x.to(dtype) for x in attention_inputs(1, 2, 40, 130, 4, 2, 24))
-    query = query.transpose(1, 2).contiguous().transpose(1, 2)
-    positions = 60 + torch.arange(40).expand(2, 40)
-    with torch.no_grad():
-        found = native_attention.attention(query, key[:, :, :100], value[:, :, :100], offset=60)
-        wide = [x.double() for x in (query, key[:, :, :100], value[:, :, :100])]
-        expected = plain_attention(*wide, lambda: cached_mask(positions, 100))
-    assert error(expected, found) < TOLERANCE[dtype]
-    assert native_attention.attention(query, key, value, offset=None) is NotImplemented
-    assert native_attention.attention(query, key[:, :, :99], value[:, :, :99], offset=60) is NotImplemented

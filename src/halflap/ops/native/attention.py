@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from halflap.ops.native.build import load
+from halflap.ops.native.common import counts, fits, is_narrow, library
 
-DTYPES = (torch.float32, torch.bfloat16)
 TILE = 16  # head sizes are padded to a multiple of it inside
 SHORTEST = 16  # queries; for fewer, the plain form has less to set up
 COUNTS = ("batch", "time", "keys", "heads", "key_heads", "size", "offset", "bf16", "threads")
@@ -39,12 +38,15 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, starts: Tensor | None = None, offset: int | None = 0
 ) -> Tensor | Any:
     """As `ops.attention.attention`, or NotImplemented."""
-    if offset is None or query.device.type != "cpu" or query.dtype not in DTYPES or query.shape[2] < SHORTEST:
+    if offset is None or not query.dim() == key.dim() == 4 or 0 in query.shape or query.shape[2] < SHORTEST:
         return NotImplemented
-    if not query.dtype == key.dtype == value.dtype or key.shape != value.shape or query.shape[1] % key.shape[1]:
+    (batch, heads, time, size), (_, key_heads, keys, _) = query.shape, key.shape
+    if not (fits(query, *query.shape) and all(fits(x, batch, key_heads, keys, size) for x in (key, value))):
         return NotImplemented
     wants = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if key.shape[2] != offset + query.shape[2] or (offset and wants) or 0 in query.shape:
+    if not query.dtype == key.dtype == value.dtype or not key_heads or heads % key_heads or (offset and wants):
+        return NotImplemented
+    if keys != offset + time or not counts(starts, batch, time):
         return NotImplemented
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     return _Attention.apply(query, key, value, starts, offset)
@@ -53,7 +55,7 @@ def attention(
 def _sizes(query: Tensor, key: Tensor, offset: int, **strided: Tensor) -> Sizes:
     batch, heads, time, size = query.shape
     return Sizes(
-        batch, time, key.shape[2], heads, key.shape[1], size, offset, query.dtype == torch.bfloat16,
+        batch, time, key.shape[2], heads, key.shape[1], size, offset, is_narrow(query),
         torch.get_num_threads(), scale=size**-0.5,
         **{f"{name}_strides": (ctypes.c_int64 * 3)(*tensor.stride()[:3]) for name, tensor in strided.items()},
     )  # fmt: skip
@@ -76,7 +78,7 @@ class _Attention(torch.autograd.Function):
         starts = None if starts is None else starts.to(torch.int64).contiguous()
         sizes = _sizes(query, key, offset, q=query, k=key, v=value, out=out)
         pointers = _pointers(q=query, k=key, v=value, start=starts, out=out, lse=lse)
-        _library().halflap_attention(ctypes.byref(sizes), ctypes.byref(pointers))
+        library().halflap_attention(ctypes.byref(sizes), ctypes.byref(pointers))
         ctx.save_for_backward(query, key, value, out, lse, starts)
         return out
 
@@ -93,11 +95,5 @@ class _Attention(torch.autograd.Function):
         pointers = _pointers(
             q=query, k=key, v=value, start=starts, out=out, lse=lse, dout=dout, dq=dq, dk=dk, dv=dv, partial=partial
         )
-        _library().halflap_attention_backward(ctypes.byref(sizes), ctypes.byref(pointers))
+        library().halflap_attention_backward(ctypes.byref(sizes), ctypes.byref(pointers))
         return dq, dk, dv, None, None
-
-
-def _library() -> ctypes.CDLL:
-    library = load().library
-    assert library is not None
-    return library

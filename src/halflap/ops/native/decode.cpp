@@ -84,7 +84,7 @@ void step(const Step& s) {
     });
 }
 
-// parameters kept in bfloat16, widened once a call
+// parameters kept in bfloat16 (bit i of narrow_parameters: the i-th of them), widened once a call
 Step widened(const Step& s, std::vector<float>& memory) {
     Step wide = s;
     const int64_t inner = s.heads * s.channels, conv = inner + 2 * s.groups * s.states;
@@ -93,7 +93,7 @@ Step widened(const Step& s, std::vector<float>& memory) {
     memory.resize(conv * (s.width + 1) + 3 * s.heads + inner);
     float* next = memory.data();
     for (int i = 0; i < 6; i++) {
-        if (!*fields[i]) continue;
+        if (!*fields[i] || !(s.narrow_parameters >> i & 1)) continue;
         const bf16* from = (const bf16*)*fields[i];
         for (int64_t k = 0; k < sizes[i]; k++) next[k] = widen(from[k]);
         *fields[i] = next;

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from halflap.models.config import Mamba2Config
-from halflap.ops.native.build import load
+from halflap.ops.native.common import fits, is_narrow, library, long, pointer
 
-DTYPES = (torch.float32, torch.bfloat16)
 FEW_ROWS = 32  # beyond this the general matrix product's packing pays
 COUNTS = ("batch", "heads", "channels", "groups", "states", "width", "bf16", "narrow_parameters", "threads")
 POINTERS = (
@@ -45,50 +44,53 @@ def mamba2_step(
     ssm_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor] | Any:
     """As `ops.mamba2.mamba2_step` but advancing the states in place, or NotImplemented."""
-    if projected.device.type != "cpu" or projected.dtype not in DTYPES or torch.is_grad_enabled():
+    c, batch = config, len(projected)
+    if torch.is_grad_enabled() or conv_state.dtype != projected.dtype or ssm_state.dtype != torch.float32 or not batch:
         return NotImplemented
-    if conv_state.dtype != projected.dtype or ssm_state.dtype != torch.float32 or not projected.numel():
+    if not (
+        fits(projected, batch, c.inner_size + c.conv_size + c.num_heads)
+        and fits(conv_state, batch, c.conv_kernel - 1, c.conv_size)
+        and fits(ssm_state, batch, c.num_heads, c.head_dim, c.state_size)
+        and conv_state.is_contiguous()
+        and ssm_state.is_contiguous()
+    ):
         return NotImplemented
-    kinds = {p.dtype for p in (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight) if p is not None}
-    if len(kinds) > 1 or not kinds <= set(DTYPES):
+    parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    if not (
+        fits(conv_weight, c.conv_size, 1, c.conv_kernel)
+        and fits(conv_bias, c.conv_size)
+        and fits(norm_weight, c.inner_size)
+        and all(fits(p, c.num_heads) for p in (dt_bias, A_log, D))
+    ):
         return NotImplemented
-    if not (conv_state.is_contiguous() and ssm_state.is_contiguous()):
-        return NotImplemented
-    c = config
     projected = projected.contiguous()
-    small = [p if p is None else p.contiguous() for p in (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)]
-    out = projected.new_empty(projected.shape[0], c.inner_size)
+    small = [p if p is None else p.contiguous() for p in parameters]
+    narrow = sum(1 << i for i, p in enumerate(parameters) if p is not None and is_narrow(p))
+    out = projected.new_empty(batch, c.inner_size)
     step = Step(
-        len(projected), c.num_heads, c.head_dim, c.num_groups, c.state_size, c.conv_kernel,
-        projected.dtype == torch.bfloat16, torch.bfloat16 in kinds, torch.get_num_threads(),
+        batch, c.num_heads, c.head_dim, c.num_groups, c.state_size, c.conv_kernel,
+        is_narrow(projected), narrow, torch.get_num_threads(),
         *c.time_step_limit, c.norm_eps,
         *(None if t is None else t.data_ptr() for t in (projected, *small, conv_state, ssm_state, out)),
     )  # fmt: skip
-    _library().halflap_mamba2_step(ctypes.byref(step))
+    library().halflap_mamba2_step(ctypes.byref(step))
     return out, conv_state, ssm_state
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | Any:
     """x (..., K) times weight (N, K) transposed plus bias, for few rows; or NotImplemented."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in DTYPES:
+    if torch.is_grad_enabled() or x.dtype != weight.dtype or weight.dim() != 2 or torch.is_autocast_enabled("cpu"):
         return NotImplemented
-    inputs = x.shape[-1]
+    outputs, inputs = weight.shape
     rows = x.numel() // inputs if inputs else 0
-    if not 0 < rows <= FEW_ROWS or not weight.is_contiguous() or torch.is_autocast_enabled("cpu"):
+    if not (0 < rows <= FEW_ROWS and outputs and fits(x, *x.shape[:-1], inputs) and weight.is_contiguous()):
+        return NotImplemented
+    if not (fits(weight, outputs, inputs) and fits(bias, outputs)):
         return NotImplemented
     x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    wide = None if bias is None else bias.float()
-    _library().halflap_few_rows(
-        ctypes.c_int64(rows), ctypes.c_int64(weight.shape[0]), ctypes.c_int64(inputs),
-        ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(weight.data_ptr()),
-        None if wide is None else ctypes.c_void_p(wide.data_ptr()), ctypes.c_void_p(y.data_ptr()),
-        x.dtype == torch.bfloat16, torch.get_num_threads(),
-    )  # fmt: skip
+    y = x.new_empty(*x.shape[:-1], outputs)
+    wide = None if bias is None else bias.float().contiguous()
+    library().halflap_few_rows(
+        *long(rows, outputs, inputs), *map(pointer, (x, weight, wide, y)), is_narrow(x), torch.get_num_threads()
+    )
     return y
-
-
-def _library() -> ctypes.CDLL:
-    library = load().library
-    assert library is not None
-    return library

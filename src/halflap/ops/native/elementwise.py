@@ -13,38 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from halflap.ops.native.build import load
-
-DTYPES = (torch.float32, torch.bfloat16)
-GAIN_PARTS = 16  # partial sums of the gain's gradient; a fixed number, so that the sum does not depend on the threads
-
-
-def _accepts(*tensors: Tensor) -> bool:
-    return all(t.device.type == "cpu" and t.dtype in DTYPES and t.numel() > 0 for t in tensors)
-
-
-def _narrow(tensor: Tensor) -> int:
-    return int(tensor.dtype == torch.bfloat16)
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
-
-
-def _long(*numbers: int) -> tuple[ctypes.c_int64, ...]:
-    return tuple(map(ctypes.c_int64, numbers))
-
-
-def _library() -> ctypes.CDLL:
-    library = load().library
-    assert library is not None
-    return library
+from halflap.ops.native.common import DTYPES, GAIN_PARTS, fits, is_narrow, library, long, pointer
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor | Any:
     """As `ops.norm.rms_norm`, or NotImplemented."""
     dtype = dtype or x.dtype
-    if not _accepts(x, weight) or dtype not in DTYPES:
+    if not x.numel() or dtype not in DTYPES or not fits(x, *x.shape) or not fits(weight, *x.shape[-1:]):
         return NotImplemented
     return _RMSNorm.apply(x, weight, eps, dtype)
 
@@ -57,9 +32,9 @@ class _RMSNorm(torch.autograd.Function):
         width = x.shape[-1]
         rows = x.numel() // width
         scales = torch.empty(rows)
-        _library().halflap_rms_norm(
-            *_long(rows, width), *map(_pointer, (x, gain)), ctypes.c_double(eps), _pointer(out), _pointer(scales),
-            _narrow(x) + 2 * _narrow(out), torch.get_num_threads(),
+        library().halflap_rms_norm(
+            *long(rows, width), *map(pointer, (x, gain)), ctypes.c_double(eps), pointer(out), pointer(scales),
+            is_narrow(x) + 2 * is_narrow(out), torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(x, weight, scales)
         return out
@@ -70,16 +45,16 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scales = ctx.saved_tensors
         grad, gain, width = grad.contiguous(), weight.float(), x.shape[-1]
         dx, dweight, partial = torch.empty_like(x), torch.empty(width), torch.empty(GAIN_PARTS, width)
-        _library().halflap_rms_norm_backward(
-            *_long(len(scales), width), *map(_pointer, (x, gain, scales, grad, None, dx, dweight, partial)),
-            *_long(GAIN_PARTS), _narrow(x) + 2 * _narrow(grad), torch.get_num_threads(),
+        library().halflap_rms_norm_backward(
+            *long(len(scales), width), *map(pointer, (x, gain, scales, grad, None, dx, dweight, partial)),
+            *long(GAIN_PARTS), is_narrow(x) + 2 * is_narrow(grad), torch.get_num_threads(),
         )  # fmt: skip
         return dx, dweight.to(weight.dtype), None, None
 
 
 def squared_relu(x: Tensor) -> Tensor | Any:
     """As `ops.activation.squared_relu`, or NotImplemented."""
-    return _SquaredReLU.apply(x) if _accepts(x) else NotImplemented
+    return _SquaredReLU.apply(x) if x.numel() and fits(x, *x.shape) else NotImplemented
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -87,7 +62,7 @@ class _SquaredReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
-        _library().halflap_relu2(*_long(x.numel()), _pointer(x), _pointer(y), _narrow(x), torch.get_num_threads())
+        library().halflap_relu2(*long(x.numel()), pointer(x), pointer(y), is_narrow(x), torch.get_num_threads())
         ctx.save_for_backward(y)
         return y
 
@@ -97,15 +72,15 @@ class _SquaredReLU(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         grad = grad.contiguous()
         dx = torch.empty_like(y)
-        _library().halflap_relu2_backward(
-            *_long(y.numel()), *map(_pointer, (y, grad, dx)), _narrow(y), torch.get_num_threads()
+        library().halflap_relu2_backward(
+            *long(y.numel()), *map(pointer, (y, grad, dx)), is_narrow(y), torch.get_num_threads()
         )
         return dx
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor | Any:
     """As `ops.activation.swiglu`, or NotImplemented."""
-    if not _accepts(gate, up) or gate.dtype != up.dtype or gate.shape != up.shape:
+    if not up.numel() or gate.dtype != up.dtype or not fits(gate, *up.shape) or not fits(up, *up.shape):
         return NotImplemented
     return _SwiGLU.apply(gate, up)
 
@@ -115,7 +90,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
-        _library().halflap_swiglu(*_long(y.numel()), *map(_pointer, (gate, up, y)), _narrow(y), torch.get_num_threads())
+        library().halflap_swiglu(*long(y.numel()), *map(pointer, (gate, up, y)), is_narrow(y), torch.get_num_threads())
         ctx.save_for_backward(gate, up)
         return y
 
@@ -125,7 +100,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad = grad.contiguous()
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _library().halflap_swiglu_backward(
-            *_long(gate.numel()), *map(_pointer, (gate, up, grad, dgate, dup)), _narrow(gate), torch.get_num_threads()
+        library().halflap_swiglu_backward(
+            *long(gate.numel()), *map(pointer, (gate, up, grad, dgate, dup)), is_narrow(gate), torch.get_num_threads()
         )
         return dgate, dup

@@ -113,7 +113,7 @@ struct Mixer {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int64_t halflap_head_slices(const Sizes* s) { return head_slices(s->batch, s->groups, s->heads / s->groups, s->threads); }
+int halflap_head_slices(const Sizes* s) { return (int)head_slices(s->batch, s->groups, s->heads / s->groups, s->threads); }
 
 void halflap_mamba2(const Sizes* s, const Inputs* in, const Work* w, void* out, float* final) {
     if (s->bf16) Mixer<bf16>{*s, *in, *w}.forward(out, final);

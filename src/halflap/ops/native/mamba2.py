@@ -15,11 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halflap.models.config import Mamba2Config
-from halflap.ops.native.build import load
+from halflap.ops.native.common import GAIN_PARTS, counts, fits, is_narrow, library
 
-DTYPES = (torch.float32, torch.bfloat16)
 WIDTHS = (2, 3, 4)
-GAIN_PARTS = 16  # partial sums of a gain's gradient; a fixed number, so that the sum does not depend on the threads
 
 
 SIZES = ("batch", "time", "heads", "channels", "groups", "states", "width", "bf16", "threads")
@@ -71,11 +69,24 @@ def mamba2_mix(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | Any:
     """As `ops.mamba2.mamba2_mix`, or NotImplemented."""
-    if projected.device.type != "cpu" or projected.dtype not in DTYPES or config.conv_kernel not in WIDTHS:
+    c = config
+    if c.conv_kernel not in WIDTHS or projected.dim() != 3 or (conv_state is not None and conv_state.requires_grad):
         return NotImplemented
-    if projected.dim() != 3 or 0 in projected.shape or (conv_state is not None and conv_state.requires_grad):
-        return NotImplemented
-    if any(p is not None and p.dtype not in DTYPES for p in (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)):
+    batch, time = projected.shape[:2]
+    heads = c.num_heads
+    if not (
+        batch
+        and time
+        and fits(projected, batch, time, c.inner_size + c.conv_size + heads)
+        and fits(conv_weight, c.conv_size, 1, c.conv_kernel)
+        and fits(conv_bias, c.conv_size)
+        and fits(norm_weight, c.inner_size)
+        and all(fits(p, heads) for p in (dt_bias, A_log, D))
+        and fits(conv_state, batch, c.conv_kernel - 1, c.conv_size)
+        and fits(ssm_state, batch, heads, c.head_dim, c.state_size)
+        and counts(runs, batch, time)
+        and counts(lengths, batch)
+    ):
         return NotImplemented
     return _Mix.apply(
         projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, config, conv_state, ssm_state, runs, lengths
@@ -86,7 +97,7 @@ def _sizes(projected: Tensor, c: Mamba2Config) -> Sizes:
     batch, time = projected.shape[:2]
     return Sizes(
         batch, time, c.num_heads, c.head_dim, c.num_groups, c.state_size, c.conv_kernel,
-        int(projected.dtype == torch.bfloat16), torch.get_num_threads(), *c.time_step_limit, c.norm_eps,
+        is_narrow(projected), torch.get_num_threads(), *c.time_step_limit, c.norm_eps,
     )  # fmt: skip
 
 
@@ -187,7 +198,7 @@ def _gradients(
     ssm_state: Tensor | None,
 ) -> dict[str, Any]:
     batch, time = projected.shape[:2]
-    slices = _library().halflap_head_slices(ctypes.byref(sizes))
+    slices = library().halflap_head_slices(ctypes.byref(sizes))
     shared = 2 * c.num_groups * c.state_size
     return {
         "dprojected": torch.empty_like(projected, memory_format=torch.contiguous_format),
@@ -206,13 +217,6 @@ def _gradients(
     }
 
 
-def _library() -> ctypes.CDLL:
-    library = load().library
-    assert library is not None
-    library.halflap_head_slices.restype = ctypes.c_int64
-    return library
-
-
 def _call(name: str, sizes: Sizes, inputs: Pointers, work: Pointers, *rest: Any) -> None:
     arguments = (ctypes.c_void_p(r.data_ptr()) if isinstance(r, Tensor) else r for r in rest)
-    getattr(_library(), name)(ctypes.byref(sizes), ctypes.byref(inputs), ctypes.byref(work), *arguments)
+    getattr(library(), name)(ctypes.byref(sizes), ctypes.byref(inputs), ctypes.byref(work), *arguments)

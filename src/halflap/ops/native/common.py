@@ -1,0 +1,43 @@
+"""What the kernels' wrappers share: the dtypes they take, checks before a pointer is handed over, pointers."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from halflap.ops.native.build import load
+
+DTYPES = (torch.float32, torch.bfloat16)
+GAIN_PARTS = 16  # partial sums of a gain's gradient; a fixed number, so that the sum does not depend on the threads
+
+
+def fits(tensor: Tensor | None, *shape: int) -> bool:
+    """On the CPU, in a dtype the kernels take, and of this shape; None, an operand that is not there, fits."""
+    return tensor is None or (tensor.dtype in DTYPES and tensor.shape == shape and tensor.device.type == "cpu")
+
+
+def counts(tensor: Tensor | None, *shape: int) -> bool:
+    """The same for whole numbers."""
+    return tensor is None or (
+        not tensor.dtype.is_floating_point and tensor.shape == shape and tensor.device.type == "cpu"
+    )
+
+
+def is_narrow(tensor: Tensor) -> int:
+    return int(tensor.dtype == torch.bfloat16)
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+def long(*numbers: int) -> tuple[ctypes.c_int64, ...]:
+    return tuple(map(ctypes.c_int64, numbers))
+
+
+def library() -> ctypes.CDLL:
+    loaded = load().library
+    assert loaded is not None, "the kernels were called without being there"
+    return loaded
