@@ -13,12 +13,18 @@ import tempfile
 
 import psutil
 import torch
+
 from common import SIZES, Report, arguments, our_model, random_tokens, run_apart, stock_model
+from halflap.checkpoints.checkpoint import load_model, save_model
 from training_step import our_step, their_step
 
-from halflap.checkpoints.checkpoint import load_model, save_model
-
-KINDS = ("halflap-float32", "transformers-float32", "halflap-bfloat16", "transformers-autocast", "transformers-bfloat16")
+KINDS = (
+    "halflap-float32",
+    "transformers-float32",
+    "halflap-bfloat16",
+    "transformers-autocast",
+    "transformers-bfloat16",
+)
 
 
 def measure(kind: str, directory: str, time: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Tokens a second of reading a prompt into a cache, bfloat16, 2048 and 8192 tokens, ours and transformers'.
 
-Both sides make their cache and the logits of the last token. `mamba_blocks` is the same rate for ours' Mamba-2 blocks
-alone, where time should grow with the prompt and no faster: its ratio of the longest to the shortest prompt is reported.
+Both sides make their cache and the logits of the last token. `mamba_blocks` is the same rate for our Mamba-2 blocks
+alone, where time should grow with the prompt and no faster: the ratio of the longest to the shortest is reported.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Report, arguments, both_models, interleave, random_tokens, spread
 from torch.nn import functional as F
 
+from common import Report, arguments, both_models, interleave, random_tokens, spread
 from halflap.models.cache import Cache
 from halflap.models.config import Mamba2Config
 from halflap.models.context import SequenceContext
