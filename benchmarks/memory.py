@@ -14,7 +14,7 @@ import tempfile
 import psutil
 import torch
 
-from common import SIZES, Report, arguments, our_model, random_tokens, run_apart, stock_model
+from common import SIZES, Report, arguments, our_model, run_apart, stock_model
 from halflap.checkpoints.checkpoint import load_model, save_model
 from training_step import our_step, their_step
 
@@ -53,10 +53,7 @@ def main() -> None:
     report = Report("memory", chosen.out, chosen.threads)
     for size in chosen.sizes:
         with tempfile.TemporaryDirectory() as directory:
-            model = our_model(size)
-            random_tokens(model, 1, 1)
-            save_model(model, directory)
-            del model
+            save_model(our_model(size), directory)
             found = {
                 kind: run_apart("memory.py", "--measure", kind, directory, str(chosen.tokens), threads=chosen.threads)
                 for kind in KINDS

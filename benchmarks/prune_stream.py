@@ -8,6 +8,7 @@ cache before. --teacher and --student name other presets for a quick look.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -38,7 +39,7 @@ def random_tensors(config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     noise = 0.02 * torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
     for name, dims in layout(config).items():
         size = shape(dims)
-        numbers = torch.empty(size).numel() if not size else torch.Size(size).numel()
+        numbers = math.prod(size)
         narrow = noise if name.endswith(("A_log", ".D", "dt_bias")) else noise.to(torch.bfloat16)
         yield name, narrow.repeat(-(-numbers // len(noise)))[:numbers].reshape(size)
 
