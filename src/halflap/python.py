@@ -6,12 +6,14 @@ A verb goes through the same recipe as on the command line, so a wrong name or v
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halflap.binding import bind
 from halflap.errors import HalflapError, RecipeError
+from halflap.recipe import unknown_name
 
 if TYPE_CHECKING:
     from halflap.data.tokenizer import Tokenizer
@@ -27,10 +29,11 @@ def load(path: str | Path, dtype: str = "float32", device: str = "cpu") -> Hybri
     """
     from halflap.checkpoints.checkpoint import load_model
     from halflap.checkpoints.config import find_directory
+    from halflap.commands.device import choose_device
     from halflap.data.tokenizer import Tokenizer
 
     directory = find_directory(path)
-    model: Any = load_model(directory, dtype, device)
+    model: Any = load_model(directory, dtype, choose_device(str(device)))
     model.tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
     return model
 
@@ -71,6 +74,10 @@ def generate(
         return verb("generate")(str(model), **fields)
     from halflap.inference.generate import generate as continue_prompts
 
+    allowed = [*inspect.signature(continue_prompts).parameters][2:]
+    for name in fields:
+        if name not in allowed:
+            raise RecipeError(unknown_name(name, allowed, "keyword of generate"))
     return continue_prompts(load(model) if isinstance(model, str | Path) else model, prompts or [], **fields)
 
 

@@ -166,6 +166,28 @@ def test_load_and_save_round_trip_from_python(tiny_checkpoint: Path) -> None:
     assert [len(row.tokens) for row in out] == [3, 3] and out[0].finish_reason == "length"
 
 
+def test_what_python_gets_wrong_is_one_sentence(tiny_checkpoint: Path) -> None:
+    import halflap
+
+    for device in ("tpu", "cuda:0", "cuda") if not torch.cuda.is_available() else ("tpu",):
+        with pytest.raises(halflap.HalflapError, match="device"):
+            halflap.load(tiny_checkpoint, device=device)
+    with pytest.raises(halflap.HalflapError, match="did you mean 'temperature'"):
+        halflap.generate(halflap.load(tiny_checkpoint), [[1]], temprature=1.0)
+
+
+def test_a_checkpoint_tells_stock_classes_where_text_ends(tiny_checkpoint: Path) -> None:
+    import halflap
+
+    model = halflap.load(tiny_checkpoint)
+    stored = json.loads((tiny_checkpoint / "generation_config.json").read_text())
+    assert stored["eos_token_id"] == model.config.eos_token_id
+    Path("mine").mkdir()
+    Path("mine/generation_config.json").write_text('{"eos_token_id": 9}')
+    halflap.save(model, "mine")
+    assert json.loads(Path("mine/generation_config.json").read_text()) == {"eos_token_id": 9}
+
+
 def test_dry_run_tells_the_cost_and_runs_nothing(halflap: Cli, tiny_checkpoint: Path) -> None:
     Path("text.txt").write_text("some text")
     words = ["distill", tiny_checkpoint, "--teacher", tiny_checkpoint, "--data", "text.txt", "--tokens", "1M"]

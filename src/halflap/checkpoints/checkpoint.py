@@ -232,18 +232,26 @@ def write_checkpoint(
     spelled = ((names.get(ours, ours), tensor) for ours, tensor in tensors)
     files.write_shards(directory, specs, spelled, max_shard_bytes=max_shard_bytes)
     most = max(specs.values(), key=lambda spec: spec.nbytes)
-    small = {"README.md": model_card(directory.resolve().name, config, family, lineage, license)} | dict(
-        extra_files or {}
-    )
+    small = dict(extra_files or {})
+    small.setdefault("README.md", model_card(directory.resolve().name, config, family, lineage, license))
     with files.full_disk_named(directory):
         write_config(directory, config, _name(DTYPES[most.code]), __version__)
         write_json(directory / "lineage.json", {"steps": [dict(step) for step in lineage]})
         if tokenizer_from is not None:
             copy_tokenizer(Path(tokenizer_from), directory)
+        if "generation_config.json" not in small and not (directory / "generation_config.json").exists():
+            write_json(directory / "generation_config.json", _special_ids(config))
         for name, content in small.items():
             with atomic_write(directory / name) as file:
                 file.write(content.encode() if isinstance(content, str) else content)
     return Checkpoint.open(directory)
+
+
+def _special_ids(config: ModelConfig) -> dict[str, Any]:
+    """What stock transformers needs to stop at the end token when the source brings no generation_config.json."""
+    stored = config.to_json()
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: stored[name] for name in names if stored.get(name) is not None}
 
 
 def _specs(config: ModelConfig, dtype: str | Mapping[str, str]) -> dict[str, TensorSpec]:

@@ -9,8 +9,10 @@ from halflap.errors import HalflapError
 
 def choose_device(name: str) -> torch.device:
     """`auto` is a CUDA device when there is one. Raises HalflapError when `cuda` is asked for in vain."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise HalflapError("device is 'cuda', and PyTorch sees no CUDA device here; take --device cpu or auto")
+    if (kind := name.partition(":")[0]) not in ("auto", "cpu", "cuda"):
+        raise HalflapError(f"device is {name!r}; allowed are auto, cpu, cuda: choose one of them")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise HalflapError(f"device is {name!r}, and PyTorch sees no CUDA device here; take cpu or auto")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
 
 
