@@ -60,7 +60,11 @@ def kept_blocks(importance: Importance, config: ModelConfig, sizes: Sizes) -> Ro
 
 
 def drop_order(importance: Importance, config: ModelConfig) -> Row:
-    """All blocks, the least important first; blocks of one layer together, by the sum of their scores."""
+    """All blocks, the least important first; blocks of one layer together, by the sum of their scores.
+
+    The best of every kind goes last of all: without any attention, say, a model is another kind of model, which stock
+    transformers cannot decode with a cache.
+    """
     metric = next((name for name in DEPTH_ORDER if name in importance.depth), None)
     if metric is None:
         raise HalflapError(
@@ -69,6 +73,8 @@ def drop_order(importance: Importance, config: ModelConfig) -> Row:
         )
     scores = importance.depth[metric].tolist()
     units = sorted(depth_units(config), key=lambda unit: sum(scores[index] for index in unit))
+    best = {type(config.blocks[index]): unit for unit in units for index in unit}
+    units.sort(key=lambda unit: unit in best.values())  # stable
     return tuple(index for unit in units for index in unit)
 
 

@@ -80,6 +80,12 @@ COSTS: dict[str, Callable[[ModelConfig, Budget], float]] = {
     "memory": _memory,
     "flops": _flops,
 }
+UNITS = {
+    "params": "parameters",
+    "non_embedding_params": "parameters without embeddings",
+    "memory": "bytes of memory",
+    "flops": "FLOPs a token",
+}
 
 
 def costs(config: ModelConfig, budget: Budget) -> dict[str, float]:
@@ -217,7 +223,7 @@ def fitting(
     ]
     largest = _maximal(grid, below)
     close = [s for s in largest if any(cost.of(name, s) >= WITHIN * limit for name, limit in ceilings.items())]
-    remark = None if close else _not_close(largest, ceilings, cost)
+    remark = None if close else _not_close(largest, ceilings, cost, largest_sizes(teacher))
     found = [_candidate(teacher, budget, sizes, drop_order) for sizes in close or largest]
     tried = math.prod(len(values) for values in grid.values())
     return Fitting(_by_turns(found), tried, remark)
@@ -328,17 +334,24 @@ def _check_reachable(
         if reachable > limit:
             whole = largest_sizes(teacher)
             sizes = ", ".join(f"{size} {value}" for size, value in smallest.items() if value < whole[size])
+            uncut = [size for size in LEFT_WHOLE if 1 < whole.get(size, 0) == smallest[size]]
+            flags = " or ".join(f"--space.{size.replace('_', '-')}" for size in ("hidden_size", *uncut))
             raise HalflapError(
-                f"a budget of {limit:,.0f} {name} cannot be met: the smallest student of this search space has "
+                f"a budget of {limit:,.0f} {UNITS[name]} cannot be met: the smallest student of this search space has "
                 f"{reachable:,.0f} ({sizes or 'no axis may be cut'}); raise --{name.replace('_', '-')}, or allow "
-                "smaller sizes with --space.max-width-cut or lists such as --space.hidden-size"
+                f"smaller sizes with --space.max-width-cut or lists such as {flags}"
             )
 
 
-def _not_close(largest: list[dict[str, int]], ceilings: Mapping[str, float], cost: _Costs) -> str:
+def _not_close(
+    largest: list[dict[str, int]], ceilings: Mapping[str, float], cost: _Costs, whole: Mapping[str, int]
+) -> str:
     best = {name: max(cost.of(name, sizes) for sizes in largest) for name in ceilings}
     nearest = max(ceilings, key=lambda name: best[name] / ceilings[name])
+    if len(largest) == 1 and all(value == whole[size] for size, value in largest[0].items()):
+        return f"the teacher itself has {best[nearest]:,.0f} {UNITS[nearest]}, within the budget: nothing is cut"
     return (
         f"no size of the search space comes within 5 % of the budget: the nearest student has {best[nearest]:,.0f} "
-        f"{nearest} of {ceilings[nearest]:,.0f}; give finer lists, such as --space.intermediate-size, to use all of it"
+        f"{UNITS[nearest]} of {ceilings[nearest]:,.0f}; give finer lists, such as "
+        "--space.intermediate-size, to use all of it"
     )

@@ -97,6 +97,14 @@ def test_the_least_important_blocks_go() -> None:
         made(Sizes(num_blocks=2), dataclasses.replace(scores, depth={}))
 
 
+def test_the_best_block_of_every_kind_goes_last() -> None:
+    """A hybrid stays one: its only attention goes after everything that has its like, however low it scores."""
+    scores = importance()
+    scores.depth["block_influence"][:] = torch.tensor([0.4, 0.2, 0.0, 0.3])
+    assert drop_order(scores, CONFIG) == (1, 2, 3, 0)
+    assert made(Sizes(num_blocks=3), scores).student.pattern() == "M*-"
+
+
 def test_llama_drops_layers() -> None:
     config = preset("llama-tiny")
     scores = importance(config)

@@ -123,6 +123,17 @@ def test_impossible_lists_are_refused() -> None:
         SearchSpace(max_width_cut=1.0)
 
 
+def test_a_teacher_within_the_budget_is_left_whole_and_it_says_so() -> None:
+    found = fitting(TINY, Budget(memory=2.0**40))
+    assert [candidate.sizes for candidate in found.candidates] == [Sizes()]
+    assert found.remark is not None and "the teacher itself" in found.remark and "bytes of memory" in found.remark
+
+
+def test_axes_that_no_automatic_choice_cuts_are_named() -> None:
+    with pytest.raises(HalflapError, match=r"--space\.num-key-value-heads"):
+        fitting(TINY, Budget(memory=1.0, context=10**6))
+
+
 def test_the_memory_of_the_47b_is_that_of_its_paper() -> None:
     """31.7 GiB at 4-bit weights and 8-bit keys and values for a million tokens, states at 16 bits."""
     budget = Budget(memory=31.7 * 2**30, context=10**6, weight_bits=4, cache_bits=8)
