@@ -44,7 +44,7 @@ IMPORTANCE, SEARCH = "importance.safetensors", "search.json"
 
 def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
     """Measure the importance of every axis on calibration text."""
-    teacher = open_teacher(recipe.model, recipe.common)
+    teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
     loader = training_loader(corpora, recipe.text, recipe.sequence_length, recipe.batch_size, recipe.common.seed)
     found = _importance(run.path / IMPORTANCE, teacher, loader, recipe.tokens, recipe.settings)
@@ -60,7 +60,7 @@ def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
 
 def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     """Rank the sizes that fit the budgets."""
-    teacher = open_teacher(recipe.model, recipe.common)
+    teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
     _require_target(recipe.budgets, Sizes())
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
     loader = training_loader(
@@ -116,7 +116,7 @@ def verify(recipe: VerifyRecipe, run: Run) -> dict[str, Any]:
 def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
     """Train a student on its teacher's outputs."""
     directory = find_directory(recipe.student)
-    teacher = open_teacher(students.teacher_of(directory, recipe.teacher), recipe.common)
+    teacher = open_teacher(students.teacher_of(directory, recipe.teacher), recipe.common, recipe.text.data)
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus", recipe.eval_data)
     loader = training_loader(
         corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed
@@ -142,7 +142,7 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
 def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
     """Everything: importance, sizes, student, certificate, distillation, controls, judgement, page."""
     _require_target(recipe.budgets, recipe.sizes)
-    teacher = open_teacher(recipe.model, recipe.common)
+    teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
     check_sizes(teacher.config, recipe.sizes)
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus", recipe.eval_data)
     if not corpora.held_out:

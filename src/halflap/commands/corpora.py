@@ -47,6 +47,13 @@ class Corpora:
         return sum(corpus.manifest.bytes for corpus in self.held_out) / tokens if tokens else 0.0
 
 
+def tokenizer_place(checkpoint: Path, paths: Sequence[str]) -> Path:
+    """Where the tokenizer lies: beside the checkpoint, or beside the first token shards when it has none."""
+    own = (checkpoint / "tokenizer.json").is_file()
+    beside = [Path(path) for path in paths if is_corpus(path) and (Path(path) / "tokenizer.json").is_file()]
+    return checkpoint if own or not beside else beside[0]
+
+
 def open_corpora(text: Text, tokenizer: Tokenizer, place: Path, eval_data: Sequence[str] = ()) -> Corpora:
     """Open shards as they are and tokenise other text under `place`; without `eval_data` keep documents back."""
     if not text.data:

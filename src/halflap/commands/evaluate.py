@@ -13,6 +13,7 @@ from halflap import environment
 from halflap.checkpoints.checkpoint import float_dtype, load_model
 from halflap.checkpoints.config import find_directory
 from halflap.commands.config import BenchRecipe, EvaluateRecipe
+from halflap.commands.corpora import tokenizer_place
 from halflap.commands.device import choose_device, choose_dtype
 from halflap.commands.resolve import shape_of
 from halflap.data.corpus import is_corpus, open_corpus
@@ -36,7 +37,7 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
     if not recipe.data and not recipe.eval_data and not recipe.tasks:
         raise RecipeError("nothing to judge on was given; name text (--data), tasks (--tasks), or both")
     directory = find_directory(recipe.model)
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = Tokenizer.load(tokenizer_place(directory, (*recipe.data, *recipe.eval_data)))
     documents = _documents(recipe, tokenizer)  # first what fails fast: text, task names and their data
     tasks = _load_tasks(recipe.tasks)
     device = choose_device(recipe.common.device)

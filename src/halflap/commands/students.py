@@ -6,9 +6,10 @@ Each function is one step and knows nothing of the steps around it; `compress.py
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, write_checkpoint
 from halflap.checkpoints.config import Lineage, find_directory, lineage_step, read_lineage
-from halflap.commands.corpora import Corpora
+from halflap.commands.corpora import Corpora, tokenizer_place
 from halflap.commands.device import choose_device
 from halflap.commands.sections import Budgets, LossSettings, ScoreSettings
 from halflap.compress.depth import depth_scores
@@ -60,10 +61,17 @@ class Teacher:
     """A checkpoint to compress, and where and in which precision to compute."""
 
     checkpoint: Checkpoint
-    tokenizer: Tokenizer
+    tokenizer_place: Path
     device: torch.device
     dtype: str
     seed: int
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Opened when text is read: a model without one can be cut. Raises HalflapError when there is none."""
+        tokenizer = Tokenizer.load(self.tokenizer_place)
+        tokenizer.check_matches(self.config.vocab_size)
+        return tokenizer
 
     @property
     def config(self) -> ModelConfig:
@@ -78,11 +86,14 @@ class Teacher:
         return load_model(self.checkpoint.path, "float32", self.device)
 
 
-def open_teacher(path: str | Path, common: Common) -> Teacher:
+def open_teacher(path: str | Path, common: Common, data: Sequence[str] = ()) -> Teacher:
+    """A checkpoint whose text is read with its own tokenizer, or with that of the token shards among `data`."""
     directory = find_directory(path)
-    checkpoint, tokenizer = Checkpoint.open(directory), Tokenizer.load(directory)
-    tokenizer.check_matches(checkpoint.config.vocab_size)
-    return Teacher(checkpoint, tokenizer, choose_device(common.device), common.dtype, common.seed)
+    place = tokenizer_place(directory, data)
+    teacher = Teacher(Checkpoint.open(directory), place, choose_device(common.device), common.dtype, common.seed)
+    if (place / "tokenizer.json").is_file():
+        _ = teacher.tokenizer  # one that does not match is refused before any work
+    return teacher
 
 
 def teacher_of(student: Path, given: str | None) -> Path:
