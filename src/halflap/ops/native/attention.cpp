@@ -30,8 +30,6 @@ template <class T>
 AttentionGradients<T> gradients(const Sizes& s, const Pointers& p) {
     return {(const T*)p.dout, s.dout, s.dq, s.dk, s.dv, (T*)p.dq, (T*)p.dk, (T*)p.dv, p.partial};
 }
-using Narrow = std::conditional_t<HAVE_PAIRS, pair, float>;  // operands of products of bfloat16 numbers
-
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -39,11 +37,11 @@ extern "C" {
 
 void halflap_attention(const Sizes* s, const Pointers* p) {
     if (!s->bf16) attend<float, float>(attention<float>(*s, *p));
-    else attend<bf16, Narrow>(attention<bf16>(*s, *p));
+    else attend<bf16, Element<bf16>>(attention<bf16>(*s, *p));
 }
 void halflap_attention_backward(const Sizes* s, const Pointers* p) {
     if (!s->bf16) attention_backward<float, float>(attention<float>(*s, *p), gradients<float>(*s, *p));
-    else attention_backward<bf16, Narrow>(attention<bf16>(*s, *p), gradients<bf16>(*s, *p));
+    else attention_backward<bf16, Element<bf16>>(attention<bf16>(*s, *p), gradients<bf16>(*s, *p));
 }
 
 }

@@ -40,4 +40,5 @@ def long(*numbers: int) -> tuple[ctypes.c_int64, ...]:
 def library() -> ctypes.CDLL:
     loaded = load().library
     assert loaded is not None, "the kernels were called without being there"
+    loaded.halflap_kept_states.restype = ctypes.c_int64
     return loaded

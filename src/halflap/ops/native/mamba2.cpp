@@ -26,6 +26,7 @@ struct Inputs {
 struct Work {
     float* dt;          // (B, T, H)
     void *mixed, *y;    // (B, T, C), (B, T, I)
+    float* states;      // as many floats as halflap_kept_states says, kept for the gradient, or null
 };
 
 struct Gradients {
@@ -53,7 +54,7 @@ struct Mixer {
     Scan<T> scan_of(float* final) const {
         const T* m = (const T*)w.mixed;
         return {s.batch, s.time, s.heads, s.groups, s.channels, s.states, conv, m, m + inner, m + inner + bc,
-                w.dt, in.A, in.D, in.runs, in.ssm_state, final, (T*)w.y, threads};
+                w.dt, in.A, in.D, in.runs, in.ssm_state, final, (T*)w.y, w.states, threads};
     }
     GatedNorm<T> norm() const { return {s.batch * s.time, inner, s.groups, row, (const T*)w.y, projected, in.norm_weight, s.eps, threads}; }
 
@@ -114,6 +115,11 @@ struct Mixer {
 extern "C" {
 
 int halflap_head_slices(const Sizes* s) { return (int)head_slices(s->batch, s->groups, s->heads / s->groups, s->threads); }
+
+int64_t halflap_kept_states(const Sizes* s) {
+    const int64_t pack = s->bf16 ? PACK<Element<bf16>> : 1, chunks = (s->time + Q - 1) / Q;
+    return s->batch * s->heads * chunks * (round_up(s->states, TILE) / pack * round_up(s->channels, TILE));
+}
 
 void halflap_mamba2(const Sizes* s, const Inputs* in, const Work* w, void* out, float* final) {
     if (s->bf16) Mixer<bf16>{*s, *in, *w}.forward(out, final);

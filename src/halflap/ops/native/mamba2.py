@@ -1,7 +1,7 @@
 """Mamba-2 between its two projections in four passes over the tokens (mamba2.cpp): the fast `ops.mamba2.mamba2_mix`.
 
-For autograd it keeps its input, y and the parameters, and computes the convolution, the time steps and the scan's
-states again in the backward pass. It takes float32 and bfloat16 on the CPU; anything else it refuses with
+For autograd it keeps its input, y, the scan's states before each chunk and the parameters, and computes the rest
+again in the backward pass. It takes float32 and bfloat16 on the CPU; anything else it refuses with
 NotImplemented, and the plain form runs.
 """
 
@@ -44,7 +44,7 @@ Inputs = _struct(
     "Inputs",
     "projected conv_weight conv_bias dt_bias A D norm_weight conv_state ssm_state runs lengths reach",
 )
-Work = _struct("Work", "dt mixed y")
+Work = _struct("Work", "dt mixed y states")
 Gradients = _struct(
     "Gradients",
     "dout dfinal dprojected dmixed dy ddt dconv_weight dconv_bias ddt_bias dA dD dnorm_weight dinitial "
@@ -120,18 +120,19 @@ class _Mix(torch.autograd.Function):
         sizes = _sizes(projected, config)
         y, out = (projected.new_empty(batch, time, config.inner_size) for _ in range(2))
         dt, mixed = _work(projected, config)
+        states = torch.empty(library().halflap_kept_states(ctypes.byref(sizes))) if any(ctx.needs_input_grad) else None
         final = torch.empty(batch, config.num_heads, config.head_dim, config.state_size)
-        inputs, work = Inputs(**keep), Work(dt=dt, mixed=mixed, y=y)
+        inputs, work = Inputs(**keep), Work(dt=dt, mixed=mixed, y=y, states=states)
         _call("halflap_mamba2", sizes, inputs, work, out, final)
         ctx.config = config
-        ctx.save_for_backward(projected, y, *parameters, conv_state, ssm_state, runs, lengths)
+        ctx.save_for_backward(projected, y, states, *parameters, conv_state, ssm_state, runs, lengths)
         ctx.set_materialize_grads(False)
         return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
-        projected, y, *rest = ctx.saved_tensors
+        projected, y, states, *rest = ctx.saved_tensors
         parameters, (conv_state, ssm_state, runs, lengths), config = rest[:6], rest[6:], ctx.config
         keep = _prepare(projected, parameters, config, conv_state, ssm_state, runs, lengths)
         sizes = _sizes(projected, config)
@@ -141,7 +142,7 @@ class _Mix(torch.autograd.Function):
         given = {"dout": dout, "dfinal": None if dfinal is None else dfinal.float().contiguous()}
         gradients = Gradients(**given, **made)
         gradients.gain_parts = GAIN_PARTS
-        inputs, work = Inputs(**keep), Work(dt=dt, mixed=mixed, y=y)
+        inputs, work = Inputs(**keep), Work(dt=dt, mixed=mixed, y=y, states=states)
         _call("halflap_mamba2_backward", sizes, inputs, work, ctypes.byref(gradients))
         A = keep["A"]
         conv_weight = made["dconv_weight"].t().reshape(parameters[0].shape)

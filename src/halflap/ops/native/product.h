@@ -99,6 +99,24 @@ LANES void store_rows(pair* P, int64_t ld, int64_t k, int64_t n, vf first, vf se
     vu bits = join(first, second);
     memcpy(P + k / 2 * ld + n, &bits, sizeof bits);
 }
+// rows k and k+1 back as floats
+LANES void load_rows(const float* P, int64_t ld, int64_t k, int64_t n, vf* rows) {
+    rows[0] = load(P + k * ld + n);
+    rows[1] = load(P + (k + 1) * ld + n);
+}
+LANES void load_rows(const pair* P, int64_t ld, int64_t k, int64_t n, vf* rows) {
+    vu bits;
+    memcpy(&bits, P + k / 2 * ld + n, sizeof bits);
+    rows[0] = (vf)(bits << 16);
+    rows[1] = (vf)(bits & 0xffff0000u);
+}
+LANES void split_rows(const pair* P, bf16* first, bf16* second) {
+    vu bits;
+    memcpy(&bits, P, sizeof bits);
+    vh lo = __builtin_convertvector(bits & 0xffffu, vh), hi = __builtin_convertvector(bits >> 16, vh);
+    memcpy(first, &lo, sizeof lo);
+    memcpy(second, &hi, sizeof hi);
+}
 template <class T, class E>
 LANES void copy_rows(E* P, int64_t ld, int64_t k, int64_t n, const T* first, const T* second) {
     store_rows(P, ld, k, n, load(first), load(second));

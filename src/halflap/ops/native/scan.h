@@ -7,6 +7,7 @@
 #pragma once
 #include "parallel.h"
 #include "product.h"
+#include <type_traits>
 
 namespace halflap {
 
@@ -21,8 +22,23 @@ struct Scan {
     const float* initial;          // (B, H, P, N) or null
     float* final;                  // (B, H, P, N) or null
     T* y;                          // (B, T, H P)
+    float* states;                 // states before each chunk as operands of products, for the gradient; or null
     int threads;
 };
+
+template <class T>
+using Element = std::conditional_t<sizeof(T) == 2 && HAVE_PAIRS, pair, float>;  // of products of numbers stored as T
+
+// floats of a kept state, and the place of head h's state before a chunk
+template <class T>
+int64_t kept_size(const Scan<T>& a) {
+    return round_up(a.N, TILE) / PACK<Element<T>> * round_up(a.P, TILE);
+}
+template <class T>
+Element<T>* kept_state(const Scan<T>& a, int64_t b, int64_t h, int64_t chunk) {
+    const int64_t chunks = (a.time + Q - 1) / Q;
+    return (Element<T>*)a.states + ((b * a.heads + h) * chunks + chunk) * kept_size(a);
+}
 
 // Slices of a group's heads such that all threads find equal work
 inline int64_t head_slices(int64_t batch, int64_t groups, int64_t per_group, int64_t threads) {
@@ -183,7 +199,7 @@ void decayed_scores(const Decays& d, const Borders& borders, int64_t q, const fl
         for (int64_t j = 0; j < round_up(i + 1, MR); j += VL) store_columns(M, ld, i, j, decay_between(d, borders, i, j) * load(S + i * Q + j));
 }
 
-template <class T, class E>
+template <class T, class E = Element<T>>
 void scan_task(const Scan<T>& a, int64_t b, int64_t g, int64_t h0, int64_t h1) {
     const int64_t Np = round_up(a.N, TILE), Pp = round_up(a.P, TILE), Ne = Np / PACK<E>, Qe = Q / PACK<E>;
     Carver carve((h1 - h0 + 1) * Np * Pp + 4 * Q * Np + 2 * Q * Q + 2 * Q * Pp + Np + 256);
@@ -217,8 +233,9 @@ void scan_task(const Scan<T>& a, int64_t b, int64_t g, int64_t h0, int64_t h1) {
             T* y = a.y + row * a.heads * a.P + h * a.P;
             find_decays(a, b, h, t0, length, q, borders, d);
             if (started) {
-                pack_float_rows(state, Np, Pp, Pp, H, Pp);
-                product<E, false>(q, Pp, Ne, Cc, Ne, H, Pp, Y, Pp, nullptr);
+                E* before = a.states ? kept_state(a, b, h, t0 / Q) : H;
+                pack_float_rows(state, Np, Pp, Pp, before, Pp);
+                product<E, false>(q, Pp, Ne, Cc, Ne, before, Pp, Y, Pp, nullptr);
             }
             decayed_scores(d, borders, q, S, M, Qe);
             pack_scaled_rows(x, a.stride, length, a.P, q, d.dt, X, Pp);
@@ -244,8 +261,7 @@ void scan(const Scan<T>& a) {
     parallel_tasks(a.batch * a.groups * slices, a.threads, [&](int64_t task) {
         int64_t b = task / (a.groups * slices), g = task / slices % a.groups, s = task % slices;
         int64_t h0 = g * per_group + per_group * s / slices, h1 = g * per_group + per_group * (s + 1) / slices;
-        if constexpr (sizeof(T) == 2 && HAVE_PAIRS) scan_task<T, pair>(a, b, g, h0, h1);
-        else scan_task<T, float>(a, b, g, h0, h1);
+        scan_task(a, b, g, h0, h1);
     });
 }
 

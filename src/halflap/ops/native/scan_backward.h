@@ -1,6 +1,5 @@
-// The gradient of scan.h. Forward quantities are computed again chunk by chunk: only inputs are kept between passes.
-//
-// First the states before each chunk, in order; then the chunks in reverse, carrying dH, the gradient of the state.
+// The gradient of scan.h. Between passes the inputs and the states before each chunk are kept; the rest is computed
+// again. The chunks are walked in reverse, carrying dH, the gradient of the state.
 // With L the decays between tokens, M = L * S, X = dt x, f and e the decays from the start and to the end of a chunk:
 //     dX = M' dY + e B dH            dS = L * (dY X') summed over heads
 //     dC = dS B + f dY H'            dB = dS' C + e X dH'            dH <- through dH + C' (f dY)
@@ -23,28 +22,28 @@ struct ScanGradients {
     float* dinitial;       // (B, H, P, N) or null
 };
 
-template <class T, class E>
+template <class T, class E = Element<T>>
 struct BackwardTask {
     const Scan<T>& a;
     const ScanGradients<T>& out;
     const int64_t b, g, h0, h1, slice;
     const int64_t Np, Pp, Ne, Pe, heads, chunks;
     static constexpr int64_t Qe = Q / PACK<E>;
-    float *before, *dstates;                     // states before each chunk (chunks, heads, Np, Pp); dH (heads, Np, Pp)
+    float* dstates;                              // dH (heads, Np, Pp)
     E *Cc, *Bc, *Bt, *Br, *Cr;                   // C and B of the chunk, columns or rows along K, and B turned
     E *Xc, *Xt, *eX, *dYc, *dYr, *fYc, *fYr, *M, *Hr, *Ht, *Hc;
     float *S, *dS, *dM, *dX, *U, *dCs, *dBs, *keep;
     E *dSc, *dSr;
 
-    static int64_t floats(int64_t Np, int64_t Pp, int64_t heads, int64_t chunks) {
-        return ((chunks + 1) * heads + 3) * Np * Pp + 8 * Q * Np + 8 * Q * Pp + 6 * Q * Q + Np + 2048;
+    static int64_t floats(int64_t Np, int64_t Pp, int64_t heads) {
+        return (heads + 3) * Np * Pp + 8 * Q * Np + 8 * Q * Pp + 6 * Q * Q + Np + 2048;
     }
 
     BackwardTask(const Scan<T>& a, const ScanGradients<T>& out, int64_t b, int64_t g, int64_t h0, int64_t h1, int64_t slice)
         : a(a), out(out), b(b), g(g), h0(h0), h1(h1), slice(slice), Np(round_up(a.N, TILE)), Pp(round_up(a.P, TILE)),
           Ne(Np / PACK<E>), Pe(Pp / PACK<E>), heads(h1 - h0), chunks((a.time + Q - 1) / Q) {
-        Carver c(floats(Np, Pp, heads, chunks));
-        before = c.take(chunks * heads * Np * Pp), dstates = c.take(heads * Np * Pp);
+        Carver c(floats(Np, Pp, heads));
+        dstates = c.take(heads * Np * Pp);
         Cc = c.take<E>(Q * Ne), Bc = c.take<E>(Q * Ne), Bt = c.take<E>(Ne * Q), Br = c.take<E>(Qe * Np), Cr = c.take<E>(Qe * Np);
         Xc = c.take<E>(Q * Pe), Xt = c.take<E>(Pe * Q), eX = c.take<E>(Q * Pe), dYc = c.take<E>(Q * Pe), dYr = c.take<E>(Qe * Pp);
         fYc = c.take<E>(Q * Pe), fYr = c.take<E>(Qe * Pp), M = c.take<E>(Qe * Q);
@@ -56,28 +55,9 @@ struct BackwardTask {
     int64_t length(int64_t chunk) const { return a.time - chunk * Q < Q ? a.time - chunk * Q : Q; }
     bool started(int64_t chunk) const { return chunk > 0 || a.initial; }
     const T* x(int64_t h, int64_t chunk) const { return a.x + (b * a.time + chunk * Q) * a.stride + h * a.P; }
-    float* state(int64_t h, int64_t chunk) const { return before + (chunk * heads + h - h0) * Np * Pp; }
     float* dstate(int64_t h) const { return dstates + (h - h0) * Np * Pp; }
     Borders borders(int64_t chunk) const {
         return find_borders(a.runs ? a.runs + b * a.time : nullptr, chunk * Q, length(chunk), round_up(length(chunk), TILE));
-    }
-
-    void forward_states() {
-        memset(before, 0, heads * Np * Pp * sizeof(float));
-        Decays d;
-        for (int64_t h = h0; a.initial && h < h1; h++)
-            load_state(a.initial + (b * a.heads + h) * a.P * a.N, a.P, a.N, state(h, 0), Pp);
-        for (int64_t chunk = 0; chunk + 1 < chunks; chunk++) {
-            const Borders border = borders(chunk);
-            pack_rows(a.B + (b * a.time + chunk * Q) * a.stride + g * a.N, a.stride, Q, a.N, Q, Br, Np);
-            for (int64_t h = h0; h < h1; h++) {
-                find_decays(a, b, h, chunk * Q, Q, Q, border, d);
-                for (int64_t i = 0; i < Q; i++) d.dt[i] *= d.to_end[i];
-                pack_scaled_rows(x(h, chunk), a.stride, Q, a.P, Q, d.dt, dYr, Pp);
-                for (int64_t n = 0; n < Np; n++) keep[n] = d.through;
-                product<E, true>(Np, Pp, Qe, Br, Np, dYr, Pp, state(h, chunk + 1), Pp, started(chunk) ? keep : nullptr, state(h, chunk));
-            }
-        }
     }
 
     // M = L * S with rows along K, dS += L * dM, and the decays' gradient: dcs[i] += row sums, dcs[j] -= column sums
@@ -139,10 +119,7 @@ struct BackwardTask {
             pack_scaled_rows(dy, width, n, a.P, q, d.from_start, fYr, Pp);
             if (past) from_the_past(h, chunk, d, q, n, dy, width, dcs);
             if (past && carried) {
-                vf dot = splat(0);
-                const float *H = state(h, chunk), *dH = dstate(h);
-                for (int64_t k = 0; k < Np * Pp; k += VL) dot += load(H + k) * load(dH + k);
-                at_end += d.through * sum(dot);
+                at_end += d.through * inner_product(kept_state(a, b, h, chunk), dstate(h));
             }
             for (int64_t k = 0; k < Np; k++) keep[k] = d.through;
             product<E, true>(Np, Pp, q / PACK<E>, Cr, Np, fYr, Pp, dstate(h), Pp, carried ? keep : nullptr);
@@ -174,10 +151,30 @@ struct BackwardTask {
             for (int64_t p = 0; p < Pp; p += VL) store_columns(Hc, Pe, k, p, load(H + k * Pp + p));
         transpose(Np, Pe, Hc, Pe, Ht, Np);
     }
+    // the same from a kept state, whose rows run along K
+    void turn_kept(const E* H) {
+        if constexpr (PACK<E> == 1) memcpy(Hc, H, Np * Pp * sizeof(E));  // from far away: in order first, then turned
+        else
+            for (int64_t k = 0; k < Np; k += 2)
+                for (int64_t p = 0; p < Pp; p += VL) split_rows(H + k / 2 * Pp + p, (bf16*)(Hc + k * Pe) + p, (bf16*)(Hc + (k + 1) * Pe) + p);
+        transpose(Np, Pe, Hc, Pe, Ht, Np);
+    }
+    // sum of the products of a kept state and a float one
+    float inner_product(const E* H, const float* dH) const {
+        vf first = splat(0), second = splat(0);
+        for (int64_t k = 0; k < Np; k += 2)
+            for (int64_t p = 0; p < Pp; p += VL) {
+                vf rows[2];
+                load_rows(H, Pp, k, p, rows);
+                first += rows[0] * load(dH + k * Pp + p);
+                second += rows[1] * load(dH + (k + 1) * Pp + p);
+            }
+        return sum(first + second);
+    }
     // dC += f dY H', and the gradient of f
     void from_the_past(int64_t h, int64_t chunk, const Decays& d, int64_t q, int64_t n, const T* dy, int64_t width, double* dcs) {
         pack_scaled_columns(dy, width, n, a.P, q, d.from_start, fYc, Pe);
-        turn_state(state(h, chunk));
+        turn_kept(kept_state(a, b, h, chunk));
         product<E, false>(q, Np, Pe, fYc, Pe, Ht, Np, U, Np, nullptr);
         const T* C = a.C + (b * a.time + chunk * Q) * a.stride + g * a.N;
         for (int64_t i = 0; i < n; i++) {
@@ -200,7 +197,6 @@ struct BackwardTask {
     }
 
     void run() {
-        forward_states();
         bool carried = out.dfinal != nullptr;
         memset(dstates, 0, heads * Np * Pp * sizeof(float));
         for (int64_t h = h0; carried && h < h1; h++)
@@ -242,8 +238,7 @@ void scan_backward(const Scan<T>& a, const ScanGradients<T>& out) {
     parallel_tasks(a.batch * a.groups * slices, a.threads, [&](int64_t task) {
         int64_t b = task / (a.groups * slices), g = task / slices % a.groups, s = task % slices;
         int64_t h0 = g * per_group + per_group * s / slices, h1 = g * per_group + per_group * (s + 1) / slices;
-        if constexpr (sizeof(T) == 2 && HAVE_PAIRS) BackwardTask<T, pair>(a, out, b, g, h0, h1, s).run();
-        else BackwardTask<T, float>(a, out, b, g, h0, h1, s).run();
+        BackwardTask<T>(a, out, b, g, h0, h1, s).run();
     });
 }
 
