@@ -46,6 +46,9 @@ def test_prune_and_verify_need_no_tokenizer(halflap: Callable[..., Any], teacher
     assert halflap("prune", teacher, "--sizes.drop-blocks", 1, "--out", out, "--json").json["verified"]
     assert halflap("verify", out, "--json").json["passed"]
     assert not (out / "checkpoint" / "tokenizer.json").exists()
+    plan = ("--plan", out / "checkpoint" / "pruning_plan.json")
+    both = halflap("prune", teacher, *plan, "--params", "50%", "--out", tmp_path / "both")
+    assert both.status == 2 and "a plan and a budget" in both.err
 
 
 def test_token_shards_bring_their_tokenizer(

@@ -241,7 +241,7 @@ def write_shards(
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise HalflapError(
-            f"writing {needed / 1e9:.2f} GB of weights to {directory} needs more than the {free / 1e9:.2f} GB free "
+            f"writing {needed / 1e6:,.1f} MB of weights to {directory} needs more than the {free / 1e6:,.1f} MB free "
             "there: free some space or choose another --out"
         )
     temporary = {

@@ -274,6 +274,10 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher) -> tuple[PruningPlan, 
     """From a plan, from the best candidate of a search, from sizes, or from budgets."""
     sizes, file = recipe.sizes, Path(recipe.importance) if recipe.importance is not None else None
     if recipe.plan is not None:
+        if has_ceiling(recipe.budgets) or sizes != Sizes():
+            raise RecipeError(
+                "a plan and a budget or sizes were given; the plan says what is kept: leave out the others"
+            )
         path = Path(recipe.plan)
         if "made_from" not in read_json(path):
             plan = PruningPlan.load(path)

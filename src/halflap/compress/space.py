@@ -162,7 +162,13 @@ class Fitting:
     remark: str | None = None
 
 
-def choices(teacher: ModelConfig, space: SearchSpace, with_depth: bool) -> dict[str, tuple[int, ...]]:
+STEPS = 8, 1
+"""Least step of a width: a multiple of 8 suits matrix units; finer where no such size comes near the budget."""
+
+
+def choices(
+    teacher: ModelConfig, space: SearchSpace, with_depth: bool, least: int = STEPS[0]
+) -> dict[str, tuple[int, ...]]:
     """Sizes to try by name, largest first; depth is chosen automatically only `with_depth`."""
     largest = largest_sizes(teacher)
     found: dict[str, tuple[int, ...]] = {}
@@ -175,11 +181,13 @@ def choices(teacher: ModelConfig, space: SearchSpace, with_depth: bool) -> dict[
                 check_sizes(teacher, Sizes(**{field.name: value}))
             found[field.name] = tuple(sorted(set(given), reverse=True))
         elif field.name in largest:
-            found[field.name] = _automatic(teacher, space, field.name, largest[field.name], with_depth)
+            found[field.name] = _automatic(teacher, space, field.name, largest[field.name], with_depth, least)
     return found
 
 
-def _automatic(teacher: ModelConfig, space: SearchSpace, name: str, largest: int, with_depth: bool) -> tuple[int, ...]:
+def _automatic(
+    teacher: ModelConfig, space: SearchSpace, name: str, largest: int, with_depth: bool, least: int
+) -> tuple[int, ...]:
     if name in LEFT_WHOLE or (name == "num_blocks" and not with_depth):
         return (largest,)
     if name == "num_blocks":
@@ -192,7 +200,7 @@ def _automatic(teacher: ModelConfig, space: SearchSpace, name: str, largest: int
     elif name == "mamba_head_dim":
         step = max(1, largest // 8)
     else:
-        step = _step(largest, 8)
+        step = _step(largest, least)
     return tuple(range(largest, math.ceil((1 - space.max_width_cut) * largest) - 1, -step))
 
 
@@ -215,14 +223,15 @@ def fitting(
         raise HalflapError(
             "no budget was given; set at least one of --params, --non-embedding-params, --memory, --flops"
         )
-    grid = choices(teacher, space, drop_order is not None)
     cost = _Costs(teacher, budget, drop_order)
-    _check_reachable(grid, ceilings, cost, teacher)
-    below = [
-        sizes for sizes in _product(grid) if all(cost.of(name, sizes) <= limit for name, limit in ceilings.items())
-    ]
-    largest = _maximal(grid, below)
-    close = [s for s in largest if any(cost.of(name, s) >= WITHIN * limit for name, limit in ceilings.items())]
+    _check_reachable(choices(teacher, space, drop_order is not None, STEPS[-1]), ceilings, cost, teacher)
+    grid, largest, close = {}, [], []
+    for least in STEPS:
+        grid = choices(teacher, space, drop_order is not None, least)
+        largest = _maximal(grid, [sizes for sizes in _product(grid) if cost.within(sizes, ceilings)])
+        close = [s for s in largest if any(cost.of(name, s) >= WITHIN * limit for name, limit in ceilings.items())]
+        if close:
+            break
     remark = None if close else _not_close(largest, ceilings, cost, largest_sizes(teacher))
     found = [_candidate(teacher, budget, sizes, drop_order) for sizes in close or largest]
     tried = math.prod(len(values) for values in grid.values())
@@ -297,6 +306,9 @@ class _Costs:
             count * self._block(name, hidden, block, tuple(sizes[size] for size in block_sizes(block)))
             for block, count in self._kept(sizes["num_blocks"]).items()
         )
+
+    def within(self, sizes: Mapping[str, int], ceilings: Mapping[str, float]) -> bool:
+        return all(self.of(name, sizes) <= limit for name, limit in ceilings.items())
 
     def _kept(self, num_blocks: int) -> Counter[BlockConfig]:
         if num_blocks not in self._blocks:

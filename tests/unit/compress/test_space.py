@@ -14,8 +14,9 @@ import pytest
 from halflap.compress.axes import Sizes, resize
 from halflap.compress.plan import PruningPlan
 from halflap.compress.search import SearchResult, search
-from halflap.compress.space import Budget, SearchSpace, choices, costs, fitting
+from halflap.compress.space import STEPS, Budget, SearchSpace, choices, costs, fitting
 from halflap.errors import HalflapError
+from halflap.models.config import AttentionConfig, MLPConfig
 from halflap.models.count import count_parameters
 from halflap.models.presets import preset
 
@@ -94,7 +95,7 @@ def test_an_impossible_budget_says_what_is_reachable() -> None:
     with pytest.raises(HalflapError) as error:
         fitting(TINY, Budget(params=1000))
     space = SearchSpace()
-    smallest = {name: values[-1] for name, values in choices(TINY, space, with_depth=False).items()}
+    smallest = {name: values[-1] for name, values in choices(TINY, space, False, STEPS[-1]).items()}
     least = count_parameters(resize(TINY, tuple(range(7)), Sizes(**smallest)))  # type: ignore[arg-type]
     assert f"{least:,}" in str(error.value) and "--params" in str(error.value) and "hidden_size" in str(error.value)
 
@@ -121,6 +122,15 @@ def test_impossible_lists_are_refused() -> None:
             fitting(TINY, Budget(params=1e5), space)
     with pytest.raises(HalflapError, match="below 1"):
         SearchSpace(max_width_cut=1.0)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.7, 0.8, 0.9])
+def test_small_widths_are_cut_in_fine_steps_where_coarse_ones_miss_the_budget(share: float) -> None:
+    small = (AttentionConfig(4, 2, 8), MLPConfig(48)) * 4
+    teacher = dataclasses.replace(TINY, vocab_size=300, hidden_size=32, blocks=small)
+    limit = share * count_parameters(teacher)
+    found = fitting(teacher, Budget(params=limit))
+    assert found.remark is None and 0.95 * limit <= found.candidates[0].costs["params"] <= limit
 
 
 def test_a_teacher_within_the_budget_is_left_whole_and_it_says_so() -> None:
