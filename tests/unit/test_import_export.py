@@ -174,6 +174,9 @@ def test_what_python_gets_wrong_is_one_sentence(tiny_checkpoint: Path) -> None:
             halflap.load(tiny_checkpoint, device=device)
     with pytest.raises(halflap.HalflapError, match="did you mean 'temperature'"):
         halflap.generate(halflap.load(tiny_checkpoint), [[1]], temprature=1.0)
+    for name, value in (("temperature", "hot"), ("max_new_tokens", 2.5), ("top_k", "3"), ("seed", None)):
+        with pytest.raises(halflap.HalflapError, match=f"{name} is {value!r}"):
+            halflap.generate(tiny_checkpoint, [[1]], **{name: value})
 
 
 def test_a_checkpoint_tells_stock_classes_where_text_ends(tiny_checkpoint: Path) -> None:

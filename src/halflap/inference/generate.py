@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from halflap.errors import HalflapError
 from halflap.inference.detokenize import TextStream
-from halflap.inference.sampling import SamplingParams, choose, row_generators
+from halflap.inference.sampling import SamplingParams, choose, require_number, row_generators
 from halflap.models.cache import Cache
 from halflap.models.config import AttentionConfig, ModelConfig
 from halflap.models.model import HybridModel
@@ -91,6 +91,7 @@ def generate(
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     stop = _checked_stop(stop, tokenizer)
+    require_number("max_new_tokens", max_new_tokens, whole=True)
     if max_new_tokens < 1:
         raise HalflapError(f"max_new_tokens is {max_new_tokens}; it must be at least 1: ask for a token or more")
     ids = encode_prompts(prompts, model.config, tokenizer)

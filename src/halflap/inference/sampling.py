@@ -9,7 +9,8 @@ Legend: B batch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            require_number(field.name, getattr(self, field.name), whole=field.name in ("top_k", "seed"))
         checks = (
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
             ("top_k", self.top_k, self.top_k >= 0, "a whole number of at least 0 (0 keeps every token)"),
@@ -43,6 +46,13 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+def require_number(name: str, value: object, *, whole: bool) -> None:
+    """Raise HalflapError unless a value from Python is a number of the kind that its field needs."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        kind = "a whole number" if whole else "a number"
+        raise HalflapError(f"{name} is {value!r}; it must be {kind}: choose another value")
 
 
 def row_generators(params: SamplingParams, rows: int) -> list[torch.Generator]:
