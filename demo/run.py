@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -29,8 +30,10 @@ def compress(out: Path, seed: int) -> dict[str, Any]:
     recipe.pop("verb")
     for name in ("model", "data", "eval_data"):
         recipe[name] = str(HERE.parent / recipe[name])
-    fit = {f"fit.{name}": value for name, value in recipe.pop("fit").items()}
-    return halflap.compress(recipe.pop("model"), **recipe, **fit, seed=seed, out=str(out))
+    sections = {
+        f"{section}.{name}": value for section in ("fit", "space") for name, value in recipe.pop(section).items()
+    }
+    return halflap.compress(recipe.pop("model"), **recipe, **sections, seed=seed, out=str(out))
 
 
 def measure_speed(out: Path) -> None:
@@ -41,13 +44,13 @@ def measure_speed(out: Path) -> None:
 
 
 def print_table(console: Console, table: Arms) -> None:
-    shown = Table(title=f"Held-out loss ({table.judged_on})", title_justify="left")
-    for column in ("model", "parameters", "trained on", "loss", table.interval, "bits a byte"):
-        shown.add_column(column, justify="left" if column == "model" else "right")
+    shown = Table(title=f"Held-out loss; interval: {table.interval}", title_justify="left", box=SIMPLE)
+    for column in ("model", "parameters", "tokens", "loss", "interval", "bits a byte"):
+        shown.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for arm in table.arms:
         low, high = arm.loss_ci or (float("nan"), float("nan"))
-        trained = f"{arm.tokens_trained:,} tokens" if arm.tokens_trained else "-"
-        interval, bits = f"{low:.3f} to {high:.3f}", f"{arm.bits_per_byte:.3f}"
+        trained = f"{arm.tokens_trained:,}" if arm.tokens_trained else "-"
+        interval, bits = f"{low:.3f}-{high:.3f}", f"{arm.bits_per_byte:.3f}"
         shown.add_row(arm.name, f"{arm.parameters:,}", trained, f"{arm.loss:.3f}", interval, bits)
     console.print(shown)
 
@@ -58,6 +61,7 @@ def write_with_transformers(student: Path) -> str:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     stock = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(student)
     tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
