@@ -49,9 +49,9 @@ def print_table(console: Console, table: Arms) -> None:
         shown.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for arm in table.arms:
         low, high = arm.loss_ci or (float("nan"), float("nan"))
-        trained = f"{arm.tokens_trained:,}" if arm.tokens_trained else "-"
+        trained = f"{arm.tokens_trained / 1e3:.0f}k" if arm.tokens_trained else "-"
         interval, bits = f"{low:.3f}-{high:.3f}", f"{arm.bits_per_byte:.3f}"
-        shown.add_row(arm.name, f"{arm.parameters:,}", trained, f"{arm.loss:.3f}", interval, bits)
+        shown.add_row(arm.name, f"{arm.parameters / 1e6:.2f}M", trained, f"{arm.loss:.3f}", interval, bits)
     console.print(shown)
 
 
