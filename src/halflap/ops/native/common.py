@@ -25,6 +25,11 @@ def counts(tensor: Tensor | None, *shape: int) -> bool:
     )
 
 
+def row_stride(size: int, dtype: torch.dtype) -> int:
+    """Elements of a row of work memory: an odd number of cache lines (see parallel.h)."""
+    return (-(-size * dtype.itemsize // 64) | 1) * 64 // dtype.itemsize
+
+
 def is_narrow(tensor: Tensor) -> int:
     return int(tensor.dtype == torch.bfloat16)
 

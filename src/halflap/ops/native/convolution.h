@@ -10,7 +10,7 @@ namespace halflap {
 
 template <class T>
 struct Convolution {
-    int64_t batch, time, channels, stride;  // stride: elements from a token's input to the next one's
+    int64_t batch, time, channels, stride, out_stride;  // elements from one token to the next
     const T* x;
     const float* weight;  // (W, C)
     const float* bias;    // (C) or null
@@ -32,8 +32,9 @@ struct ConvolutionRows {
         if (Whole) store(p, x);
         else store_to(p, x, left);
     }
+    LANES const T* place(int64_t t) const { return a.x + (b * a.time + t) * a.stride + c; }
     LANES vf input(int64_t t) const {
-        if (Whole || t >= 0) return get(a.x + (b * a.time + t) * a.stride + c);
+        if (Whole || t >= 0) return get(place(t));
         if (a.state) return get(a.state + (b * (W - 1) + (W - 1) + t) * a.channels + c);
         return splat(0);
     }
@@ -79,12 +80,13 @@ inline void convolve_rows(const Convolution<T>& a, int64_t b, int64_t c, int64_t
 #pragma GCC unroll 4
         for (int k = W - 1; k > 0; k--) window[k] = window[k - 1];
         window[0] = rows.input(t);
-        rows.put(out + (b * a.time + t) * a.channels + c, silu<T>(convolve<W>(w, window, bias, rows.reach(t))));
+        if (Whole) __builtin_prefetch(rows.place(t + CONV_ROWS));
+        rows.put(out + (b * a.time + t) * a.out_stride + c, silu<T>(convolve<W>(w, window, bias, rows.reach(t))));
     }
 }
 
 template <class T, int W>
-void convolution_silu(const Convolution<T>& a, T* out) {  // out (B, T, C)
+void convolution_silu(const Convolution<T>& a, T* out) {
     const int64_t block = channel_block(a.channels, a.threads), blocks = (a.channels + block - 1) / block;
     const int64_t piece = 128, pieces = (a.time + piece - 1) / piece;
     parallel_tasks(a.batch * pieces * blocks, a.threads, [&](int64_t task) {
@@ -103,7 +105,7 @@ void convolution_silu(const Convolution<T>& a, T* out) {  // out (B, T, C)
 
 template <class T>
 struct ConvolutionGradients {
-    const T* out;          // gradient of the output, (B, T, C)
+    const T* out;          // gradient of the output
     const float* partial;  // (parts, B, T, tail), added to the last `tail` channels of it: what tasks of the scan share
     int64_t parts, tail;
     T* x;                  // rows x_stride apart
@@ -128,7 +130,8 @@ inline void convolve_rows_backward(const Convolution<T>& a, const ConvolutionGra
 #pragma GCC unroll 4
         for (int k = 0; k < W - 1; k++) window[k] = window[k + 1];
         window[W - 1] = rows.input(t - (W - 1));
-        vf y = convolve<W>(w, window, bias, reach), g = rows.get(d.out + row * a.channels + c);
+        if (Whole) __builtin_prefetch(rows.place(t - CONV_ROWS)), __builtin_prefetch(d.out + (row - CONV_ROWS) * a.out_stride + c);
+        vf y = convolve<W>(w, window, bias, reach), g = rows.get(d.out + row * a.out_stride + c);
         for (int64_t p = 0; p < d.parts; p++)
             for (int64_t l = shared < 0 ? -shared : 0; l < VL && l < left; l++)
                 g[l] += d.partial[(p * a.batch * a.time + row) * d.tail + shared + l];

@@ -25,7 +25,7 @@ struct Inputs {
 
 struct Work {
     float* dt;          // (B, T, H)
-    void *mixed, *y;    // (B, T, C), (B, T, I)
+    void *mixed, *y;    // rows of C and I, `row_stride` apart
     float* states;      // as many floats as halflap_kept_states says, kept for the gradient, or null
 };
 
@@ -44,19 +44,20 @@ struct Mixer {
     const Inputs& in;
     const Work& w;
     const int64_t inner = s.heads * s.channels, bc = s.groups * s.states, conv = inner + 2 * bc, row = inner + conv + s.heads;
+    const int64_t y_stride = row_stride<T>(inner), mixed_stride = row_stride<T>(conv);
     const T* projected = (const T*)in.projected;
     const int threads = (int)s.threads;
 
     bool valid(int64_t r) const { return !in.lengths || r % s.time < in.lengths[r / s.time]; }
     Convolution<T> convolution() const {
-        return {s.batch, s.time, conv, row, projected + inner, in.conv_weight, in.conv_bias, (const T*)in.conv_state, in.reach, threads};
+        return {s.batch, s.time, conv, row, mixed_stride, projected + inner, in.conv_weight, in.conv_bias, (const T*)in.conv_state, in.reach, threads};
     }
     Scan<T> scan_of(float* final) const {
         const T* m = (const T*)w.mixed;
-        return {s.batch, s.time, s.heads, s.groups, s.channels, s.states, conv, m, m + inner, m + inner + bc,
+        return {s.batch, s.time, s.heads, s.groups, s.channels, s.states, mixed_stride, y_stride, m, m + inner, m + inner + bc,
                 w.dt, in.A, in.D, in.runs, in.ssm_state, final, (T*)w.y, w.states, threads};
     }
-    GatedNorm<T> norm() const { return {s.batch * s.time, inner, s.groups, row, (const T*)w.y, projected, in.norm_weight, s.eps, threads}; }
+    GatedNorm<T> norm() const { return {s.batch * s.time, inner, s.groups, y_stride, row, (const T*)w.y, projected, in.norm_weight, s.eps, threads}; }
 
     void time_steps() const {
         parallel_ranges(s.batch * s.time, 64, threads, [&](int64_t begin, int64_t end) {
@@ -97,7 +98,7 @@ struct Mixer {
         T *d = (T*)g.dprojected, *dm = (T*)g.dmixed;
         mix_tokens();
         gated_norm_backward(norm(), (const T*)g.dout, (T*)g.dy, d, row, g.dnorm_weight, g.gain_partial, g.gain_parts);
-        scan_backward(scan_of(nullptr), ScanGradients<T>{(const T*)g.dy, g.dfinal, dm, dm + inner, dm + inner + bc, conv,
+        scan_backward(scan_of(nullptr), ScanGradients<T>{(const T*)g.dy, g.dfinal, dm, dm + inner, dm + inner + bc, mixed_stride,
                                                          g.bc_partial, g.ddt, g.dA, g.dD, g.dinitial});
         auto c = convolution();
         const int64_t parts = head_slices(s.batch, s.groups, s.heads / s.groups, threads) - 1;

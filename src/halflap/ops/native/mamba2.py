@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halflap.models.config import Mamba2Config
-from halflap.ops.native.common import GAIN_PARTS, counts, fits, is_narrow, library
+from halflap.ops.native.common import GAIN_PARTS, counts, fits, is_narrow, library, row_stride
 
 WIDTHS = (2, 3, 4)
 
@@ -118,7 +118,7 @@ class _Mix(torch.autograd.Function):
         keep = _prepare(projected, parameters, config, conv_state, ssm_state, runs, lengths)
         batch, time = projected.shape[:2]
         sizes = _sizes(projected, config)
-        y, out = (projected.new_empty(batch, time, config.inner_size) for _ in range(2))
+        y, out = _rows(projected, config.inner_size), projected.new_empty(batch, time, config.inner_size)
         dt, mixed = _work(projected, config)
         states = torch.empty(library().halflap_kept_states(ctypes.byref(sizes))) if any(ctx.needs_input_grad) else None
         final = torch.empty(batch, config.num_heads, config.head_dim, config.state_size)
@@ -137,7 +137,9 @@ class _Mix(torch.autograd.Function):
         keep = _prepare(projected, parameters, config, conv_state, ssm_state, runs, lengths)
         sizes = _sizes(projected, config)
         dt, mixed = _work(projected, config)
-        dout = torch.zeros_like(y) if dout is None else dout.to(y.dtype).contiguous()
+        if dout is None:
+            dout = projected.new_zeros(*projected.shape[:2], config.inner_size)
+        dout = dout.to(projected.dtype).contiguous()
         made = _gradients(projected, parameters, config, sizes, keep["ssm_state"] if ctx.needs_input_grad[9] else None)
         given = {"dout": dout, "dfinal": None if dfinal is None else dfinal.float().contiguous()}
         gradients = Gradients(**given, **made)
@@ -188,7 +190,12 @@ def _prepare(
 
 def _work(projected: Tensor, c: Mamba2Config) -> tuple[Tensor, Tensor]:
     batch, time = projected.shape[:2]
-    return torch.empty(batch, time, c.num_heads), projected.new_empty(batch, time, c.conv_size)
+    return torch.empty(batch, time, c.num_heads), _rows(projected, c.conv_size)
+
+
+def _rows(projected: Tensor, size: int) -> Tensor:
+    """Work memory for a row of each token."""
+    return projected.new_empty(*projected.shape[:2], row_stride(size, projected.dtype))
 
 
 def _gradients(
@@ -203,8 +210,8 @@ def _gradients(
     shared = 2 * c.num_groups * c.state_size
     return {
         "dprojected": torch.empty_like(projected, memory_format=torch.contiguous_format),
-        "dmixed": projected.new_empty(batch, time, c.conv_size),
-        "dy": projected.new_empty(batch, time, c.inner_size),
+        "dmixed": _rows(projected, c.conv_size),
+        "dy": _rows(projected, c.inner_size),
         "ddt": torch.empty(batch, time, c.num_heads),
         "dconv_weight": torch.empty(c.conv_kernel, c.conv_size),
         "dconv_bias": torch.empty(c.conv_size),

@@ -25,7 +25,7 @@ void rows_with_gain(int64_t rows, int64_t width, int threads, float* dweight, fl
 
 template <class T>
 struct GatedNorm {
-    int64_t rows, width, groups, z_stride;  // y and out (rows, width); z rows z_stride apart
+    int64_t rows, width, groups, y_stride, z_stride;  // of y and its gradient, of z; out (rows, width)
     const T *y, *z;
     const float* weight;
     float eps;
@@ -39,7 +39,7 @@ void gated_norm(const GatedNorm<T>& a, T* out) {
         float* v = scratch(round_up(size, VL));
         for (int64_t r = begin; r < end; r++)
             for (int64_t g = 0; g < a.groups; g++) {
-                const T *y = a.y + r * a.width + g * size, *z = a.z + r * a.z_stride + g * size;
+                const T *y = a.y + r * a.y_stride + g * size, *z = a.z + r * a.z_stride + g * size;
                 vf squares = splat(0);
                 for (int64_t c = 0; c < size; c += VL) {
                     vf u = load_to(y + c, size - c) * silu<T>(load_to(z + c, size - c));
@@ -60,7 +60,7 @@ void gated_norm_backward(const GatedNorm<T>& a, const T* grad, T* dy, T* dz, int
         float* v = scratch(round_up(size, VL));
         for (int64_t g = 0; g < a.groups; g++) {
             const int64_t at = g * size;
-            const T *y = a.y + r * a.width + at, *z = a.z + r * a.z_stride + at, *d = grad + r * a.width + at;
+            const T *y = a.y + r * a.y_stride + at, *z = a.z + r * a.z_stride + at, *d = grad + r * a.width + at;
             vf squares = splat(0), inner = splat(0);
             for (int64_t c = 0; c < size; c += VL) {
                 vf u = load_to(y + c, size - c) * silu<T>(load_to(z + c, size - c));
@@ -75,7 +75,7 @@ void gated_norm_backward(const GatedNorm<T>& a, const T* grad, T* dy, T* dz, int
                 vf u = load(v + c), up = load_to(d + c, left), zs = load_to(z + c, left), s = sigmoid<T>(zs);
                 vf du = scale * (up * load_to(a.weight + at + c, left) - u * pull);
                 store_to(sums + at + c, load_to(sums + at + c, left) + up * u * scale, left);
-                store_to(dy + r * a.width + at + c, du * zs * s, left);
+                store_to(dy + r * a.y_stride + at + c, du * zs * s, left);
                 store_to(dz + r * dz_stride + at + c, du * load_to(y + c, left) * s * (1.0f + zs * (1.0f - s)), left);
             }
         }

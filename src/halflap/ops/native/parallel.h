@@ -13,6 +13,13 @@ extern team_function start_team;  // GOMP_parallel, or null
 // Scratch memory of one thread, aligned for vectors, grown when needed and kept for the next call
 float* scratch(int64_t floats);
 
+// Elements from a row of work memory to the next: an odd number of cache lines, or a column of rows would meet in one
+// set of the cache. Mirrored by `row_stride` in common.py.
+template <class T>
+int64_t row_stride(int64_t n) {
+    return ((n * (int64_t)sizeof(T) + 63) / 64 | 1) * 64 / (int64_t)sizeof(T);
+}
+
 // Scratch of a task, carved from one block; sizes in floats (an element of a matrix product is as wide as one)
 struct Carver {
     float *next, *end;

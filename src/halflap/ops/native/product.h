@@ -113,7 +113,7 @@ LANES void load_rows(const pair* P, int64_t ld, int64_t k, int64_t n, vf* rows) 
 LANES void split_rows(const pair* P, bf16* first, bf16* second) {
     vu bits;
     memcpy(&bits, P, sizeof bits);
-    vh lo = __builtin_convertvector(bits & 0xffffu, vh), hi = __builtin_convertvector(bits >> 16, vh);
+    vh lo = low_halves(bits), hi = low_halves(bits >> 16);
     memcpy(first, &lo, sizeof lo);
     memcpy(second, &hi, sizeof hi);
 }
@@ -125,7 +125,7 @@ LANES void copy_rows(pair* P, int64_t ld, int64_t k, int64_t n, const bf16* firs
     vh lo, hi;
     memcpy(&lo, first, sizeof lo);
     memcpy(&hi, second, sizeof hi);
-    vu bits = __builtin_convertvector(lo, vu) | (__builtin_convertvector(hi, vu) << 16);
+    vu bits = widen(lo) | (widen(hi) << 16);
     memcpy(P + k / 2 * ld + n, &bits, sizeof bits);
 }
 // columns k..k+VL of row m of a matrix whose columns run along K

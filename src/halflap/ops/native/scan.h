@@ -15,13 +15,13 @@ constexpr int64_t Q = 64;
 
 template <class T>
 struct Scan {
-    int64_t batch, time, heads, groups, P, N, stride;  // stride: elements between tokens of x, B and C
+    int64_t batch, time, heads, groups, P, N, stride, y_stride;  // elements between tokens of x, B, C, and of y
     const T *x, *B, *C;
     const float *dt, *A, *D;       // dt (B, T, H) after softplus; A, D (H)
     const int64_t* runs;           // (B, T) or null
     const float* initial;          // (B, H, P, N) or null
     float* final;                  // (B, H, P, N) or null
-    T* y;                          // (B, T, H P)
+    T* y;                          // rows of H P, y_stride apart
     float* states;                 // states before each chunk as operands of products, for the gradient; or null
     int threads;
 };
@@ -230,7 +230,7 @@ void scan_task(const Scan<T>& a, int64_t b, int64_t g, int64_t h0, int64_t h1) {
         for (int64_t h = h0; h < h1; h++) {
             float* state = states + (h - h0) * Np * Pp;
             const T* x = a.x + row * a.stride + h * a.P;
-            T* y = a.y + row * a.heads * a.P + h * a.P;
+            T* y = a.y + row * a.y_stride + h * a.P;
             find_decays(a, b, h, t0, length, q, borders, d);
             if (started) {
                 E* before = a.states ? kept_state(a, b, h, t0 / Q) : H;
@@ -242,7 +242,7 @@ void scan_task(const Scan<T>& a, int64_t b, int64_t g, int64_t h0, int64_t h1) {
             lower_product(q, Pp, M, Qe, X, Pp, Y, Pp, started ? d.from_start : nullptr);
             for (int64_t i = 0; i < length; i++)
                 for (int64_t p = 0; p < a.P; p += VL)
-                    store_to(y + i * a.heads * a.P + p, load(Y + i * Pp + p) + a.D[h] * load_to(x + i * a.stride + p, a.P - p), a.P - p);
+                    store_to(y + i * a.y_stride + p, load(Y + i * Pp + p) + a.D[h] * load_to(x + i * a.stride + p, a.P - p), a.P - p);
             if (t0 + Q >= a.time && !a.final) continue;
             for (int64_t i = 0; i < q; i++) d.dt[i] *= d.to_end[i];
             pack_scaled_rows(x, a.stride, length, a.P, q, d.dt, X, Pp);

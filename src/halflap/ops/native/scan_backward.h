@@ -12,7 +12,7 @@ namespace halflap {
 
 template <class T>
 struct ScanGradients {
-    const T* dy;           // (B, T, H P)
+    const T* dy;           // rows of H P, as far apart as y's
     const float* dfinal;   // (B, H, P, N) or null
     T *dx, *dB, *dC;       // rows dstride apart
     int64_t dstride;
@@ -85,7 +85,7 @@ struct BackwardTask {
     }
 
     void head(int64_t h, int64_t chunk, const Borders& border, bool carried, double& dA, double& dD) {
-        const int64_t n = length(chunk), q = round_up(n, TILE), row = b * a.time + chunk * Q, width = a.heads * a.P;
+        const int64_t n = length(chunk), q = round_up(n, TILE), row = b * a.time + chunk * Q, width = a.y_stride;
         const T *xs = x(h, chunk), *dy = out.dy + row * width + h * a.P;
         Decays d;
         find_decays(a, b, h, chunk * Q, n, q, border, d);

@@ -41,8 +41,18 @@ LANES vi iota() {
     return r;
 }
 LANES vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+// GCC 12 makes two instructions of what AVX-512 does in one: comparisons with a choice, and 16 to 32 bits and back
+#if defined(__AVX512F__)
+LANES vf maximum(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+LANES vf minimum(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+LANES vu widen(vh a) { return (vu)_mm512_cvtepu16_epi32((__m256i)a); }
+LANES vh low_halves(vu a) { return (vh)_mm512_cvtepi32_epi16((__m512i)a); }
+#else
 LANES vf maximum(vf a, vf b) { return a > b ? a : b; }
 LANES vf minimum(vf a, vf b) { return a < b ? a : b; }
+LANES vu widen(vh a) { return __builtin_convertvector(a, vu); }
+LANES vh low_halves(vu a) { return __builtin_convertvector(a & 0xffffu, vh); }
+#endif
 
 LANES float sum(vf a) {
 #if defined(__AVX512F__)
@@ -97,7 +107,7 @@ LANES vf load(const float* p) {
 LANES vf load(const bf16* p) {
     vh h;
     memcpy(&h, p, sizeof h);
-    return (vf)(__builtin_convertvector(h, vu) << 16);
+    return (vf)(widen(h) << 16);
 }
 LANES void store(float* p, vf a) { memcpy(p, &a, sizeof a); }
 LANES void store(bf16* p, vf a) {
@@ -105,7 +115,7 @@ LANES void store(bf16* p, vf a) {
     __m256bh h = _mm512_cvtneps_pbh((__m512)a);
     memcpy(p, &h, sizeof h);
 #else
-    vh h = __builtin_convertvector(to_bf16_bits(a), vh);
+    vh h = low_halves(to_bf16_bits(a));
     memcpy(p, &h, sizeof h);
 #endif
 }
