@@ -88,8 +88,10 @@ def mamba2_mix(
         and counts(lengths, batch)
     ):
         return NotImplemented
+    graded = torch.is_grad_enabled()  # inside an autograd function it always says no
     return _Mix.apply(
-        projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, config, conv_state, ssm_state, runs, lengths
+        *(projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight),
+        *(config, conv_state, ssm_state, runs, lengths, graded),
     )
 
 
@@ -114,13 +116,14 @@ def _reach(runs: Tensor, width: int) -> Tensor:
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projected: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        parameters, (config, conv_state, ssm_state, runs, lengths) = args[:6], args[6:]
+        parameters, (config, conv_state, ssm_state, runs, lengths, graded) = args[:6], args[6:]
         keep = _prepare(projected, parameters, config, conv_state, ssm_state, runs, lengths)
         batch, time = projected.shape[:2]
         sizes = _sizes(projected, config)
         y, out = _rows(projected, config.inner_size), projected.new_empty(batch, time, config.inner_size)
         dt, mixed = _work(projected, config)
-        states = torch.empty(library().halflap_kept_states(ctypes.byref(sizes))) if any(ctx.needs_input_grad) else None
+        graded = graded and any(ctx.needs_input_grad)
+        states = torch.empty(library().halflap_kept_states(ctypes.byref(sizes))) if graded else None
         final = torch.empty(batch, config.num_heads, config.head_dim, config.state_size)
         inputs, work = Inputs(**keep), Work(dt=dt, mixed=mixed, y=y, states=states)
         _call("halflap_mamba2", sizes, inputs, work, out, final)
@@ -137,11 +140,10 @@ class _Mix(torch.autograd.Function):
         keep = _prepare(projected, parameters, config, conv_state, ssm_state, runs, lengths)
         sizes = _sizes(projected, config)
         dt, mixed = _work(projected, config)
-        if dout is None:
-            dout = projected.new_zeros(*projected.shape[:2], config.inner_size)
-        dout = dout.to(projected.dtype).contiguous()
+        absent = dout is None
+        outer = projected.new_zeros(*projected.shape[:2], config.inner_size) if absent else dout.to(projected.dtype)
         made = _gradients(projected, parameters, config, sizes, keep["ssm_state"] if ctx.needs_input_grad[9] else None)
-        given = {"dout": dout, "dfinal": None if dfinal is None else dfinal.float().contiguous()}
+        given = {"dout": outer.contiguous(), "dfinal": None if dfinal is None else dfinal.float().contiguous()}
         gradients = Gradients(**given, **made)
         gradients.gain_parts = GAIN_PARTS
         inputs, work = Inputs(**keep), Work(dt=dt, mixed=mixed, y=y, states=states)
@@ -157,8 +159,10 @@ class _Mix(torch.autograd.Function):
             made["dnorm_weight"],
         )
         grads = (None if p is None else g.to(p.dtype) for g, p in zip(of, parameters))
-        initial = None if made["dinitial"] is None else made["dinitial"].to(ssm_state.dtype)
-        return made["dprojected"], *grads, None, None, initial, None, None
+        initial = made["dinitial"]
+        if initial is not None and ssm_state is not None:
+            initial = initial.to(ssm_state.dtype)
+        return made["dprojected"], *grads, None, None, initial, None, None, None
 
 
 def _prepare(
