@@ -140,8 +140,8 @@ class _Mix(torch.autograd.Function):
         keep = _prepare(projected, parameters, config, conv_state, ssm_state, runs, lengths)
         sizes = _sizes(projected, config)
         dt, mixed = _work(projected, config)
-        absent = dout is None
-        outer = projected.new_zeros(*projected.shape[:2], config.inner_size) if absent else dout.to(projected.dtype)
+        shape = (*projected.shape[:2], config.inner_size)
+        outer = projected.new_zeros(shape) if dout is None else dout.to(projected.dtype)
         made = _gradients(projected, parameters, config, sizes, keep["ssm_state"] if ctx.needs_input_grad[9] else None)
         given = {"dout": outer.contiguous(), "dfinal": None if dfinal is None else dfinal.float().contiguous()}
         gradients = Gradients(**given, **made)
