@@ -116,13 +116,6 @@ LANES vf dot_step(vf c, const bf16* a, const bf16* b, int64_t left) { return c +
 #endif
 LANES vf dot_step(vf c, const float* a, const float* b, int64_t left) { return c + load_to(a, left) * load_to(b, left); }
 
-LANES void put(float* p, float x) { *p = x; }
-LANES void put(bf16* p, float x) {  // as store(bf16*, vf) rounds
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    p->bits = x == x ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : (uint16_t)(bits >> 16 | 0x40);
-}
-
 // the sums of 16 vectors
 LANES void sums_of_16(const vf* v, float* totals) {
 #if defined(__AVX512F__)
@@ -146,42 +139,93 @@ LANES void sums_of_16(const vf* v, float* totals) {
 #endif
 }
 
-template <class T, int MB, int NB>
-inline void dot_block(int64_t K, const T* x, const T* w, const float* bias, T* y, int64_t ldy) {
-    vf sums[MB][NB] = {};
-    constexpr int step = sizeof(T) == 2 ? WIDE : VL;
-    int64_t k = 0;
-    for (; k + step <= K; k += step)
-#pragma GCC unroll 4
-        for (int n = 0; n < NB; n++)
-#pragma GCC unroll 4
-            for (int m = 0; m < MB; m++) sums[m][n] = dot_step(sums[m][n], x + m * K + k, w + n * K + k, step);
-    for (; k < K; k += step)
-        for (int n = 0; n < NB; n++)
-            for (int m = 0; m < MB; m++) sums[m][n] = dot_step(sums[m][n], x + m * K + k, w + n * K + k, K - k);
-    float totals[MB * NB];
-    if constexpr (MB * NB == 16) sums_of_16(&sums[0][0], totals);
-    else
-        for (int i = 0; i < MB * NB; i++) totals[i] = sum(sums[i / NB][i % NB]);
-    for (int m = 0; m < MB; m++)
-        for (int n = 0; n < NB; n++) put(y + m * ldy + n, totals[m * NB + n] + (bias ? bias[n] : 0));
+template <class T>
+constexpr int LANES_OF = sizeof(T) == 2 ? WIDE : VL;  // numbers that one step of a dot product takes
+
+// y (rows) = w (rows, K) x for one row of x. The rows of w, at most 16, are read strictly in order: the processor's
+// prefetcher follows one stream in a page, and several rows at once would be several.
+template <class T>
+void dot_one(int64_t K, const T* x, const T* w, int64_t rows, const float* bias, T* y) {
+    constexpr int step = LANES_OF<T>;
+    vf parts[16];
+    for (int64_t n = 0; n < 16; n++) {
+        parts[n] = splat(0);
+        if (n >= rows) continue;
+        int64_t k = 0;
+        for (; k + step <= K; k += step) parts[n] = dot_step(parts[n], x + k, w + n * K + k, step);
+        if (k < K) parts[n] = dot_step(parts[n], x + k, w + n * K + k, K - k);
+    }
+    float totals[16];
+    sums_of_16(parts, totals);
+    for (int64_t n = 0; n < rows; n += VL) {
+        vf total = load(totals + n);
+        if (bias) total += load_to(bias + n, rows - n);
+        store_to(y + n, total, rows - n);
+    }
 }
 
-template <class T, int NB>
-inline void dot_rows(int64_t M, int64_t K, const T* x, const T* w, const float* bias, T* y, int64_t ldy) {
-    int64_t m = 0;
-    for (; m + 4 <= M; m += 4) dot_block<T, 4, NB>(K, x + m * K, w, bias, y + m * ldy, ldy);
-    for (; m < M; m++) dot_block<T, 1, NB>(K, x + m * K, w, bias, y + m * ldy, ldy);
+// rows of x in fours, step by step: (M / 4, K / step, 4, step), zeros where there is no row or number
+template <class T>
+void pack_fours(int64_t M, int64_t K, const T* x, T* packed) {
+    constexpr int step = LANES_OF<T>;
+    for (int64_t m = 0; m < M; m += 4)
+        for (int64_t k = 0; k < K; k += step)
+            for (int64_t r = m; r < m + 4; r++, packed += step) {
+                const int64_t left = r < M ? (K - k < step ? K - k : step) : 0;
+                memset(packed, 0, step * sizeof(T));
+                memcpy(packed, x + r * K + k, left * sizeof(T));
+            }
+}
+
+// Four rows of packed x times four of w; meanwhile the rows of w that come next are fetched, in order
+template <class T>
+inline void dot_fours(int64_t M, int64_t K, const T* x, const T* w, const float* bias, T* y, int64_t ldy, const char*& next, int lines) {
+    constexpr int step = LANES_OF<T>;
+    vf sums[16] = {};
+    auto multiply = [&](int64_t k, int64_t left) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++)
+#pragma GCC unroll 4
+            for (int m = 0; m < 4; m++) sums[4 * m + n] = dot_step(sums[4 * m + n], w + n * K + k, x + m * step, left);
+    };
+    int64_t k = 0;
+    for (; k + step <= K; k += step, x += 4 * step) {
+        for (int line = 0; line < lines; line++, next += 64) __builtin_prefetch(next);
+        multiply(k, step);
+    }
+    if (k < K) multiply(k, K - k);
+    float totals[16];
+    sums_of_16(sums, totals);
+    for (int i = 0; bias && i < 16; i++) totals[i] += bias[i % 4];
+    T rounded[16];
+    for (int i = 0; i < 16; i += VL) store(rounded + i, load(totals + i));
+    for (int64_t m = 0; m < M; m++) memcpy(y + m * ldy, rounded + 4 * m, 4 * sizeof(T));
 }
 
 // y (M, N) = x (M, K) weight (N, K)' + bias
 template <class T>
 void few_rows(int64_t M, int64_t N, int64_t K, const T* x, const T* weight, const float* bias, T* y, int threads) {
     const int64_t grain = 1 + 32768 / (K * M);  // below this, waking a thread costs more than it saves
-    parallel_ranges(N, round_up(grain, 4), threads, [&](int64_t begin, int64_t end) {
-        int64_t n = begin;
-        for (; n + 4 <= end; n += 4) dot_rows<T, 4>(M, K, x, weight + n * K, bias ? bias + n : nullptr, y + n, N);
-        for (; n < end; n++) dot_rows<T, 1>(M, K, x, weight + n * K, bias ? bias + n : nullptr, y + n, N);
+    const int64_t fours = (M + 3) / 4, padded = round_up(K, LANES_OF<T>);
+    const int lines = (int)((3 + fours) / fours);  // of w for each step, such that the next 16 rows are there in time
+    T* packed = nullptr;
+    if (M > 2) pack_fours(M, K, x, packed = (T*)scratch(fours * 4 * padded));
+    parallel_ranges(N, round_up(grain, 16), threads, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; n += 16) {
+            const int64_t rows = end - n < 16 ? end - n : 16;
+            const char* next = (const char*)(weight + (n + 16) * K);
+            for (int64_t r = 0; r < rows; r += 4) {
+                if (!packed || rows - r < 4) {
+                    const int64_t count = packed ? rows - r : rows;
+                    for (int64_t m = 0; m < M; m++)
+                        dot_one(K, x + m * K, weight + (n + r) * K, count, bias ? bias + n + r : nullptr, y + m * N + n + r);
+                    break;
+                }
+                for (int64_t m = 0; m < M; m += 4)
+                    dot_fours(M - m < 4 ? M - m : 4, K, packed + m * padded, weight + (n + r) * K, bias ? bias + n + r : nullptr,
+                              y + m * N + n + r, N, next, lines);
+            }
+        }
     });
 }
 
