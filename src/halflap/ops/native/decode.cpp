@@ -15,7 +15,7 @@ struct Step {  // mirrored by ops/native/decode.py
     int64_t batch, heads, channels, groups, states, width, bf16, narrow_parameters, threads;
     float low, high, eps;
     const void* projected;  // (B, 2 I + 2 G N + H): z, x, B, C, dt
-    const float *conv_weight, *conv_bias, *dt_bias, *A_log, *D, *norm_weight;  // conv_weight (C, W); conv_bias may be null
+    const float *conv_weight, *conv_bias, *dt_bias, *A_log, *D, *norm_weight;  // conv_weight (C, W), turned by `prepared`; conv_bias may be null
     void* conv_state;   // (B, W-1, C), advanced in place
     float* ssm_state;   // (B, H, P, N), advanced in place
     void* out;          // (B, I)
@@ -25,15 +25,15 @@ struct Step {  // mirrored by ops/native/decode.py
 template <class T>
 void convolve_step(const Step& s, const T* x, T* state, int64_t all, int64_t c0, int64_t count, float* y) {
     const int64_t W = s.width;
-    for (int64_t c = c0; c < c0 + count; c++) {
-        const float* w = s.conv_weight + c * W;
-        float sum = w[W - 1] * widen(x[c]) + (s.conv_bias ? s.conv_bias[c] : 0);
-        for (int64_t k = 0; k < W - 1; k++) sum += w[k] * widen(state[k * all + c]);
-        y[c - c0] = sum;
+    for (int64_t i = 0; i < count; i += VL) {
+        const int64_t c = c0 + i, left = count - i;
+        vf sum = load_to(s.conv_weight + (W - 1) * all + c, left) * load_to(x + c, left);
+        if (s.conv_bias) sum += load_to(s.conv_bias + c, left);
+        for (int64_t k = 0; k < W - 1; k++) sum += load_to(s.conv_weight + k * all + c, left) * load_to(state + k * all + c, left);
+        store_to(y + i, silu<float>(sum), left);
     }
     for (int64_t k = 0; k + 1 < W - 1; k++) memcpy(state + k * all + c0, state + (k + 1) * all + c0, count * sizeof(T));
     if (W > 1) memcpy(state + (W - 2) * all + c0, x + c0, count * sizeof(T));
-    for (int64_t c = 0; c < count; c += VL) store_to(y + c, silu<float>(load_to(y + c, count - c)), count - c);
 }
 
 // S = decay S + (step x) outer B and y = S C + D x for one head
@@ -84,22 +84,31 @@ void step(const Step& s) {
     });
 }
 
-// parameters kept in bfloat16 (bit i of narrow_parameters: the i-th of them), widened once a call
-Step widened(const Step& s, std::vector<float>& memory) {
-    Step wide = s;
+template <class T>
+void widen_turned(const T* from, int64_t columns, int64_t rows, float* to) {  // (columns, rows) to (rows, columns)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c++) to[r * columns + c] = widen(from[c * rows + r]);
+}
+
+// The step with parameters kept in bfloat16 (bit i of narrow_parameters: the i-th of them) widened, and with the
+// convolution's weight turned to (W, C)
+Step prepared(const Step& s, std::vector<float>& memory) {
+    Step ready = s;
     const int64_t inner = s.heads * s.channels, conv = inner + 2 * s.groups * s.states;
-    const float** fields[] = {&wide.conv_weight, &wide.conv_bias, &wide.dt_bias, &wide.A_log, &wide.D, &wide.norm_weight};
+    const float** fields[] = {&ready.conv_weight, &ready.conv_bias, &ready.dt_bias, &ready.A_log, &ready.D, &ready.norm_weight};
     const int64_t sizes[] = {conv * s.width, conv, s.heads, s.heads, s.heads, inner};
     memory.resize(conv * (s.width + 1) + 3 * s.heads + inner);
     float* next = memory.data();
     for (int i = 0; i < 6; i++) {
-        if (!*fields[i] || !(s.narrow_parameters >> i & 1)) continue;
-        const bf16* from = (const bf16*)*fields[i];
-        for (int64_t k = 0; k < sizes[i]; k++) next[k] = widen(from[k]);
+        const bool narrow = s.narrow_parameters >> i & 1;
+        if (!*fields[i] || (i > 0 && !narrow)) continue;
+        const int64_t rows = i == 0 ? s.width : 1;
+        if (narrow) widen_turned((const bf16*)*fields[i], sizes[i] / rows, rows, next);
+        else widen_turned(*fields[i], sizes[i] / rows, rows, next);
         *fields[i] = next;
         next += sizes[i];
     }
-    return wide;
+    return ready;
 }
 
 // --- linear maps of few rows ---------------------------------------------------------------------------------------------
@@ -236,9 +245,9 @@ extern "C" {
 
 void halflap_mamba2_step(const Step* s) {
     static thread_local std::vector<float> memory;
-    const Step wide = s->narrow_parameters ? widened(*s, memory) : *s;
-    if (s->bf16) step<bf16>(wide);
-    else step<float>(wide);
+    const Step ready = prepared(*s, memory);
+    if (s->bf16) step<bf16>(ready);
+    else step<float>(ready);
 }
 
 void halflap_few_rows(int64_t M, int64_t N, int64_t K, const void* x, const void* weight, const float* bias, void* y, int narrow, int threads) {
