@@ -150,9 +150,10 @@ def execute(call: Call) -> dict[str, Any]:
                 raise KeyboardInterrupt(run.path) from None
             if not out:
                 say(f"the run is kept in {run.path}")
-        if file is not None:
-            _publish(run.path / row.artifact, file)
-        return run.result or {}
+        if file is None:
+            return run.result or {}
+        _publish(run.path / row.artifact, file)
+        return {**(run.result or {}), "path": str(file)}
 
 
 def _resolve(function: str) -> Callable[..., dict[str, Any]]:

@@ -105,14 +105,17 @@ class Run:
             self._metrics = None
 
     def _forget_repeated(self, row: Mapping[str, Any]) -> None:
-        """The first row of a series after a resume tells where it goes on; its later rows were lost work."""
-        series = _series(row)
-        if not self.resumed or "step" not in row or series in self._begun:
+        """The first row of a series after a resume tells where it goes on; its later rows were lost work.
+
+        It says so by the last step that was kept (`resumed_at`), or by being the first that is done again.
+        """
+        series, kept_until = _series(row), row.get("resumed_at", row.get("step", 0) - 1)
+        if not self.resumed or not {"step", "resumed_at"} & row.keys() or series in self._begun:
             return
         self._begun.add(series)
         self._close_metrics()
         rows = read_metrics(self.path)
-        kept = [old for old in rows if _series(old) != series or old.get("step", -1) < row["step"]]
+        kept = [old for old in rows if _series(old) != series or old.get("step", -1) <= kept_until]
         with atomic_write(self.path / METRICS, "w") as file:
             file.writelines(_line(old) for old in kept)
 

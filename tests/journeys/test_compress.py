@@ -67,8 +67,7 @@ def test_search_then_prune_then_verify(halflap: Callable[..., Any], place: Path,
     best, limit = search["candidates"][0], 0.6 * count_parameters(preset("nemotron-h-tiny"))
     assert best["chosen"] and best["loss"] and 0.95 * limit <= best["costs"]["params"] <= limit
     pruned = halflap(
-        *("prune", teacher, "--plan", tmp_path / "search" / "search.json", "--importance", scored),
-        *("--out", tmp_path / "pruned", "--json"),
+        *("prune", teacher, "--plan", tmp_path / "search" / "search.json", "--out", tmp_path / "pruned", "--json"),
     ).json
     assert pruned["parameters"] == best["costs"]["params"] and pruned["verified"]
     checkpoint = tmp_path / "pruned" / "checkpoint"

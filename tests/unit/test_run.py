@@ -168,6 +168,18 @@ def test_a_last_line_cut_by_a_kill_is_dropped_and_repeated_steps_replace_old_row
     assert [row["step"] for row in rows if row["phase"] == "score"] == [9]
 
 
+def test_a_series_that_says_where_it_resumed_keeps_its_rows_until_there() -> None:
+    with begin() as run:
+        for row in ({"step": 1}, {"step": 2}, {"step": 2, "held_out_loss": 1.0}, {"step": 3}):
+            run.log(row)
+    with begin() as again:
+        again.log({"resumed_at": 2, "tokens": 20})
+        again.log({"step": 3, "again": True})
+    rows = read_metrics(Path("runs/a"))
+    assert [row.get("step") for row in rows] == [1, 2, 2, None, 3]
+    assert rows[2]["held_out_loss"] == 1.0 and rows[-1]["again"]
+
+
 def test_a_verb_that_keeps_nothing_says_so() -> None:
     run = Run("inspect")
     run.log({"step": 1})

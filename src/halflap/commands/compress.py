@@ -73,7 +73,8 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     importance = _read_importance(recipe.importance, teacher)
     candidates = _candidates(teacher, importance, recipe.budgets, Sizes(), recipe.space)
     result = _search(recipe, run, teacher, importance, candidates, loader)
-    return result.to_json() | {"path": str(run.path / SEARCH)}
+    shown = {name: value for name, value in result.to_json().items() if name != "plan"}
+    return shown | {"path": str(run.path / SEARCH)}
 
 
 def prune(recipe: PruneRecipe, run: Run) -> dict[str, Any]:
@@ -271,21 +272,17 @@ def _search(
 
 
 def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher) -> tuple[PruningPlan, str | None]:
-    """From a plan, from the best candidate of a search, from sizes, or from budgets."""
+    """From a plan, which a search leaves too, from sizes, or from budgets."""
     sizes, file = recipe.sizes, Path(recipe.importance) if recipe.importance is not None else None
     if recipe.plan is not None:
         if has_ceiling(recipe.budgets) or sizes != Sizes():
             raise RecipeError(
                 "a plan and a budget or sizes were given; the plan says what is kept: leave out the others"
             )
-        path = Path(recipe.plan)
-        if "made_from" not in read_json(path):
-            plan = PruningPlan.load(path)
-            plan.check_teacher(teacher.digest)
-            return plan, None
-        sizes, file = SearchResult.load(path).chosen.sizes, file or path.parent / IMPORTANCE
-    else:
-        _require_target(recipe.budgets, sizes)
+        plan = PruningPlan.load(recipe.plan)
+        plan.check_teacher(teacher.digest)
+        return plan, None
+    _require_target(recipe.budgets, sizes)
     only_drops = sizes == Sizes(drop_blocks=sizes.drop_blocks) and not has_ceiling(recipe.budgets)
     if file is None and not only_drops:
         raise RecipeError(
@@ -293,7 +290,7 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher) -> tuple[PruningPlan, 
         )
     importance = Importance("none", {}) if file is None else _read_importance(file, teacher)
     remark = None
-    if recipe.plan is None and has_ceiling(recipe.budgets):
+    if has_ceiling(recipe.budgets):
         found = _candidates(teacher, importance, recipe.budgets, sizes, recipe.space)
         sizes, remark = _with_dropped(found.candidates[0].sizes, sizes), found.remark
     return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction), remark

@@ -144,6 +144,7 @@ class PruningPlan:
 
     @staticmethod
     def load(path: str | Path) -> PruningPlan:
+        """The plan in a pruning_plan.json, or of the best candidate in a search.json."""
         try:
             data = json.loads(Path(path).read_text("utf-8"))
         except FileNotFoundError:
@@ -154,7 +155,7 @@ class PruningPlan:
             raise HalflapError(f"{str(path)!r} is not JSON ({error}); give a pruning_plan.json") from error
         if not isinstance(data, Mapping):
             raise HalflapError(f"{str(path)!r} holds {type(data).__name__}, not a plan; give a pruning_plan.json")
-        return PruningPlan.from_json(data)
+        return PruningPlan.from_json(data["plan"] if isinstance(data.get("plan"), Mapping) else data)
 
 
 def kept_indices(axis: Axis, keep: Mapping[str, Kept], parents: int = 1) -> Any:

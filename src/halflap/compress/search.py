@@ -42,12 +42,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All candidates, the best first; `made_from` says of what (teacher, importance, budget) by name and digest."""
+    """All candidates, the best first; `made_from` says of what (teacher, importance, budget) by name and digest.
+
+    `plan` is the pruning plan of the best as JSON, None while the search goes on.
+    """
 
     made_from: Mapping[str, Any]
     tried: int
     trials: tuple[Trial, ...]
     remark: str | None = None
+    plan: Mapping[str, Any] | None = None
 
     @property
     def chosen(self) -> Trial:
@@ -61,6 +65,7 @@ class SearchResult:
             "tried": self.tried,
             "remark": self.remark,
             "candidates": [row | {"chosen": place == 0} for place, row in enumerate(rows)],
+            "plan": self.plan,
         }
 
     def save(self, path: str | Path) -> None:
@@ -78,7 +83,7 @@ class SearchResult:
                 Trial(_sizes(row["sizes"]), row["costs"], row["hurt"], row["loss"], row["refined_loss"])
                 for row in data["candidates"]
             )
-            return SearchResult(data["made_from"], data["tried"], trials, data["remark"])
+            return SearchResult(data["made_from"], data["tried"], trials, data["remark"], data["plan"])
         except FileNotFoundError:
             raise HalflapError(f"search result {str(path)!r} does not exist; make it with `halflap search`") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -118,7 +123,8 @@ def search(
     if refine is not None:
         best = sorted(range(min(shortlist, len(trials))), key=lambda place: trials[place].loss or 0.0)
         measure("candidates after a short distillation", "refined_loss", best[:refined], refine)
-    result = _result(made_from, fitting, trials)
+    found = _result(made_from, fitting, trials)
+    result = dataclasses.replace(found, plan=plan_for(found.chosen.sizes).to_json())
     result.save(path)
     return result
 

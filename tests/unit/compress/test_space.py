@@ -194,6 +194,7 @@ def test_the_lowest_loss_wins(tmp_path: Path) -> None:
     assert SearchResult.load(tmp_path / "search.json") == result
     rows = json.loads((tmp_path / "search.json").read_text())["candidates"]
     assert rows[0]["chosen"] and not rows[1]["chosen"] and rows[0]["costs"]["params"]
+    assert PruningPlan.load(tmp_path / "search.json") == plan_for(result.chosen.sizes)
 
 
 def test_a_short_distillation_decides_among_the_best(tmp_path: Path) -> None:
