@@ -232,6 +232,13 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs file size limits")
+def test_a_place_that_cannot_be_a_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(HalflapError, match=r"file.*cannot be made .*give another directory"):
+            write(place, tensors_of(0))
+
+
 def test_a_full_disk_is_named_and_leaves_the_old_weights(tmp_path):
     write(tmp_path, tensors_of(1.0))
     done = run(

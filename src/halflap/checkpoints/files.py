@@ -234,7 +234,12 @@ def write_shards(
     repeated, missing or wrongly shaped tensor and for a full disk; then the temporary files are gone and the old
     weights are as they were.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HalflapError(
+            f"directory {str(directory)!r} cannot be made ({error.strerror}); give another directory"
+        ) from None
     _remove_leftovers(directory)
     shards = _plan(directory, specs, max_shard_bytes)
     needed = sum(shard.size for shard in shards)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,7 +70,9 @@ def open_corpora(text: Text, tokenizer: Tokenizer, place: Path, eval_data: Seque
         border = held_out_from(read_documents([source], text.field), share)
         build = partial(_open, source, text.field, tokenizer)
         train.append(build(place / f"train-{number}", lambda text, border=border: hash_position(text) < border))
-        held_out.append(build(place / f"held-out-{number}", lambda text, border=border: hash_position(text) >= border))
+        if border < math.inf:
+            back = build(place / f"held-out-{number}", lambda text, border=border: hash_position(text) >= border)
+            held_out.append(back)
     for number, path in enumerate(eval_data):
         held_out.append(_open(path, text.field, tokenizer, place / f"eval-{number}"))
     return Corpora(tuple(train), tuple(held_out), _described(eval_data, share, bool(held_out)))
@@ -107,11 +110,9 @@ def _described(eval_data: Sequence[str], share: float, any_held_out: bool) -> st
         return "the text given with eval-data"
     if any_held_out:
         return f"the last {100 * share:g} % of the documents by a hash of their text, kept back from training"
-    return (
-        "nothing: no share was to be kept back"
-        if not share
-        else "nothing: token shards cannot be split; give eval-data"
-    )
+    if not share:
+        return "nothing: no share was to be kept back"
+    return "nothing: token shards and single short documents cannot be split; give eval-data"
 
 
 def training_loader(corpora: Corpora, text: Text, sequence_length: int, rows: int, seed: int) -> Loader:

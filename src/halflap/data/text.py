@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,17 +58,13 @@ def hash_position(text: str) -> float:
 def held_out_from(documents: Iterable[str], share: float = 0.05) -> float:
     """The hash position from which on documents are held out: the last `share` of them, and at least one.
 
-    Raises HalflapError for a share outside [0, 1) and when fewer than two distinct documents are there.
+    Infinity, which holds nothing out, when fewer than two distinct documents are there. Raises HalflapError for a share
+    outside [0, 1).
     """
     if not 0 <= share < 1:
         raise HalflapError(f"the held-out share is {share}; it must be at least 0 and below 1: choose e.g. 0.05")
     positions = sorted({hash_position(text) for text in documents})
-    if len(positions) < 2:
-        raise HalflapError(
-            f"holding out {share:g} of {len(positions)} documents leaves none to train on or none to judge on; give "
-            "text of its own to judge on (--eval-data) or more documents"
-        )
-    return positions[-max(1, round(share * len(positions)))]
+    return positions[-max(1, round(share * len(positions)))] if len(positions) > 1 else math.inf
 
 
 def cut_into_pieces(text: str, characters: int) -> list[str]:
