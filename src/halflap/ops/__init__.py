@@ -1,9 +1,10 @@
 """The inner loops as plain functions on tensors; no modules, no files.
 
 ssd.py              Mamba-2: the recurrence (reference), the chunked form (fast), steps from a state
+selective_scan.py   Mamba-1: the recurrence (reference), the chunked form (fast), steps from a state
 conv.py             depthwise causal convolution over a sequence or from a state
 attention.py        causal grouped-query attention: full, packed, cached
-norm.py             RMSNorm and the gated grouped RMSNorm of Mamba-2
+norm.py             RMSNorm, LayerNorm1P and the gated grouped RMSNorm of Mamba-2
 activation.py       squared ReLU and SwiGLU
 mamba2.py           Mamba-2 between its two projections, over a sequence and one token at a time
 select.py           which implementation of an op runs: plain PyTorch or the kernels of native/

@@ -20,6 +20,7 @@ from torch.nn import functional
 from halflap.errors import HalflapError
 from halflap.ops import activation, mamba2, norm
 from halflap.ops import attention as plain_attention
+from halflap.ops import selective_scan as plain_scan
 from halflap.ops.native import attention as native_attention
 from halflap.ops.native import build, decode, elementwise
 from halflap.ops.native import mamba2 as native_mamba2
@@ -48,6 +49,8 @@ class Op:
 mamba2_mix = Op(mamba2.mamba2_mix, native_mamba2.mamba2_mix)
 mamba2_step = Op(mamba2.mamba2_step, decode.mamba2_step, counted=False)
 attention = Op(plain_attention.attention, native_attention.attention, counted=False)
+selective_scan = Op(plain_scan.selective_scan, lambda *_, **__: NotImplemented, counted=False)
+selective_step = Op(plain_scan.selective_step, lambda *_, **__: NotImplemented, counted=False)
 linear = Op(functional.linear, decode.linear, counted=False)
 rms_norm = Op(norm.rms_norm, elementwise.rms_norm)
 squared_relu = Op(activation.squared_relu, elementwise.squared_relu)
@@ -56,6 +59,8 @@ swiglu = Op(activation.swiglu, elementwise.swiglu)
 OPS: dict[str, Op] = {
     "mamba2_mix": mamba2_mix,
     "mamba2_step": mamba2_step,
+    "selective_scan": selective_scan,
+    "selective_step": selective_step,
     "attention": attention,
     "linear": linear,
     "rms_norm": rms_norm,
