@@ -35,9 +35,19 @@ class Pointers(ctypes.Structure):
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *, starts: Tensor | None = None, offset: int | None = 0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any = None,
+    *,
+    starts: Tensor | None = None,
+    offset: int | None = 0,
+    window: int | None = None,
+    meta: int = 0,
 ) -> Tensor | Any:
     """As `ops.attention.attention`, or NotImplemented."""
+    if window is not None:
+        return NotImplemented
     if offset is None or not query.dim() == key.dim() == 4 or 0 in query.shape or query.shape[2] < SHORTEST:
         return NotImplemented
     (batch, heads, time, size), (_, key_heads, keys, _) = query.shape, key.shape
