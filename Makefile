@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/.ready-run
 DEV := $(VENV)/.ready-dev
 
-.PHONY: help demo test test-slow lint types format bench clean
+.PHONY: help demo demo-seeds test test-slow lint types format bench clean
 
 help:
 	@echo "make demo       compress the carried teacher to half its size and show the table and the page (15 minutes)"
+	@echo "make demo-seeds the demo's table over three seeds, with ranges (three times as long)"
 	@echo "make test       all tests but the slow ones"
 	@echo "make test-slow  the slow ones"
 	@echo "make lint       style and types"
@@ -28,6 +29,9 @@ $(RUN) $(DEV): pyproject.toml constraints.txt
 
 demo: $(RUN)
 	$(BIN)/python demo/run.py
+
+demo-seeds: $(RUN)
+	$(BIN)/python demo/run.py --seeds 0 1 2
 
 test: $(DEV)
 	$(BIN)/python -m pytest -q

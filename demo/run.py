@@ -1,6 +1,8 @@
 """The demo: compress the carried teacher to half, beside honest controls; then let stock transformers write with it.
 
-Usage: python demo/run.py [--out runs/demo] [--seed 0]. Finished steps are found again, so it can be interrupted.
+Usage: python demo/run.py [--out runs/demo] [--seeds 0]. Several seeds repeat the table (order of the text, random cut,
+random weights of the arm from scratch) and print its means and ranges. Finished steps are found again, so it can be
+interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from rich.table import Table
 
 import halflap
 from halflap.files import write_json
-from halflap.report.arms import Arms
+from halflap.report.arms import Arms, across_seeds, arms_markdown
 
 HERE = Path(__file__).parent
 PROMPT = "The man walked into the"
@@ -76,21 +78,40 @@ def write_with_transformers(student: Path) -> str:
     return f"{tokenizer.decode(written[0])}\n\n(logits of transformers and halflap differ by at most {difference:.1e})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "demo")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    started, console = time.monotonic(), Console()
-    result = compress(options.out, options.seed)
-    measure_speed(options.out)
-    halflap.report([str(options.out)], out=str(options.out / "report.html"))
-    print_table(console, Arms.load(options.out / "arms.json"))
+def show_one(out: Path, seed: int, console: Console) -> None:
+    """One seed, the page, and a sentence by the student."""
+    result = compress(out, seed)
+    measure_speed(out)
+    halflap.report([str(out)], out=str(out / "report.html"))
+    print_table(console, Arms.load(out / "arms.json"))
     verdict = "equals its masked teacher to rounding" if result["verified"] else "is NOT its masked teacher"
     console.print(f"The pruned student has {result['parameters_ratio']:.1%} of the parameters and {verdict}.")
     console.print("\nStock transformers, from the distilled student's directory:\n", style="bold")
-    console.print(write_with_transformers(options.out / "checkpoint"), markup=False)
-    console.print(f"\nPage: {(options.out / 'report.html').resolve()}", style="bold")
+    console.print(write_with_transformers(out / "checkpoint"), markup=False)
+    console.print(f"\nPage: {(out / 'report.html').resolve()}", style="bold")
+
+
+def repeat(out: Path, seeds: list[int], console: Console) -> None:
+    """Every seed in a directory of its own; their common table as arms.json and table.md."""
+    for seed in seeds:
+        compress(out / f"seed-{seed}", seed)
+    table = across_seeds([Arms.load(out / f"seed-{seed}" / "arms.json") for seed in seeds])
+    table.save(out / "arms.json")
+    (out / "table.md").write_text(arms_markdown(table), encoding="utf-8")
+    print_table(console, table)
+    console.print(f"Table: {(out / 'table.md').resolve()}", style="bold")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    options = parser.parse_args()
+    started, console, runs = time.monotonic(), Console(), HERE.parent / "runs"
+    if len(options.seeds) == 1:
+        show_one(options.out or runs / "demo", options.seeds[0], console)
+    else:
+        repeat(options.out or runs / "demo-seeds", options.seeds, console)
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes on {torch.get_num_threads()} threads")
 
 
