@@ -109,7 +109,7 @@ def _arm(setting: Setting, name: str) -> dict[str, Any] | None:
     start = STARTS[name](setting)
     if start is None:
         return None
-    as_cut = {} if name in ("student", "scratch") else {"loss_as_cut": _judge(setting, start)["loss"]}
+    as_cut = {} if name == "scratch" else {"loss_as_cut": _judge(setting, start)["loss"]}
     place = setting.run.path if name == "student" else setting.run.path / "arms" / name
     trained = _train(setting, name, start, place)
     return _judge(setting, load_model(place / "checkpoint", "float32")) | trained | as_cut
@@ -225,7 +225,6 @@ NAMES = {
 def _write_table(setting: Setting, rows: Mapping[str, Mapping[str, Any]]) -> None:
     table = []
     for name, row in rows.items():
-        cut = row.get("loss_as_cut")
         table.append(
             Arm(
                 name=NAMES[name],
@@ -236,7 +235,7 @@ def _write_table(setting: Setting, rows: Mapping[str, Mapping[str, Any]]) -> Non
                 perplexity=row["perplexity"],
                 tokens_trained=row["tokens_trained"],
                 seconds=row.get("seconds"),
-                description="" if cut is None else f"{cut:.3f} as cut",
+                loss_as_cut=row.get("loss_as_cut"),
                 role=name if name in ("teacher", "pruned", "student") else "control",  # type: ignore[arg-type]
             )
         )

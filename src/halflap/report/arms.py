@@ -1,8 +1,8 @@
 """The table of arms: models judged side by side on the same text, as `arms.json`, and as Markdown for a README.
 
     {"judged_on": "...", "interval": "95 % bootstrap over documents", "seeds": [1],
-     "arms": [{"name", "description", "parameters", "loss", "loss_ci": [low, high], "bits_per_byte", "perplexity",
-               "tokens_trained", "seconds", "run", "role", "losses": [one a seed]}, ...]}
+     "arms": [{"name", "description", "parameters", "loss_as_cut", "loss", "loss_ci": [low, high], "bits_per_byte",
+               "perplexity", "tokens_trained", "seconds", "run", "role", "losses": [one a seed]}, ...]}
 
 Losses are nats a token. `role` says what an arm is to the story; `run` is relative to the file.
 """
@@ -39,6 +39,7 @@ class Arm:
     perplexity: float | None = None
     tokens_trained: int = 0
     seconds: float | None = None
+    loss_as_cut: float | None = None
     description: str = ""
     role: Role = "control"
     run: str | None = None
@@ -106,7 +107,8 @@ def across_seeds(tables: Sequence[Arms]) -> Arms:
     arms = []
     for same in zip(*(table.arms for table in tables)):
         losses = tuple(arm.loss for arm in same)
-        means = {name: _mean(getattr(arm, name) for arm in same) for name in ("bits_per_byte", "perplexity", "seconds")}
+        averaged = ("loss_as_cut", "bits_per_byte", "perplexity", "seconds")
+        means = {name: _mean(getattr(arm, name) for arm in same) for name in averaged}
         low, high = min(losses), max(losses)
         arms.append(
             replace(same[0], loss=statistics.fmean(losses), loss_ci=(low, high), losses=losses, run=None, **means)
@@ -123,8 +125,8 @@ def _mean(values: Any) -> float | None:
 def arms_markdown(table: Arms) -> str:
     """The table as GitHub Markdown, with the interval's meaning as a line below it."""
     lines = [
-        "| arm | parameters | tokens trained | held-out loss | interval | bits a byte | perplexity |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| arm | parameters | tokens trained | loss as cut | held-out loss | interval | bits a byte | perplexity |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for arm in table.arms:
         name = f"**{arm.name}**" if arm.role == "student" else arm.name
@@ -132,6 +134,7 @@ def arms_markdown(table: Arms) -> str:
             name + (f": {arm.description}" if arm.description else ""),
             units.count(arm.parameters),
             units.count(arm.tokens_trained) if arm.tokens_trained else "" if arm.role == "teacher" else "none",
+            units.loss(arm.loss_as_cut) if arm.loss_as_cut is not None else "",
             units.loss(arm.loss),
             f"{units.loss(arm.loss_ci[0])} to {units.loss(arm.loss_ci[1])}" if arm.loss_ci else "",
             units.loss(arm.bits_per_byte) if arm.bits_per_byte is not None else "",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from halflap.report import units
 from halflap.report.artifacts import Fact, Node, RunFiles, derive
 
 ROLES: dict[str, tuple[str, ...]] = {
@@ -100,11 +101,12 @@ def _from_roles(node: Node) -> tuple[Judged, ...]:
 
 def _judged(node: Node, role: str, name: str) -> Judged:
     text = node.get("text") or node.get("held_out") or node
-    losses = node.get("losses")
+    losses, as_cut = node.get("losses"), node.number("loss_as_cut")
+    described = [node.text("description"), f"{units.loss(float(as_cut))} as cut" if as_cut is not None else None]
     return Judged(
         role,
         name,
-        node.text("description") or "",
+        "; ".join(part for part in described if part),
         text.number("loss", "held_out_loss"),
         text.interval("loss_ci", "loss_interval", "held_out_loss_interval"),
         text.number("bits_per_byte", "held_out_bits_per_byte"),

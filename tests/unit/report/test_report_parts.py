@@ -81,7 +81,7 @@ def test_across_seeds_is_mean_and_range() -> None:
 def test_arms_as_markdown() -> None:
     text = arms_markdown(across_seeds([arms(3.5, 1), arms(3.7, 2)]))
     lines = text.splitlines()
-    assert lines[3] == "| **student** | 50 | 1,000 | 3.600 | 3.500 to 3.700 | 1.200 | 30.00 |"
+    assert lines[3] == "| **student** | 50 | 1,000 |  | 3.600 | 3.500 to 3.700 | 1.200 | 30.00 |"
     assert "range over 2 seeds" in lines[-1] and "Seeds 1, 2." in lines[-1]
     assert len({line.count("|") for line in lines[:4]}) == 1
 
