@@ -191,6 +191,6 @@ class Report:
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and "median" in value:
         return f"{value['median']:.4g} ({value['least']:.4g} to {value['most']:.4g})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
