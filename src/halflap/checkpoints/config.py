@@ -14,12 +14,13 @@ from typing import Any
 
 from halflap.checkpoints.family import Family
 from halflap.checkpoints.llama import LLAMA
+from halflap.checkpoints.nemotron import NEMOTRON
 from halflap.checkpoints.nemotron_h import NEMOTRON_H
 from halflap.errors import HalflapError
 from halflap.files import atomic_write, write_json
 from halflap.models.config import ModelConfig
 
-FAMILIES: dict[str, Family] = {"nemotron_h": NEMOTRON_H, "llama": LLAMA}
+FAMILIES: dict[str, Family] = {"nemotron_h": NEMOTRON_H, "llama": LLAMA, "nemotron": NEMOTRON}
 OWN_MODEL_TYPE, OWN_ARCHITECTURE = "halflap", "HalflapForCausalLM"
 FORMAT = 1
 Lineage = Sequence[Mapping[str, Any]]

@@ -87,6 +87,8 @@ def cannot_write(config: ModelConfig) -> str | None:
         return f"its blocks are not pairs of attention and MLP ({config.pattern()})"
     if config.residual_in_fp32:
         return "its residual is kept in float32, which the stock class does not do"
+    if config.norm != "rms":
+        return "its norms are LayerNorms, and the stock class has RMSNorms"
     for block in attention:
         if block.rope is None or block.rope.fraction != 1:
             return "its attention has no full rotary embedding"

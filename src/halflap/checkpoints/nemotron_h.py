@@ -116,6 +116,8 @@ def cannot_write(config: ModelConfig) -> str | None:
     attention, mamba, mlp = _kinds(config)
     if config.tie_word_embeddings:
         return "its embeddings are tied, which the stock class does not do"
+    if config.norm != "rms":
+        return "its norms are LayerNorms, and the stock class has RMSNorms"
     for block in attention:
         if block.rope is not None or block.bias:
             return "its attention has a rotary embedding or biases, which the stock class has not"

@@ -66,7 +66,7 @@ AXES: tuple[WidthAxis, ...] = (
 PRUNABLE = frozenset(axis.axis for axis in AXES) | {"group"}
 
 # Blocks that leave together, for families whose stock classes count several of our blocks as one layer.
-DEPTH_UNITS: dict[str, int] = {"llama": 2}
+DEPTH_UNITS: dict[str, int] = {"llama": 2, "nemotron": 2}
 
 
 def short_name(axis: str) -> str:

@@ -9,6 +9,7 @@ attention.py  grouped-query attention mixer
 mamba2.py     Mamba-2 mixer
 mlp.py        MLP mixer
 linear.py     the linear map of every mixer
+norm.py       the norms of blocks: RMSNorm, LayerNorm1P
 cache.py      what a decoded sequence keeps: keys and values, convolution tails, SSM states
 model.py      Block, HybridModel, initialisation
 """

@@ -18,6 +18,8 @@ from halflap.errors import HalflapError
 T = TypeVar("T")
 Activation = Literal["relu2", "silu"]
 ACTIVATIONS: tuple[str, ...] = ("relu2", "silu")
+Norm = Literal["rms", "layer1p"]
+NORMS: tuple[str, ...] = ("rms", "layer1p")
 
 
 def _require_positive(owner: object, *fields: str) -> None:
@@ -149,7 +151,10 @@ BLOCK_KINDS: dict[str, type[AttentionConfig] | type[Mamba2Config] | type[MLPConf
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that fixes the network's shape and arithmetic, and nothing about where or how it runs."""
+    """Everything that fixes the network's shape and arithmetic, and nothing about where or how it runs.
+
+    norm is that of every block and the final one: RMSNorm, or LayerNorm1P with gain 1 + weight and a bias.
+    """
 
     family: str
     vocab_size: int
@@ -163,9 +168,12 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    norm: Norm = "rms"
 
     def __post_init__(self) -> None:
         _require_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
+        if self.norm not in NORMS:
+            raise HalflapError(f"norm {self.norm!r} is not known; allowed are {', '.join(NORMS)}: correct the config")
         if not self.blocks:
             raise HalflapError(
                 "the model has no blocks; at least one of M (Mamba-2), * (attention), - (MLP) is needed: give a pattern"
@@ -180,6 +188,8 @@ class ModelConfig:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "blocks"}
         data["eos_token_id"] = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
         data["blocks"] = [_block_to_json(block) for block in self.blocks]
+        if self.norm == "rms":  # unsaid, as before there was another: digests of older checkpoints stay as they are
+            del data["norm"]
         return data
 
     @staticmethod

@@ -10,7 +10,7 @@ import math
 from typing import Literal
 
 from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, ModelConfig
-from halflap.models.layout import layout, mixer_layout, shape
+from halflap.models.layout import layout, mixer_layout, norm_layout, shape
 
 Phase = Literal["decode", "prefill"]
 EMBEDDINGS = ("embedding.weight", "head.weight")
@@ -28,8 +28,9 @@ def count_non_embedding_parameters(config: ModelConfig) -> int:
 
 def count_block_parameters(config: ModelConfig) -> list[int]:
     """Parameters of each block, its norm included."""
+    norm = config.hidden_size * len(norm_layout(config))
     return [
-        config.hidden_size
+        norm
         + sum(math.prod(shape(dims)) for dims in mixer_layout(block, index, config.hidden_size).values())
         for index, block in enumerate(config.blocks)
     ]

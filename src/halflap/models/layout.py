@@ -106,15 +106,27 @@ def mixer_layout(block: BlockConfig, index: int, hidden_size: int) -> Layout:
     return MIXER_LAYOUTS[type(block)](block, f"blocks.{index}", Axis("hidden", hidden_size))
 
 
+def norm_layout(config: ModelConfig) -> Layout:
+    """Parameters of a block's norm, or of the final one, by their names inside it."""
+    hidden: Dim = ((Axis("hidden", config.hidden_size),),)
+    return {"weight": (hidden,), "bias": (hidden,)} if config.norm == "layer1p" else {"weight": (hidden,)}
+
+
+def is_offset_gain(config: ModelConfig, name: str) -> bool:
+    """Whether a parameter holds a norm's gain less one."""
+    block_norm = name.startswith("blocks.") and name.split(".", 2)[2] == "norm.weight"
+    return config.norm == "layer1p" and (block_norm or name == "norm.weight")
+
+
 def layout(config: ModelConfig) -> Layout:
     """Every parameter of the model: our name to its dimensions, in the order of the network."""
     hidden, vocab = ((Axis("hidden", config.hidden_size),),), ((Axis("vocab", config.vocab_size),),)
     table: Layout = {"embedding.weight": (vocab, hidden)}
     for index, block in enumerate(config.blocks):
-        table[f"blocks.{index}.norm.weight"] = (hidden,)
+        table |= {f"blocks.{index}.norm.{name}": dims for name, dims in norm_layout(config).items()}
         for name, dims in mixer_layout(block, index, config.hidden_size).items():
             table[f"blocks.{index}.mixer.{name}"] = dims
-    table["norm.weight"] = (hidden,)
+    table |= {f"norm.{name}": dims for name, dims in norm_layout(config).items()}
     if not config.tie_word_embeddings:
         table["head.weight"] = (vocab, hidden)
     return table

@@ -12,9 +12,11 @@ from halflap.models.attention import AttentionMixer
 from halflap.models.cache import BlockState, Cache
 from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.context import SequenceContext
+from halflap.models.layout import is_offset_gain
 from halflap.models.linear import Linear
 from halflap.models.mamba2 import Mamba2Mixer
 from halflap.models.mlp import MLPMixer
+from halflap.models.norm import NORMS
 from halflap.ops import select
 from halflap.ops.ssd import segment_runs
 
@@ -25,29 +27,13 @@ MIXERS: dict[type, type[nn.Module]] = {
 }
 
 
-class RMSNorm(nn.Module):
-    """Gain (D,) and eps of `ops.norm.rms_norm`; before a mixer the output is already in the dtype autocast wants."""
-
-    def __init__(self, size: int, eps: float, before_mixer: bool = False) -> None:
-        super().__init__()
-        self.eps = eps
-        self.before_mixer = before_mixer
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        narrow = self.before_mixer and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if narrow else self.weight.dtype
-        return select.rms_norm(x, self.weight, self.eps, dtype)
-
-
 class Block(nn.Module):
     """x + mixer(norm(x)): x (B, T, D) to (B, T, D)."""
 
-    def __init__(self, config: BlockConfig, hidden_size: int, eps: float) -> None:
+    def __init__(self, config: BlockConfig, model: ModelConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(hidden_size, eps, before_mixer=True)
-        self.mixer = MIXERS[type(config)](config, hidden_size)
+        self.norm = NORMS[model.norm](model.hidden_size, model.norm_eps, before_mixer=True)
+        self.mixer = MIXERS[type(config)](config, model.hidden_size)
 
     def forward(self, x: Tensor, context: SequenceContext, state: BlockState | None = None) -> Tensor:
         return x + self.mixer(self.norm(x), context, state)
@@ -60,8 +46,8 @@ class HybridModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(block, config.hidden_size, config.norm_eps) for block in config.blocks)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.blocks = nn.ModuleList(Block(block, config) for block in config.blocks)
+        self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
         self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
@@ -141,7 +127,8 @@ def _advance(cache: Cache, tokens: Tensor, lengths: Tensor | None) -> None:
 def initialize(model: HybridModel, seed: int) -> None:
     """Random weights as Nemotron-H was trained from (Megatron): normal, output projections shrunk by sqrt(blocks).
 
-    A is uniform in 1..16 and dt log-uniform in 0.001..0.1 a head; D and the norms' gains are one.
+    A is uniform in 1..16 and dt log-uniform in 0.001..0.1 a head; D and the norms' gains are one (stored as 0 where
+    the stored weight is the distance from one).
     """
     generator = torch.Generator().manual_seed(seed)
     std, shrink = model.config.initializer_range, math.sqrt(len(model.blocks))
@@ -156,6 +143,8 @@ def initialize(model: HybridModel, seed: int) -> None:
         elif leaf[-1] == "dt_bias":
             step = uniform(parameter, math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
             value = step + torch.log(-torch.expm1(-step))
+        elif is_offset_gain(model.config, name) or leaf == ["norm", "bias"]:
+            value = torch.zeros(parameter.shape)
         elif leaf[-1] == "D" or leaf[0] == "norm":
             value = torch.ones(parameter.shape)
         elif leaf[0] == "conv1d":  # PyTorch's Kaiming-uniform(a = sqrt 5) of a depthwise kernel is +-1/sqrt(W)

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisations, computed in float32 (float64 stays).
+"""Normalisations, computed in float32 (float64 stays).
 
 The gain multiplies in the wide dtype before the cast, the order of Nemotron-H and Megatron.
 """
@@ -14,6 +14,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     """w * x / sqrt(mean(x^2) + eps) over the last dimension: x (..., D), weight (D,); returned in `dtype`, or x's."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(dtype or x.dtype)
+
+
+def layer_norm_1p(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm whose gain is stored as its distance from one (Megatron's zero-centred gamma; Nemotron-4).
+
+    (1 + w) (x - mean) / sqrt(var + eps) + b over the last dimension: x (..., D), weight and bias (D,); in `dtype`, or
+    x's. PyTorch has it fused, so there is no other form.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide) + 1, bias.to(wide), eps).to(dtype or x.dtype)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:

@@ -1,0 +1,185 @@
+"""Nemotron-4 (Minitron, Nemotron-Mini) as Hugging Face knows it. One layer there is two blocks here: attention, MLP.
+
+Norms are LayerNorms whose weight is stored less one, in both formats, so weights are copied as they are. The first half
+of a head's channels turns (`rotate_half`). Dialects of `config.json`: rotary settings at the top level or under
+`rope_parameters`, the width of a head as `head_dim` or Megatron's `kv_channels`, eps as `norm_eps` or `layer_norm_eps`,
+no `num_key_value_heads` where every head has its own. Megatron's own tensors are read by `megatron.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from halflap.checkpoints.family import Family, Json, only, pick, read_float, refuse, token_ids, write_token_ids
+from halflap.checkpoints.llama import read_rope
+from halflap.checkpoints.names import NameRow
+from halflap.errors import HalflapError
+from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, RopeConfig
+
+ALLOWED: dict[str, tuple[Any, ...]] = {"sliding_window": ()}
+HALF = 0.5
+
+
+def read_config(data: Json) -> ModelConfig:
+    """The model of a Nemotron `config.json`; absent keys take the defaults of transformers' class, which are the 15B's.
+
+    A head's width is never guessed as hidden_size / heads when the file states it: Minitron 8B's quotient is no whole
+    number.
+    """
+    refuse(data, "Nemotron", ALLOWED)
+    hidden = pick(data, 6144, "hidden_size")
+    heads = pick(data, 48, "num_attention_heads")
+    layers = pick(data, 32, "num_hidden_layers")
+    if not all(isinstance(n, int) and n > 0 for n in (hidden, heads, layers)):
+        raise HalflapError(
+            f"config.json has hidden_size={hidden!r}, num_attention_heads={heads!r}, num_hidden_layers={layers!r}; "
+            "each must be a whole number of at least 1: correct it"
+        )
+    head_dim = _head_dim(data, hidden, heads)
+    attention = AttentionConfig(
+        num_attention_heads=heads,
+        num_key_value_heads=pick(data, heads, "num_key_value_heads"),
+        head_dim=head_dim,
+        rope=_read_rope(data, head_dim),
+        bias=pick(data, False, "attention_bias"),
+    )
+    mlp = MLPConfig(
+        intermediate_size=pick(data, 24576, "intermediate_size"),
+        activation=pick(data, "relu2", "hidden_act"),
+        bias=pick(data, False, "mlp_bias"),
+    )
+    return ModelConfig(
+        family="nemotron",
+        vocab_size=pick(data, 256000, "vocab_size"),
+        hidden_size=hidden,
+        blocks=(attention, mlp) * layers,
+        norm="layer1p",
+        norm_eps=read_float(pick(data, 1e-5, "norm_eps", "layer_norm_eps")),
+        tie_word_embeddings=pick(data, False, "tie_word_embeddings"),
+        max_position_embeddings=pick(data, 4096, "max_position_embeddings"),
+        initializer_range=read_float(pick(data, 0.0134, "initializer_range")),
+        **token_ids(data, {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": None}),
+    )
+
+
+def _head_dim(data: Json, hidden: int, heads: int) -> int:
+    stated = pick(data, None, "head_dim", "kv_channels")
+    if stated is None and hidden % heads:
+        raise HalflapError(
+            f"config.json has hidden_size={hidden} and num_attention_heads={heads}, whose quotient is no whole number, "
+            "and neither head_dim nor kv_channels: add head_dim"
+        )
+    return hidden // heads if stated is None else stated
+
+
+def _read_rope(data: Json, head_dim: Any) -> RopeConfig:
+    """The rotary embedding of either spelling, of a part of each head."""
+    nested = {f"rope_parameters.{key}": value for key, value in (data.get("rope_parameters") or {}).items()}
+    keys = ("partial_rotary_factor", "rope_parameters.partial_rotary_factor", "rotary_percent")
+    fraction = read_float(pick({**data, **nested}, HALF, *keys))
+    if isinstance(head_dim, int) and not (0 < fraction <= 1 and turned_channels(head_dim, fraction) % 2 == 0):
+        raise HalflapError(
+            f"config.json has partial_rotary_factor={fraction:g} of head_dim={head_dim}, which turns "
+            f"{turned_channels(head_dim, fraction)} channels; it must be an even number from 2 to head_dim: correct it"
+        )
+    return dataclasses.replace(read_rope(data), fraction=fraction)
+
+
+def turned_channels(head_dim: int, fraction: float) -> int:
+    """As the stock class counts them: rounded down."""
+    return int(head_dim * fraction)
+
+
+def cannot_write(config: ModelConfig) -> str | None:
+    """Why no stock `config.json` can express this model, or None: it has pairs of attention and MLP, all alike."""
+    attention = [b for b in config.blocks[::2] if isinstance(b, AttentionConfig)]
+    mlp = [b for b in config.blocks[1::2] if isinstance(b, MLPConfig)]
+    if len(attention) != len(mlp) or len(attention) + len(mlp) != len(config.blocks):
+        return f"its blocks are not pairs of attention and MLP ({config.pattern()})"
+    if config.norm != "layer1p":
+        return "its norms are RMSNorms, and the stock class has LayerNorms"
+    if config.residual_in_fp32:
+        return "its residual is kept in float32, which the stock class does not do"
+    for block in attention:
+        if block.rope is None:
+            return "its attention has no rotary embedding, which the stock class always has"
+        if round(block.head_dim * block.rope.fraction) != turned_channels(block.head_dim, block.rope.fraction):
+            return f"{block.rope.fraction:g} of its {block.head_dim} channels turn, which the stock class rounds down"
+    if any(block.gated for block in mlp):
+        return "its MLPs are gated, which the stock class's are not"
+    return (
+        only({b.intermediate_size for b in mlp}, "intermediate_size")
+        or only({b.activation for b in mlp}, "hidden_act")
+        or only({b.bias for b in mlp}, "mlp_bias")
+        or only({b.num_attention_heads for b in attention}, "num_attention_heads")
+        or only({b.num_key_value_heads for b in attention}, "num_key_value_heads")
+        or only({b.head_dim for b in attention}, "head_dim")
+        or only({b.bias for b in attention}, "attention_bias")
+        or only({b.rope for b in attention}, "rotary embedding")
+    )
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """A `config.json` that stock loaders, old and new, and `read_config` read; only when `cannot_write` is None.
+
+    `kv_channels`, which serving engines of the first releases read, says what `head_dim` says.
+    """
+    attention, mlp = config.blocks[:2]
+    assert isinstance(attention, AttentionConfig) and isinstance(mlp, MLPConfig) and attention.rope is not None
+    rope = attention.rope
+    scaling = None if rope.scaling is None else {"rope_type": "llama3", **dataclasses.asdict(rope.scaling)}
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": mlp.intermediate_size,
+        "num_hidden_layers": len(config.blocks) // 2,
+        "num_attention_heads": attention.num_attention_heads,
+        "num_key_value_heads": attention.num_key_value_heads,
+        "head_dim": attention.head_dim,
+        "kv_channels": attention.head_dim,
+        "hidden_act": mlp.activation,
+        "attention_bias": attention.bias,
+        "mlp_bias": mlp.bias,
+        "norm_eps": config.norm_eps,
+        "rope_theta": rope.theta,
+        "partial_rotary_factor": rope.fraction,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        "use_cache": True,
+        **write_token_ids(config),
+    }
+
+
+def _pairs(theirs: str, ours: str, offset: int) -> tuple[NameRow, ...]:
+    return tuple(
+        NameRow(f"model.layers.{{i}}.{theirs}.{kind}", f"blocks.{{i}}.{ours}.{kind}", 2, offset)
+        for kind in ("weight", "bias")
+    )
+
+
+NEMOTRON = Family(
+    name="nemotron",
+    architecture="NemotronForCausalLM",
+    read_config=read_config,
+    write_config=write_config,
+    cannot_write=cannot_write,
+    rows=(
+        NameRow("model.embed_tokens.weight", "embedding.weight"),
+        *_pairs("input_layernorm", "norm", 0),
+        *_pairs("post_attention_layernorm", "norm", 1),
+        *(
+            row
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+            for row in _pairs(f"self_attn.{name}", f"mixer.{name}", 0)
+        ),
+        *(row for name in ("up_proj", "down_proj") for row in _pairs(f"mlp.{name}", f"mixer.{name}", 1)),
+        NameRow("model.norm.weight", "norm.weight"),
+        NameRow("model.norm.bias", "norm.bias"),
+        NameRow("lm_head.weight", "head.weight"),
+    ),
+    depth_unit=2,
+    ignored=(r"\.rotary_emb\.inv_freq$",),
+)
