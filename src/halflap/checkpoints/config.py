@@ -1,8 +1,8 @@
 """Which families there are, and a checkpoint's config read and written; no torch, so `inspect` is quick.
 
 A directory of ours has `halflap.json` (always) and `config.json`: of the stock class where that can express the model,
-else of model type `halflap`, which says where to look. Both are read and must agree. A foreign Hugging Face directory
-has `config.json` alone.
+else of model type `halflap` with the model under the same name, for `halflap.hf`. Both are read and must agree. A
+foreign Hugging Face directory has `config.json` alone.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def read_config(path: str | Path) -> ModelConfig:
     config = own if own is not None else stock
     if config is None:
         raise HalflapError(
-            f"{directory / 'config.json'} has model_type {OWN_MODEL_TYPE!r} but there is no halflap.json beside it: "
-            "copy it too"
+            f"{directory / 'config.json'} has model_type {OWN_MODEL_TYPE!r} but no model in it, and there is "
+            "no halflap.json beside it: copy it too"
         )
     if own is not None and stock is not None and own != stock:
         raise HalflapError(
@@ -95,14 +95,14 @@ def _read_own(directory: Path) -> ModelConfig | None:
 
 
 def _read_stock(directory: Path) -> ModelConfig | None:
-    """The model of config.json; None when it is of our own model type or absent."""
+    """The model of config.json; None when that is absent, or of our own model type and says no more."""
     file = directory / "config.json"
     if not file.exists():
         return None
     data = read_json(file)
     kind = data.get("model_type")
     if kind == OWN_MODEL_TYPE:
-        return None
+        return ModelConfig.from_json(data[OWN_MODEL_TYPE]) if isinstance(data.get(OWN_MODEL_TYPE), Mapping) else None
     if kind not in FAMILIES:
         raise HalflapError(
             f"{file} has model_type {kind!r}; allowed are {', '.join((*FAMILIES, OWN_MODEL_TYPE))}: "
@@ -146,6 +146,7 @@ def write_config(directory: Path, config: ModelConfig, dtype: str, version: str)
             "hidden_size": config.hidden_size,
             "num_hidden_layers": len(config.blocks),
             "tie_word_embeddings": config.tie_word_embeddings,
+            OWN_MODEL_TYPE: config.to_json(),
         }
     own = {"format": FORMAT, "halflap": version, "not_stock_because": reason, "config": config.to_json()}
     write_json(directory / "halflap.json", own)
