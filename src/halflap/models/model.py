@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,8 @@ class HybridModel(nn.Module):
         self.blocks = nn.ModuleList(Block(block, config) for block in config.blocks)
         self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
         self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        # torch.utils.checkpoint.checkpoint or its like: blocks then keep their input alone and run again in the backward
+        self.recompute: Callable[..., Tensor] | None = None
 
     @property
     def head_weight(self) -> Tensor:
@@ -85,8 +88,12 @@ class HybridModel(nn.Module):
         hidden = self.embedding(tokens)
         if self.config.residual_in_fp32:
             hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        again = self.recompute if cache is None and torch.is_grad_enabled() else None
         for index, block in enumerate(self.blocks):
-            hidden = block(hidden, context, None if cache is None else cache.blocks[index])
+            if again is not None:
+                hidden = again(block, hidden, context)
+            else:
+                hidden = block(hidden, context, None if cache is None else cache.blocks[index])
         if cache is not None:
             _advance(cache, tokens, lengths)
         return self.norm(hidden)
