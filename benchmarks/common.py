@@ -1,9 +1,9 @@
 """What every benchmark shares: a canary for the machine's health, interleaved timing, both models, one JSON file.
 
-The canary (matrix products in float32 and bfloat16, one read of memory) runs before and after; when the two differ
-by more than a tenth, the result says so. Sides take turns, so that a slow minute of the machine hits all of them.
-transformers runs at its best: scaled-dot-product attention, fused AdamW, no cache while training, last logits only in
-prefill, a bare loop in decode.
+The canary (matrix products in float32 and bfloat16, one read of memory) runs before and after, in a process of its own
+so that the benchmark's memory does not bear on it; when the two differ by more than a tenth, the result says so. Sides
+take turns, so that a slow minute of the machine hits all of them. transformers runs at its best: scaled-dot-product
+attention, fused AdamW, no cache while training, last logits only in prefill, a bare loop in decode.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
 # --- the machine ---------------------------------------------------------------------------------------------------
 
 
-def canary() -> dict[str, float]:
-    """GFLOP/s of a 2048^3 product in both dtypes and GB/s of summing 512 MB: the best of three."""
+def measure_canary() -> dict[str, float]:
+    """GFLOP/s of a 2048^3 product in both dtypes and GB/s of summing 512 MB: the best of five."""
     found = {}
     for name, dtype in (("float32_gflops", torch.float32), ("bfloat16_gflops", torch.bfloat16)):
         a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
-        found[name] = 2 * 2048**3 / 1e9 / min(seconds(lambda a=a, b=b: a @ b) for _ in range(3))
+        found[name] = 2 * 2048**3 / 1e9 / min(seconds(lambda a=a, b=b: a @ b) for _ in range(5))
     memory = torch.ones(2**27)
-    found["read_gb_per_second"] = memory.nbytes / 1e9 / min(seconds(memory.sum) for _ in range(3))
+    found["read_gb_per_second"] = memory.nbytes / 1e9 / min(seconds(memory.sum) for _ in range(5))
     return found
 
 
@@ -159,14 +159,14 @@ class Report:
     def __init__(self, name: str, out: Path, threads: int) -> None:
         self.name, self.out, self.threads = name, out, threads
         self.rows: list[dict[str, Any]] = []
-        self.before = canary()
+        self.before = run_apart("common.py", threads=threads)
 
     def add(self, **row: Any) -> None:
         self.rows.append(row)
         print("  ".join(f"{key} {_show(value)}" for key, value in row.items()), flush=True)
 
     def write(self) -> None:
-        after = canary()
+        after = run_apart("common.py", threads=self.threads)
         drift = max(abs(after[k] / v - 1) for k, v in self.before.items())
         healthy = drift < 0.1
         if not healthy:
@@ -194,3 +194,8 @@ def _show(value: Any) -> str:
     if isinstance(value, dict) and "median" in value:
         return f"{value['median']:.4g} ({value['least']:.4g} to {value['most']:.4g})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    print(json.dumps(measure_canary()))
