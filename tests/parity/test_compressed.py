@@ -29,13 +29,19 @@ LLAMA = ModelConfig(
     (AttentionConfig(6, 2, 8, rope=RopeConfig()), MLPConfig(60, activation="silu", gated=True)) * 3,
     tie_word_embeddings=True,
 )
+NEMOTRON = ModelConfig(
+    "nemotron", 64, 48, (AttentionConfig(8, 4, 8, rope=RopeConfig(fraction=0.5)), MLPConfig(60)) * 3, norm="layer1p"
+)
 CUTS = {
     # an attention block stays: the stock class cannot decode without one
     "hybrid": (HYBRID, Sizes(32, 24, 8, 4, num_attention_heads=4, drop_blocks=(6,))),
     "hybrid heads": (HYBRID, Sizes(mamba_num_heads=12)),
     "hybrid states": (HYBRID, Sizes(ssm_state_size=5, num_key_value_heads=1)),
     "llama": (LLAMA, Sizes(hidden_size=40, intermediate_size=33, num_attention_heads=4, num_blocks=4)),
+    "nemotron": (NEMOTRON, Sizes(hidden_size=41, intermediate_size=33, num_attention_heads=4, num_blocks=4)),
+    "nemotron heads": (NEMOTRON, Sizes(num_key_value_heads=3)),
 }
+CLASSES = {"nemotron_h": "NemotronHForCausalLM", "llama": "LlamaForCausalLM", "nemotron": "NemotronForCausalLM"}
 TOKENS = torch.randint(0, 64, (2, 21), generator=torch.Generator().manual_seed(1))
 
 
@@ -48,7 +54,7 @@ def make_teacher(config: ModelConfig, directory: Path) -> Checkpoint:
             noise = torch.rand(parameter.shape, generator=generator)
             if name.endswith("dt_bias"):  # time steps above the bound that transformers clamps prefill to
                 parameter.copy_(-3.5 + 2.5 * noise)
-            elif name.endswith("norm.weight"):
+            elif name.endswith(("norm.weight", "norm.bias")):
                 parameter.add_(0.4 * (noise - 0.5))
             elif name.endswith("proj.weight"):
                 parameter.mul_(4)
@@ -70,7 +76,7 @@ def test_students_open_in_the_stock_class(tmp_path: Path, name: str, correction:
     plan = plan_for(scores, teacher.digest, config, sizes, correction)
     write_checkpoint(tmp_path / "student", plan.student, apply_plan(plan, teacher.tensors()))
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
-    assert type(theirs).__name__ == {"nemotron_h": "NemotronHForCausalLM", "llama": "LlamaForCausalLM"}[config.family]
+    assert type(theirs).__name__ == CLASSES[config.family]
     mine = load_model(tmp_path / "student")
     full = theirs(TOKENS).logits
     assert full.abs().max() > 0.3

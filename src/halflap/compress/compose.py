@@ -53,7 +53,7 @@ def _compose_axis(first: PruningPlan, second: PruningPlan, axis: Axis, axes: dic
 
 
 def _compose_dropped(first: PruningPlan, second: PruningPlan) -> Dropped:
-    """Of the share 1 - f that the first cut leaves, the second leaves 1 - g."""
+    """Of the share 1 - f that the first cut leaves, the second leaves 1 - g; means add up."""
     axes = axes_of(first.student)
     found: dict[str, tuple[float, ...]] = {}
     for name in dict.fromkeys([*first.dropped, *map(first.teacher_name, second.dropped)]):
@@ -66,6 +66,9 @@ def _compose_dropped(first: PruningPlan, second: PruningPlan) -> Dropped:
             before = tuple(before[group] for group in groups)
         if before is None or after is None:
             found[name] = before or after or ()
+        elif name.endswith("norm.bias"):  # the second shift is of channels that the first has multiplied
+            gain = first.scales[name.replace(".bias", ".weight")][0]
+            found[name] = (before[0] + gain * after[0],)
         else:
             found[name] = tuple(1 - (1 - f) * (1 - g) for f, g in zip(before, after, strict=True))
     return found

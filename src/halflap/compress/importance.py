@@ -3,7 +3,8 @@
 Scores by name: `hidden` (L, D), a row a block's norm; `blocks.i.neuron` (F,); `blocks.i.query` (K, H/K);
 `blocks.i.inner` (G, H/G, P), heads and channels of Mamba together; `blocks.i.state` (G, N). `depth` holds scores (L,)
 of whole blocks by metric. `energy` holds mean squares of what a norm divides by its root mean square, by the name of
-its gain: (D,) or (G, H/G, P). On disk: safetensors with a JSON header.
+its gain: (D,) or (G, H/G, P). `mean` holds means of the same, of LayerNorms, by the name of their bias: (D,). On disk:
+safetensors with a JSON header.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ class Importance:
     widths: Mapping[str, Tensor]
     depth: Mapping[str, Tensor] = field(default_factory=dict)
     energy: Mapping[str, Tensor] = field(default_factory=dict)
+    mean: Mapping[str, Tensor] = field(default_factory=dict)
     teacher: str = ""
     calibration: str = ""
     tokens: int = 0
 
     def to_bytes(self) -> bytes:
-        parts = {"width": self.widths, "depth": self.depth, "energy": self.energy}
+        parts = {"width": self.widths, "depth": self.depth, "energy": self.energy, "mean": self.mean}
         tensors = {f"{part}/{name}": t.contiguous() for part, named in parts.items() for name, t in named.items()}
         header = {name: getattr(self, name) for name in ("metric", "teacher", "calibration", "tokens")}
         return safetensors.torch.save(tensors, {"halflap": json.dumps({"format": FORMAT, **header})})
@@ -65,11 +67,11 @@ class Importance:
             ) from error
         if header.pop("format", None) != FORMAT:
             raise HalflapError(f"{str(path)!r} is not an importance file of this version; score the teacher again")
-        parts: dict[str, dict[str, Tensor]] = {"width": {}, "depth": {}, "energy": {}}
+        parts: dict[str, dict[str, Tensor]] = {"width": {}, "depth": {}, "energy": {}, "mean": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
             parts[part][key] = tensor
-        return Importance(widths=parts["width"], depth=parts["depth"], energy=parts["energy"], **header)
+        return Importance(widths=parts.pop("width"), **parts, **header)
 
     def check_teacher(self, digest: str) -> None:
         """Raise HalflapError unless the scores were measured on this teacher."""

@@ -3,6 +3,7 @@
 Made from the mixers' equations, by setting parameters to zero so that the cut indices carry nothing; it knows nothing
 of layouts or of how a plan is applied. Its norms divide by all channels, the zeros included, which is what the
 `masked` correction reproduces; for `none` and `calibrated` its gains and eps say that the mean is over the kept ones.
+Where norms are LayerNorms, what carries nothing is not zero but the mean of the kept channels (`correction.py`).
 """
 
 from __future__ import annotations
@@ -27,16 +28,24 @@ def masked_teacher(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
     model = _with_eps(teacher, plan)
     with torch.no_grad():
         hidden = _mask(teacher.config.hidden_size, plan.keep.get("hidden"))
-        model.embedding.weight[:, ~hidden] = 0
+        centred = teacher.config.norm == "layer1p"
+        _silence(model.embedding.weight.T, hidden, centred)
+        for norm in [model.norm, *(block.norm for block in model.blocks)] if centred else []:
+            norm.weight[~hidden], norm.bias[~hidden] = -1, 0  # type: ignore[index]
         for index, block in enumerate(model.blocks):
             kept: dict[str, Any] = {short_name(n): k for n, k in plan.keep.items() if block_of(n) == index}
             mixer: Any = block.mixer
             output = MASKS[type(teacher.config.blocks[index])](mixer, kept)
-            silent = ~hidden if index in plan.keep_blocks else torch.ones_like(hidden)
-            output.weight[silent] = 0
+            heard = hidden if index in plan.keep_blocks else torch.zeros_like(hidden)
+            _silence(output.weight, heard, centred)
             if output.bias is not None:
-                output.bias[silent] = 0
+                _silence(output.bias, heard, centred)
     return model
+
+
+def _silence(rows: Tensor, kept: Tensor, centred: bool) -> None:
+    """Rows (D, ...) of the other channels to zero, or to the mean of the kept ones, if any."""
+    rows[~kept] = rows[kept].mean(0) if centred and bool(kept.any()) else 0.0
 
 
 def _with_eps(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
@@ -54,7 +63,11 @@ def _with_eps(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
         gain = torch.ones_like(module.weight) * (norm.kept / norm.total) ** 0.5
         if norm.name in plan.scales:
             gain *= _spread(plan, norm.name, plan.scales[norm.name], len(gain))
-        module.weight.data *= gain
+        if norm.bias is None:
+            module.weight.data *= gain
+        else:
+            module.bias.data += (1 + module.weight.data) * plan.dropped.get(norm.bias, (0.0,))[0]
+            module.weight.data = (1 + module.weight.data) * gain - 1
         if norm.name.endswith("mixer.norm.weight"):
             mixer: Any = modules[norm.name.removesuffix(".norm.weight")]
             mixer.config = dataclasses.replace(mixer.config, norm_eps=mixer.config.norm_eps * norm.kept / norm.total)

@@ -13,7 +13,7 @@ from halflap.compress.importance import Importance, score_shapes
 from halflap.compress.watch import DEFAULT_SOURCES, Sources, activation
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
-from halflap.models.layout import dim_size, layout
+from halflap.models.layout import dim_size, is_offset_gain, layout
 from halflap.models.model import HybridModel
 
 
@@ -24,7 +24,8 @@ def weight_norm(model: HybridModel, batches: Iterable[Batch], sources: Sources, 
     depth = torch.zeros(len(model.config.blocks), dtype=torch.float64)
     parameters = dict(model.named_parameters())
     for name, dims in layout(model.config).items():
-        square = parameters[name].detach().double().cpu().square()
+        weight = parameters[name].detach().double().cpu()
+        square = (weight + is_offset_gain(model.config, name)).square()
         if name.startswith("blocks."):
             depth[int(name.split(".")[1])] += square.sum()
         for dimension, dim in enumerate(dims):

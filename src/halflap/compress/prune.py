@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halflap.compress.plan import Kept, PruningPlan, kept_indices
 from halflap.errors import HalflapError
-from halflap.models.layout import Dim, Layout, Span, dim_size, layout, shape
+from halflap.models.layout import Dim, Layout, Span, dim_size, is_offset_gain, layout, shape
 
 # NumPy's `take` along the last dimension moves 2-byte items 3x as fast as torch.index_select (2 cores, 20000x4096).
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,13 +34,14 @@ def cut(
 ) -> Iterator[tuple[str, Tensor]]:
     """`apply_plan` by another reading of the teacher's dimensions (see `controls.py`)."""
     missing = {name: shape(dims) for name, dims in layout(plan.student).items()}
+    gains: dict[str, Tensor] = {}
     for name, tensor in tensors:
         _check_source(name, tensor, source)
         student_name = plan.student_name(name)
         if student_name is None:
             continue
         selected = select(tensor, source[name], keep)
-        student = scale(selected, plan.scales.get(name), in_place=selected is not tensor)
+        student = _corrected(plan, name, selected, gains, owned=selected is not tensor)
         del selected, tensor  # not held while the caller writes
         expected = missing.pop(student_name, None)
         assert tuple(student.shape) == expected, f"{name} became {student_name} {tuple(student.shape)}, not {expected}"
@@ -50,6 +51,26 @@ def cut(
             f"the teacher's tensors ended before {next(iter(missing))} of the student was made ({len(missing)} are "
             "missing); give a complete checkpoint"
         )
+
+
+def _corrected(plan: PruningPlan, name: str, tensor: Tensor, gains: dict[str, Tensor], *, owned: bool) -> Tensor:
+    """A selected tensor with its factor and, for the bias of a LayerNorm, with its gain times the measured mean.
+
+    gains: of the norms met so far, which the biases after them need.
+    """
+    factors = plan.scales.get(name)
+    if is_offset_gain(plan.teacher_config, name):
+        gain = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + 1
+        gains[name.replace(".weight", ".bias")] = gain
+        return tensor if factors is None else (scale(gain, factors) - 1).to(tensor.dtype)
+    if (mean := plan.dropped.get(name)) is not None and name.endswith("norm.bias"):
+        if name not in gains:
+            raise HalflapError(
+                f"tensor {name} came before the gain of its norm, which correcting it needs; give the tensors in the "
+                "order of the layout"
+            )
+        return (tensor + gains.pop(name) * mean[0]).to(tensor.dtype)
+    return scale(tensor, factors, in_place=owned)
 
 
 def select(tensor: Tensor, dims: tuple[Dim, ...], keep: Mapping[str, Kept]) -> Tensor:

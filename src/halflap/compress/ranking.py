@@ -146,13 +146,19 @@ def _table(indices: Tensor) -> tuple[Row, ...]:
 def dropped_energy(
     importance: Importance, config: ModelConfig, blocks: Row, keep: Mapping[str, Kept]
 ) -> dict[str, tuple[float, ...]]:
-    """Share of the energy that every cut norm loses, measured on the calibration text; empty without measurements."""
+    """What every cut norm loses (see `correction.Dropped`), as the calibration text has it; empty if not measured."""
     dropped: dict[str, tuple[float, ...]] = {}
     if "hidden" in keep:
-        for name in [*(f"blocks.{index}.norm.weight" for index in blocks), "norm.weight"]:
-            energy = importance.energy.get(name)
-            if energy is not None:
-                dropped[name] = (_lost(energy, energy[list(keep["hidden"])]),)
+        for name in [*(f"blocks.{index}.norm" for index in blocks), "norm"]:
+            energy, means = importance.energy.get(f"{name}.weight"), importance.mean.get(f"{name}.bias")
+            if energy is None:
+                continue
+            kept = energy[list(keep["hidden"])]
+            if means is not None:  # the student's norm subtracts this mean, so its square is lost too
+                mean = float(means[list(keep["hidden"])].double().mean())
+                dropped[f"{name}.bias"] = (mean,)
+                kept = kept.double() - mean**2
+            dropped[f"{name}.weight"] = (_lost(energy, kept),)
     for index in blocks:
         block, name = config.blocks[index], f"blocks.{index}.mixer.norm.weight"
         energy = importance.energy.get(name)

@@ -75,7 +75,7 @@ def verify(student: Checkpoint, teacher: Checkpoint, plan: PruningPlan, tokens: 
         "tensors_identical": True,
         "tokens": tokens.numel(),
         "norm_correction": plan.norm_correction,
-        "reference": REFERENCE[plan.norm_correction],
+        "reference": _reference(plan),
         "axes": axes,
         "teacher": teacher.digest,
         "student": student.digest,
@@ -88,6 +88,14 @@ REFERENCE = {
     "none": "the teacher with the cut indices set to zero; norms divide by the kept channels",
     "calibrated": "the teacher with the cut indices set to zero; norms divide by the kept channels, gains calibrated",
 }
+
+
+def _reference(plan: PruningPlan) -> str:
+    """What the certificate's logits are compared with, in words."""
+    if plan.teacher_config.norm == "rms" or "hidden" not in plan.keep:
+        return REFERENCE[plan.norm_correction]
+    nothing = "zero, hidden channels to the mean of the kept ones, which LayerNorms subtract"
+    return REFERENCE[plan.norm_correction].replace("zero", nothing, 1)
 
 
 def changed_tensors(student: Checkpoint, expected: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
@@ -120,9 +128,11 @@ def _only(plan: PruningPlan, keep_blocks: tuple[int, ...], keep: Mapping[str, Ke
     """The same kind of plan with fewer cuts; measured energies carry over where the norm is cut alike."""
     shape = dataclasses.replace(plan, keep_blocks=keep_blocks, keep=keep, norm_correction="none", dropped={})
     dropped = {
-        norm.name: plan.dropped.get(norm.name, (0.0,) * norm.groups)
+        name: plan.dropped.get(name, (0.0,) * norm.groups)
         for norm in norms(plan.teacher_config, shape.student, keep_blocks)
         if plan.norm_correction == "calibrated" and norm.kept != norm.total
+        for name in (norm.name, norm.bias)
+        if name is not None
     }
     return dataclasses.replace(shape, norm_correction=plan.norm_correction, dropped=dropped)
 

@@ -28,6 +28,7 @@ from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, Mode
 from halflap.models.mamba2 import Mamba2Mixer
 from halflap.models.mlp import MLPMixer
 from halflap.models.model import HybridModel
+from halflap.models.norm import RMSNorm
 from halflap.ops.conv import causal_conv
 
 CHUNK = 1 << 19  # elements reduced at once: temporaries stay in the cache
@@ -53,7 +54,7 @@ def activation(model: HybridModel, batches: Iterable[Batch], sources: Sources, s
     del seed
     watch = _Watch(model.config)
     handles = [handle for index in range(len(model.blocks)) for handle in _watch_block(model, index, watch, sources)]
-    handles.append(model.norm.register_forward_hook(_norm_hook(watch, "norm.weight", model.norm.weight, None)))
+    handles.append(model.norm.register_forward_hook(_norm_hook(watch, "norm", model.norm, None)))
     try:
         with torch.inference_mode():
             for batch in batches:
@@ -72,6 +73,7 @@ class _Watch:
         self.config = config
         self.scores: dict[str, Tensor] = {}
         self.energies: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}
         self.cosines = torch.zeros(len(config.blocks), dtype=torch.float64)
         self.valid: Tensor | None = None
         self.counts = torch.zeros(0)
@@ -94,6 +96,11 @@ class _Watch:
         """Add the mean over time of (a / gain)^2 of every row; a channel whose gain is 0 has none."""
         mean = self._mean(a, torch.square).sum(0) / gain.detach().double().square()
         self._add(self.energies, name, torch.where(gain == 0, 0.0, mean))
+
+    def mean(self, name: str, a: Tensor, gain: Tensor) -> None:
+        """Add the mean over time of a / gain of every row; a channel whose gain is 0 has none."""
+        mean = self._mean(a, lambda value: value).sum(0) / gain.detach().double()
+        self._add(self.means, name, torch.where(gain == 0, 0.0, mean))
 
     def influence(self, index: int, before: Tensor, after: Tensor) -> None:
         """Add the mean over time of cos(before, after) of every row."""
@@ -127,6 +134,7 @@ class _Watch:
         widths = {"hidden": hidden, **{name: _finish(name, value, shapes[name]) for name, value in found.items()}}
         assert {n: tuple(t.shape) for n, t in widths.items()} == shapes, "a module ran without being watched"
         energy = {name: (value / self.rows).cpu().float() for name, value in self.energies.items()}
+        means = {name: (value / self.rows).cpu().float() for name, value in self.means.items()}
         for index, block in enumerate(self.config.blocks):
             if isinstance(block, Mamba2Config):
                 name = f"blocks.{index}.mixer.norm.weight"
@@ -136,6 +144,7 @@ class _Watch:
             widths={name: value.float() for name, value in widths.items()},
             depth={"block_influence": (1 - self.cosines / self.rows).clamp_min(0).float()},
             energy=energy,
+            mean=means,
             tokens=self.tokens,
         )
 
@@ -150,11 +159,17 @@ def _finish(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return value.reshape(shape)
 
 
-def _norm_hook(watch: _Watch, gain_name: str, gain: Tensor, score_name: str | None) -> Callable[..., None]:
+def _norm_hook(watch: _Watch, name: str, norm: Any, score_name: str | None) -> Callable[..., None]:
+    """What a norm puts out is its score; without bias and gain it is what the `calibrated` correction asks about."""
+    bias, gain = getattr(norm, "bias", None), norm.weight if isinstance(norm, RMSNorm) else 1 + norm.weight
+
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if score_name is not None:
             watch.score(score_name, output)
-        watch.energy(gain_name, output, gain)
+        if bias is not None:
+            output = output - bias
+            watch.mean(f"{name}.bias", output, gain)
+        watch.energy(f"{name}.weight", output, gain)
 
     return hook
 
@@ -162,8 +177,8 @@ def _norm_hook(watch: _Watch, gain_name: str, gain: Tensor, score_name: str | No
 def _watch_block(model: HybridModel, index: int, watch: _Watch, sources: Sources) -> list[RemovableHandle]:
     block, prefix = model.blocks[index], f"blocks.{index}"
     norm, mixer = block.norm, block.mixer
-    assert isinstance(norm, nn.Module) and isinstance(norm.weight, Tensor)
-    hook = _norm_hook(watch, f"{prefix}.norm.weight", norm.weight, f"{prefix}.norm")
+    assert isinstance(norm, nn.Module)
+    hook = _norm_hook(watch, f"{prefix}.norm", norm, f"{prefix}.norm")
     own = WATCHERS[type(model.config.blocks[index])](mixer, prefix, watch, sources)
 
     def passed(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Certificates: every axis of both families, stored dtypes, and what must not pass."""
+"""Certificates: every axis of every family, stored dtypes, and what must not pass."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from halflap.models.presets import preset
 SIZES = {
     "nemotron-h-tiny": Sizes(64, 200, 8, 12, 10, 4, drop_blocks=(6,)),
     "llama-tiny": Sizes(hidden_size=64, intermediate_size=100, num_attention_heads=4, num_blocks=6),
+    "nemotron-4-tiny": Sizes(64, 200, num_attention_heads=2, num_key_value_heads=1, num_blocks=6),
 }
 CONFIGS = {name: dataclasses.replace(preset(name), vocab_size=64) for name in SIZES}
 TOKENS = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -40,7 +41,7 @@ def make_teacher(directory: Path, name: str, dtype: str = "float32") -> Checkpoi
         for key, parameter in model.named_parameters():
             if key.endswith("proj.weight"):
                 parameter.mul_(5)
-            elif key.endswith("norm.weight"):
+            elif key.endswith(("norm.weight", "norm.bias")):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return save_model(model, directory, dtype=dtype)
 
@@ -66,7 +67,7 @@ def make_plan(teacher: Checkpoint, name: str, correction: str = "masked", sizes:
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("correction", ["masked", "none", "calibrated"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_axis_of_both_families_passes(tmp_path: Path, name: str, correction: str, dtype: str) -> None:
+def test_every_axis_of_every_family_passes(tmp_path: Path, name: str, correction: str, dtype: str) -> None:
     teacher = make_teacher(tmp_path / "teacher", name, dtype)
     plan = make_plan(teacher, name, correction)
     student = make_student(teacher, tmp_path / "student", plan)
