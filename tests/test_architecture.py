@@ -16,7 +16,15 @@ LADDER = {
 }
 BESIDE = {"errors", "files", "progress", "amounts"}  # anyone may read these
 RECIPES = {"recipe", "binding", "run", "inputs", "environment", "report"}  # for commands and cli, no torch
-PURE = {"models.layout", "models.count", "models.presets", "compress.axes", "compress.space", "compress.plan"}
+PURE = {
+    "models.layout",
+    "models.count",
+    "models.presets",
+    "models.sharing",
+    "compress.axes",
+    "compress.space",
+    "compress.plan",
+}
 OWNERS = {  # who may import what, beyond the ladder
     "torch.distributed": ("parallel.", "train.resume"),
     "transformers": ("hf",),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, ModelConfig
+from halflap.models.config import AttentionConfig, BlockConfig, Mamba1Config, Mamba2Config, ModelConfig
 from halflap.models.layout import layout, mixer_layout, norm_layout, shape
 
 Phase = Literal["decode", "prefill"]
@@ -30,8 +30,7 @@ def count_block_parameters(config: ModelConfig) -> list[int]:
     """Parameters of each block, its norm included."""
     norm = config.hidden_size * len(norm_layout(config))
     return [
-        norm
-        + sum(math.prod(shape(dims)) for dims in mixer_layout(block, index, config.hidden_size).values())
+        norm + sum(math.prod(shape(dims)) for dims in mixer_layout(block, index, config.hidden_size).values())
         for index, block in enumerate(config.blocks)
     ]
 
@@ -44,22 +43,36 @@ def flops_per_token(config: ModelConfig, context: int, phase: Phase = "decode") 
     dense products (Dao & Gu 2024, section 6). Twice a matrix's parameters for every projection; norms, activations and
     the embedding look-up, all of lower order, are left out.
     """
-    mixers = sum(_block_flops(block, config.hidden_size, context, phase) for block in config.blocks)
+    meta = config.num_meta_tokens
+    mixers = sum(_block_flops(block, config.hidden_size, context, phase, meta) for block in config.blocks)
     return round(mixers + 2 * config.hidden_size * config.vocab_size)
 
 
-def _block_flops(block: BlockConfig, hidden: int, context: int, phase: Phase) -> float:
+def _block_flops(block: BlockConfig, hidden: int, context: int, phase: Phase, meta: int) -> float:
     projections = 2 * sum(
         math.prod(shape(dims)) for name, dims in mixer_layout(block, 0, hidden).items() if name.endswith("proj.weight")
     )
-    if isinstance(block, AttentionConfig):
-        seen = context if phase == "decode" else (context + 1) / 2
-        return projections + 4 * block.num_attention_heads * block.head_dim * seen  # q k^T and its product with v
-    if isinstance(block, Mamba2Config):
-        conv = 2 * block.conv_kernel * block.conv_size
-        return projections + conv + (_step_flops(block) if phase == "decode" else _scan_flops(block, context))
-    assert isinstance(block, MLPConfig)
-    return projections
+    inside = 0.0
+    if (attention := block.attention) is not None:  # q k^T and its product with v
+        channels = 2 * attention.num_attention_heads * (attention.head_dim + attention.value_dim)
+        inside += channels * (_tokens_seen(attention, context, phase) + meta)
+    if isinstance(block.ssm, Mamba1Config):
+        inside += 2 * block.ssm.conv_kernel * block.ssm.inner_size + _selective_flops(block.ssm)
+    if isinstance(block.ssm, Mamba2Config):
+        inside += 2 * block.ssm.conv_kernel * block.ssm.conv_size
+        inside += _step_flops(block.ssm) if phase == "decode" else _scan_flops(block.ssm, context)
+    return projections + inside
+
+
+def _tokens_seen(block: AttentionConfig, context: int, phase: Phase) -> float:
+    """Tokens that a query sees, itself included: the last one's, or the mean over a prompt of `context` tokens."""
+    reach = context if block.window is None else min(context, block.window + 1)
+    return reach if phase == "decode" else reach - reach * (reach - 1) / 2 / context
+
+
+def _selective_flops(block: Mamba1Config) -> int:
+    """S = exp(dt A) S + (dt u) B: 5 an element; y = S C: 2; dt u and y + D u: 3 a channel."""
+    return block.inner_size * (7 * block.state_size + 3)
 
 
 def _step_flops(block: Mamba2Config) -> int:
@@ -85,21 +98,49 @@ def cache_bytes(
     *,
     conv_bits: int = 16,
     conv_columns: int | None = None,
+    window_slots: int = 1,
 ) -> int:
-    """Bytes of decode state for `batch` sequences of `context` tokens: keys and values, convolution tails, SSM states.
+    """Bytes of decode state for `batch` sequences of `context` tokens: everything that `cache_parts` lists."""
+    parts = cache_parts(
+        config, context, batch, kv_bits, ssm_bits,
+        conv_bits=conv_bits, conv_columns=conv_columns, window_slots=window_slots,
+    )  # fmt: skip
+    return math.ceil(sum(parts.values()))
+
+
+def cache_parts(
+    config: ModelConfig,
+    context: int,
+    batch: int = 1,
+    kv_bits: int = 16,
+    ssm_bits: int = 32,
+    *,
+    conv_bits: int = 16,
+    conv_columns: int | None = None,
+    window_slots: int = 1,
+) -> dict[str, float]:
+    """Bytes by what they hold: keys and values of whole and windowed attention, and of meta tokens; conv tails; states.
 
     Of the convolution we hold the last W - 1 inputs and count those; transformers holds W columns, which published
-    figures count: `conv_columns=4` gives them.
+    figures count: `conv_columns=4` gives them. A windowed block holds its window and `window_slots` tokens more, we the
+    newest one; published figures count the window alone: `window_slots=0`.
     """
-    bits = 0
+    bits = dict.fromkeys(("whole", "windowed", "meta", "convolution", "ssm"), 0)
     for block in config.blocks:
-        if isinstance(block, AttentionConfig):
-            bits += 2 * block.num_key_value_heads * block.head_dim * context * kv_bits
-        elif isinstance(block, Mamba2Config):
-            columns = block.conv_kernel - 1 if conv_columns is None else conv_columns
-            bits += block.conv_size * columns * conv_bits
-            bits += block.inner_size * block.state_size * ssm_bits
-    return math.ceil(batch * bits / 8)
+        attention, ssm = block.attention, block.ssm
+        if attention is not None and attention.key_value_source is None:
+            token = attention.num_key_value_heads * (attention.head_dim + attention.value_dim) * kv_bits
+            bits["meta"] += token * config.num_meta_tokens
+            if attention.window is None:
+                bits["whole"] += token * context
+            else:
+                bits["windowed"] += token * min(context, attention.window + window_slots)
+        if ssm is not None:
+            channels = ssm.conv_size if isinstance(ssm, Mamba2Config) else ssm.inner_size
+            columns = ssm.conv_kernel - 1 if conv_columns is None else conv_columns
+            bits["convolution"] += channels * columns * conv_bits
+            bits["ssm"] += ssm.inner_size * ssm.state_size * ssm_bits
+    return {name: batch * value / 8 for name, value in bits.items()}
 
 
 def memory_bytes(

@@ -6,12 +6,27 @@ and MLP in equal number, 7 % attention, each attention block followed by an MLP)
 
 Minitron 8B's heads are together wider than its hidden size, and Minitron 4B has 24 of them as in its config, not the 32
 of its model card, with which it would have 4.39 B parameters.
+
+Of Hymba only the 1.5B's global layers and sharing groups are published; the others follow the rule of sharing.py, and
+time step ranks and inner sizes are in the 1.5B's proportion to the hidden size.
 """
 
 from __future__ import annotations
 
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, RopeConfig, parse_pattern
+from halflap.models.config import (
+    AttentionConfig,
+    BlockConfig,
+    HybridConfig,
+    Mamba1Config,
+    Mamba2Config,
+    MLPConfig,
+    ModelConfig,
+    NTKScaling,
+    RopeConfig,
+    parse_pattern,
+)
+from halflap.models.sharing import global_layers, sharing_groups, sources
 
 PATTERN_8B = "M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-"
 PATTERN_56B = "M-M-M-M*-" + 9 * "M-M-M-M-M*-" + "M-M-M-M-M-"
@@ -103,6 +118,50 @@ def nemotron_4(
     )
 
 
+def hymba(
+    layers: int,
+    *,
+    hidden: int,
+    mlp: int,
+    heads: tuple[int, int],
+    state: int = 16,
+    window: int = 1024,
+    meta: int = 128,
+    vocab: int = 32001,
+    context: int = 8192,
+    original_context: int | None = 2048,
+) -> ModelConfig:
+    """heads: query and key/value heads; original_context: where the rotary embedding is stretched from, None if not."""
+    scaling = None if original_context is None else NTKScaling(original_context, context)
+    ssm = Mamba1Config(inner_size=2 * hidden, state_size=state, dt_rank=hidden // 16)
+    whole = global_layers(layers)
+    shared = sources(sharing_groups(layers, whole))
+    blocks: list[BlockConfig] = []
+    for layer in range(layers):
+        attention = AttentionConfig(
+            *heads,
+            head_dim=hidden // heads[0],
+            rope=RopeConfig(scaling=scaling),
+            value_head_dim=2 * hidden // heads[0],
+            window=None if layer in whole else window,
+            key_value_source=2 * shared[layer] if layer in shared else None,  # a layer is two blocks
+        )
+        blocks += [HybridConfig(attention, ssm), MLPConfig(mlp, activation="silu", gated=True)]
+    return ModelConfig(
+        family="hymba",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        blocks=tuple(blocks),
+        norm_eps=1e-6,
+        tie_word_embeddings=True,
+        max_position_embeddings=context,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        num_meta_tokens=meta,
+    )
+
+
 PRESETS: dict[str, ModelConfig] = {
     "nemotron-h-4b": nemotron_h(PATTERN_8B, hidden=3072, mlp=12288, mamba=(112, 64, 8, 128), attention=(32, 8, 128)),
     "nemotron-h-8b": nemotron_h(PATTERN_8B, hidden=4096, mlp=21504, mamba=(128, 64, 8, 128), attention=(32, 8, 128)),
@@ -130,6 +189,13 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "nemotron-4-tiny": nemotron_4(
         4, hidden=96, mlp=384, attention=(6, 2, 16), vocab=512, context=512, std=0.02, ids=(1, 2, 0)
+    ),
+    "hymba-125m": hymba(24, hidden=512, mlp=1664, heads=(8, 4)),
+    "hymba-350m": hymba(32, hidden=768, mlp=2432, heads=(12, 4)),
+    "hymba-1.5b": hymba(32, hidden=1600, mlp=5504, heads=(25, 5)),
+    "hymba-55m": hymba(12, hidden=512, mlp=1344, heads=(8, 4), window=256, meta=32, vocab=8192, original_context=None),
+    "hymba-tiny": hymba(
+        8, hidden=96, mlp=192, heads=(6, 2), state=8, window=64, meta=8, vocab=512, context=512, original_context=None
     ),
     "smollm2-135m": llama(
         30, hidden=576, mlp=1536, attention=(9, 3, 64), vocab=49152, theta=100000.0, tied=True, ids=(1, 2, 2)

@@ -7,14 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from halflap.models.config import RopeConfig
+from halflap.models.config import NTKScaling, RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """Angular speed of each rotated pair, (rotary/2,) float64 radians a token; scaling as Llama 3.1 defines it."""
     rotary = round(head_dim * rope.fraction)
-    speed = rope.theta ** -(torch.arange(0, rotary, 2, dtype=torch.float64) / rotary)
-    if (scaling := rope.scaling) is None:
+    theta, scaling = rope.theta, rope.scaling
+    if isinstance(scaling, NTKScaling):
+        stretch = scaling.max_position_embeddings / scaling.original_max_position_embeddings
+        theta *= (scaling.factor * stretch - scaling.factor + 1) ** (rotary / (rotary - 2))
+    speed = theta ** -(torch.arange(0, rotary, 2, dtype=torch.float64) / rotary)
+    if scaling is None or isinstance(scaling, NTKScaling):
         return speed
     turns = scaling.original_max_position_embeddings * speed / (2 * math.pi)  # full turns within the original context
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
