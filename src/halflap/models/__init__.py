@@ -3,10 +3,16 @@
 config.py     block configs and the model config, with validation and JSON
 layout.py     every parameter's dimensions as runs of grids of named axes
 count.py      parameters, FLOPs per token and cache bytes from the config alone
+utilization.py  operations a second of training against a device's peak (MFU)
 presets.py    published and small shapes
-rope.py       rotary position embedding: full, partial, scaled
+sharing.py    which attention blocks are global, and whose keys and values the others read
+rope.py       rotary position embedding: full, partial, scaled, stretched
 attention.py  grouped-query attention mixer
+mamba1.py     Mamba-1 mixer
 mamba2.py     Mamba-2 mixer
+hybrid.py     attention and SSM heads side by side
+meta.py       meta tokens before each document
+context.py    what a pass knows about its tokens
 mlp.py        MLP mixer
 linear.py     the linear map of every mixer
 norm.py       the norms of blocks: RMSNorm, LayerNorm1P

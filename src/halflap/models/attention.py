@@ -18,26 +18,45 @@ class AttentionMixer(nn.Module):
     def __init__(self, config: AttentionConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config
-        query_size = config.num_attention_heads * config.head_dim
-        key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(hidden_size, query_size, bias=config.bias)
-        self.k_proj = Linear(hidden_size, key_size, bias=config.bias)
-        self.v_proj = Linear(hidden_size, key_size, bias=config.bias)
-        self.o_proj = Linear(query_size, hidden_size, bias=config.bias)
+        self.q_proj = Linear(hidden_size, config.num_attention_heads * config.head_dim, bias=config.bias)
+        if config.key_value_source is None:
+            self.k_proj = Linear(hidden_size, config.num_key_value_heads * config.head_dim, bias=config.bias)
+            self.v_proj = Linear(hidden_size, config.num_key_value_heads * config.value_dim, bias=config.bias)
+        self.o_proj = Linear(config.num_attention_heads * config.value_dim, hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, context: SequenceContext, state: KeyValueState | None = None) -> Tensor:
         """x (B, T, D) to (B, T, D); with a state, keys and values are appended to it."""
-        c = self.config
-        query = self.q_proj(x).unflatten(-1, (c.num_attention_heads, c.head_dim)).transpose(1, 2)
-        key = self.k_proj(x).unflatten(-1, (c.num_key_value_heads, c.head_dim)).transpose(1, 2)
-        value = self.v_proj(x).unflatten(-1, (c.num_key_value_heads, c.head_dim)).transpose(1, 2)
+        own = (self.k_proj(x), self.v_proj(x)) if self.config.key_value_source is None else None
+        return self.o_proj(attend(self.config, self.q_proj(x), own, context, state))
+
+
+def attend(
+    config: AttentionConfig,
+    query: Tensor,
+    own: tuple[Tensor, Tensor] | None,
+    context: SequenceContext,
+    state: KeyValueState | None,
+) -> Tensor:
+    """Attend with query (B, T, H h) to what is visible; returns (B, T, H v).
+
+    own: key (B, T, K h) and value (B, T, K v) of this block; None where it reads another's, rotated there already.
+    """
+    c = config
+    query = query.unflatten(-1, (c.num_attention_heads, c.head_dim)).transpose(1, 2)
+    if c.rope is not None:
+        cos, sin = context.rotary(c.rope, c.head_dim, query.dtype)
+        query = rotate(query, cos, sin)
+    if own is None:
+        assert c.key_value_source is not None
+        seen = context.shared(c.key_value_source)
+    else:
+        key = own[0].unflatten(-1, (c.num_key_value_heads, c.head_dim)).transpose(1, 2)
+        value = own[1].unflatten(-1, (c.num_key_value_heads, c.value_dim)).transpose(1, 2)
         if c.rope is not None:
-            cos, sin = context.rotary(c.rope, c.head_dim, query.dtype)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if state is not None:
-            key, value = state.append(key, value, context.positions, context.uniform, context.used)
-        keys = key.shape[2]
-        y = select.attention(
-            query, key, value, lambda: context.attention_mask(keys), starts=context.starts, offset=context.offset
-        )
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+            key = rotate(key, cos, sin)
+        seen = context.key_values(key, value, c.window, state)
+    y = select.attention(
+        query, seen.keys, seen.values, seen.mask,
+        starts=seen.starts, offset=seen.offset, window=seen.window, meta=seen.meta,
+    )  # fmt: skip
+    return y.transpose(1, 2).flatten(2)

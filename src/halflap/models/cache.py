@@ -1,69 +1,150 @@
 """What a decoded sequence keeps: keys and values, convolution tails, SSM states.
 
-Rows of a batch may have unequal lengths: row b's next token goes to position `lengths[b]`. SSM states are float32
-whatever the model's dtype (section 4.7 of the Nemotron-H notes). Recurrent state cannot be cropped: to go back, clone.
+Rows of a batch may have unequal lengths: row b's next token goes to position `meta + lengths[b]`, where `meta` are the
+meta tokens that stand before every row. Their part of the state is the same for all rows and computed once a model
+(`HybridModel.meta_state`). A windowed block holds the meta tokens, its window and the newest token, and no more at any
+time. SSM states are float32 whatever the model's dtype (section 4.7 of the Nemotron-H notes). Recurrent state cannot be
+cropped: to go back, clone.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from halflap.models.config import AttentionConfig, Mamba2Config, ModelConfig
+from halflap.models.config import AttentionConfig, BlockConfig, Mamba1Config, Mamba2Config, ModelConfig
 
 
 @dataclass
 class KeyValueState:
-    """keys and values (B, K, capacity, head_dim)."""
+    """keys (B, K, slots, head_dim) and values (B, K, slots, value_dim).
+
+    Without a window, slot p holds position p. With one, the first `meta` slots hold the meta tokens and position p
+    comes to slot meta + (p - meta) % (window + 1): where the token lay that has just left p's window.
+    """
 
     keys: Tensor
     values: Tensor
+    window: int | None = None
+    meta: int = 0
 
-    def append(
-        self, key: Tensor, value: Tensor, context_positions: Tensor, uniform: bool, used: int
-    ) -> tuple[Tensor, Tensor]:
-        """Write (B, K, T, h) at `context_positions` (B, T) and return all keys and values up to `used` tokens."""
-        if used > self.keys.shape[2]:
-            self._grow(max(used, 2 * self.keys.shape[2]))
-        if uniform:
+    def append(self, key: Tensor, value: Tensor, positions: Tensor, uniform: bool, used: int) -> tuple[Tensor, Tensor]:
+        """Write (B, K, T, h) at `positions` (B, T) and return all keys and values up to `used` tokens.
+
+        With a window only one token at a time; the order of the slots then means nothing.
+        """
+        if self.window is not None:
+            used = min(used, self.meta + self.window + 1)
+            positions = self._slots(positions)
+        self._reserve(used)
+        if uniform and self.window is None:
             start = used - key.shape[2]
             self.keys[:, :, start:used] = key
             self.values[:, :, start:used] = value
         else:
-            index = context_positions[:, None, :, None].expand_as(key)
-            self.keys.scatter_(2, index, key.to(self.keys.dtype))
-            self.values.scatter_(2, index, value.to(self.values.dtype))
+            for held, new in ((self.keys, key), (self.values, value)):
+                held.scatter_(2, positions[:, None, :, None].expand_as(new), new.to(held.dtype))
         return self.keys[:, :, :used], self.values[:, :, :used]
 
-    def _grow(self, capacity: int) -> None:
+    def append_many(
+        self, key: Tensor, value: Tensor, before: Tensor, counts: Tensor | int, past: int, used: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of a windowed block: row b's new tokens start at position before[b], and its first counts[b] count.
+
+        Returns the keys and values of the meta tokens, of the `past` positions before the new ones (where a row has
+        not so many, something that must be masked) and of the new ones, in this order. Then keeps what a window needs.
+        """
+        assert self.window is not None
+        self._reserve(min(used, self.meta + self.window + 1))
+        slots = self._slots(before[:, None] + torch.arange(-past, 0, device=key.device))
+        slots = slots.clamp(max=self.keys.shape[2] - 1)[:, None, :, None]
+        newest, index = self._newest(before, counts)
+        views = []
+        for held, new in ((self.keys, key), (self.values, value)):
+            new = new.to(held.dtype)
+            earlier = held.gather(2, slots.expand(-1, held.shape[1], -1, held.shape[3]))
+            views.append(torch.cat([held[:, :, : self.meta], earlier, new], 2))
+            taken = new.gather(2, index.clamp(0, new.shape[2] - 1).expand(-1, new.shape[1], -1, new.shape[3]))
+            held[:, :, self.meta :] = torch.where(newest, taken, held[:, :, self.meta :])
+        return views[0], views[1]
+
+    def start_from(self, other: KeyValueState) -> None:
+        """Take the meta tokens of a state of one row for all rows."""
+        self.keys[:, :, : self.meta] = other.keys[:, :, : self.meta]
+        self.values[:, :, : self.meta] = other.values[:, :, : self.meta]
+
+    def _slots(self, positions: Tensor) -> Tensor:
+        assert self.window is not None
+        return self.meta + (positions - self.meta) % (self.window + 1)
+
+    def _newest(self, before: Tensor, counts: Tensor | int) -> tuple[Tensor, Tensor]:
+        """For each slot behind the meta tokens, (B, 1, slots, 1): is it a new token's, and which one's."""
+        assert self.window is not None
+        slots = torch.arange(self.keys.shape[2] - self.meta, device=before.device)
+        last = (before + counts - 1)[:, None]
+        position = last - (last - self.meta - slots) % (self.window + 1)  # the newest that belongs there
+        index = (position - before[:, None])[:, None, :, None]
+        return index >= 0, index
+
+    def _reserve(self, slots: int) -> None:
+        """Have at least so many slots, at most doubling them; a window never needs more than its own."""
+        have = self.keys.shape[2]
+        if slots <= have:
+            return
+        capacity = max(slots, 2 * have)
+        if self.window is not None:
+            capacity = min(capacity, self.meta + self.window + 1)
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-            new[:, :, : old.shape[2]] = old
+            new[:, :, :have] = old
             setattr(self, name, new)
 
 
 @dataclass
 class ConvSSMState:
-    """conv (B, W-1, conv_size), the last inputs of the convolution; ssm (B, H, P, N) float32."""
+    """conv (B, W-1, conv_size), the last inputs of the convolution; ssm float32, (B, H, P, N), of Mamba-1 (B, I, N)."""
 
     conv: Tensor
     ssm: Tensor
 
+    def start_from(self, other: ConvSSMState) -> None:
+        self.conv = other.conv.expand_as(self.conv).contiguous()
+        self.ssm = other.ssm.expand_as(self.ssm).contiguous()
 
-BlockState = KeyValueState | ConvSSMState
+
+@dataclass
+class HybridState:
+    """Of a hybrid block; `attention` is None where the keys and values are another block's."""
+
+    attention: KeyValueState | None
+    ssm: ConvSSMState
+
+    def start_from(self, other: HybridState) -> None:
+        self.ssm.start_from(other.ssm)
+        if self.attention is not None and other.attention is not None:
+            self.attention.start_from(other.attention)
+
+
+BlockState = KeyValueState | ConvSSMState | HybridState
 
 
 @dataclass
 class Cache:
-    """States of all blocks (None for blocks that keep nothing) and the tokens seen by each row."""
+    """States of all blocks (None for blocks that keep nothing) and the tokens seen by each row, meta tokens apart."""
 
     blocks: list[BlockState | None]
     lengths: Tensor  # (B,) int64
     used: int = 0  # the longest row
     uniform: bool = True  # all rows equally long
+    meta: int = 0  # meta tokens before every row
+    started: bool = False  # the meta tokens' state is in
+    decode_window_compat: bool = False
 
     @staticmethod
     def create(
@@ -72,31 +153,45 @@ class Cache:
         capacity: int = 256,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        decode_window_compat: bool = False,
     ) -> Cache:
-        """An empty cache; key/value memory is taken for `capacity` tokens and doubles when they do not suffice."""
-        blocks: list[BlockState | None] = []
-        for block in config.blocks:
-            if isinstance(block, AttentionConfig):
-                shape = (batch, block.num_key_value_heads, capacity, block.head_dim)
-                blocks.append(KeyValueState(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))))
-            elif isinstance(block, Mamba2Config):
-                wide = torch.promote_types(dtype, torch.float32)
-                conv = torch.zeros(batch, block.conv_kernel - 1, block.conv_size, dtype=dtype, device=device)
-                ssm = torch.zeros(batch, block.num_heads, block.head_dim, block.state_size, dtype=wide, device=device)
-                blocks.append(ConvSSMState(conv, ssm))
-            else:
-                blocks.append(None)
-        return Cache(blocks, torch.zeros(batch, dtype=torch.int64, device=device))
+        """An empty cache; key/value memory is taken for `capacity` tokens and doubles when they do not suffice.
+
+        decode_window_compat: one-token steps see window - 1 earlier tokens, as Hymba's released decoder does, and not
+        window as in training.
+        """
+        meta = config.num_meta_tokens
+        blocks = [_state(block, batch, capacity, meta, dtype, device) for block in config.blocks]
+        lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        return Cache(blocks, lengths, meta=meta, decode_window_compat=decode_window_compat)
+
+    @staticmethod
+    def for_meta_tokens(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Cache:
+        """One row in which the meta tokens are ordinary tokens; all of them see all before, so windows do not count."""
+        count = config.num_meta_tokens
+        blocks = [_state(block, 1, count, 0, dtype, device, windows=False) for block in config.blocks]
+        return Cache(blocks, torch.zeros(1, dtype=torch.int64, device=device))
+
+    def start_from(self, meta_state: Cache) -> None:
+        """Put the meta tokens (`for_meta_tokens`, after a pass over them) before every row."""
+        for state, other in zip(self.blocks, meta_state.blocks, strict=True):
+            if state is not None:
+                state.start_from(other)  # type: ignore[arg-type]
+        self.started = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys, values and convolution tails."""
+        return next((t.dtype for state in self.blocks for _, t in _tensors(state)), torch.float32)
 
     def select(self, rows: Tensor | list[int]) -> Cache:
         """A new cache of the given rows, repeats allowed (beam reorder, one prompt to many samples)."""
         index = torch.as_tensor(rows, device=self.lengths.device)
-        blocks = [
-            None if state is None else type(state)(*(t.index_select(0, index) for t in vars(state).values()))
-            for state in self.blocks
-        ]
+        blocks = [_map(state, lambda tensor: tensor.index_select(0, index)) for state in self.blocks]
         lengths = self.lengths[index]
-        return Cache(blocks, lengths, int(lengths.max()), bool((lengths == lengths[0]).all()))
+        uniform = bool((lengths == lengths[0]).all())
+        return dataclasses.replace(self, blocks=blocks, lengths=lengths, used=int(lengths.max()), uniform=uniform)
 
     def row(self, index: int) -> Cache:
         return self.select([index])
@@ -109,7 +204,79 @@ class Cache:
         """Bytes held now; with `tokens_only` the key/value bytes count written tokens, not capacity."""
         total = 0
         for state in self.blocks:
-            for tensor in () if state is None else vars(state).values():
-                share = self.used / tensor.shape[2] if tokens_only and isinstance(state, KeyValueState) else 1
+            for owner, tensor in _tensors(state):
+                share = 1.0
+                if tokens_only and isinstance(owner, KeyValueState) and tensor.shape[2]:
+                    share = min(self.meta + self.used, tensor.shape[2]) / tensor.shape[2]
                 total += round(tensor.nbytes * share)
         return total
+
+
+def _state(
+    block: BlockConfig,
+    batch: int,
+    capacity: int,
+    meta: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    windows: bool = True,
+) -> BlockState | None:
+    attention = keys = None
+    if block.attention is not None and block.attention.key_value_source is None:
+        attention, window = block.attention, block.attention.window if windows else None
+        slots = meta + (capacity if window is None else min(capacity, window + 1))
+        keys = _key_values(attention, (batch, slots), window, meta, dtype, device)
+    if block.ssm is None:
+        return keys
+    ssm = _conv_ssm(block.ssm, batch, dtype, device)
+    return ssm if block.attention is None else HybridState(keys, ssm)
+
+
+def _key_values(
+    block: AttentionConfig,
+    size: tuple[int, int],
+    window: int | None,
+    meta: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> KeyValueState:
+    batch, slots = size
+    keys, values = (
+        torch.zeros(batch, block.num_key_value_heads, slots, width, dtype=dtype, device=device)
+        for width in (block.head_dim, block.value_dim)
+    )
+    return KeyValueState(keys, values, window, meta)
+
+
+def _conv_ssm(
+    block: Mamba1Config | Mamba2Config, batch: int, dtype: torch.dtype, device: torch.device | str
+) -> ConvSSMState:
+    wide = torch.promote_types(dtype, torch.float32)
+    if isinstance(block, Mamba2Config):
+        channels, inner = block.conv_size, (block.num_heads, block.head_dim)
+    else:
+        channels, inner = block.inner_size, (block.inner_size,)
+    conv = torch.zeros(batch, block.conv_kernel - 1, channels, dtype=dtype, device=device)
+    return ConvSSMState(conv, torch.zeros(batch, *inner, block.state_size, dtype=wide, device=device))
+
+
+def _tensors(state: BlockState | None) -> Iterator[tuple[BlockState, Tensor]]:
+    """Every tensor of a state with the part that holds it."""
+    for value in () if state is None else vars(state).values():
+        if isinstance(value, Tensor):
+            yield state, value  # type: ignore[misc]
+        elif isinstance(value, KeyValueState | ConvSSMState):
+            yield from _tensors(value)
+
+
+def _map(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The state with a function applied to every tensor."""
+    if state is None:
+        return None
+    changed: dict[str, Any] = {}
+    for name, value in vars(state).items():
+        if isinstance(value, Tensor):
+            changed[name] = function(value)
+        elif isinstance(value, KeyValueState | ConvSSMState):
+            changed[name] = _map(value, function)
+    return dataclasses.replace(state, **changed)

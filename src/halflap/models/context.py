@@ -1,24 +1,44 @@
-"""What one pass knows about its tokens: the only channel between the model and its mixers."""
+"""What one pass knows about its tokens: the only channel between the model and its mixers, and between mixers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from halflap.models.cache import KeyValueState
 from halflap.models.config import RopeConfig
 from halflap.models.rope import inverse_frequencies, rotary_tables
-from halflap.ops.attention import cached_mask, packed_mask
+from halflap.ops.attention import cached_mask, packed_mask, within_window
+
+Mask = Callable[[], Tensor | None]
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Keys (B, K, S, head_dim) and values (B, K, S, value_dim) and which of them a pass's queries see.
+
+    The last five are arguments of `ops.attention.attention`, in whose terms key s need not be at position s.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Mask
+    starts: Tensor | None = None
+    offset: int | None = 0
+    window: int | None = None
+    meta: int = 0
 
 
 @dataclass
 class SequenceContext:
     """One pass over tokens (B, T).
 
-    positions (B, T) count from each document's start; runs (B, T) number the documents of a row, None when each row
-    is one; lengths (B,) are the valid right-padded tokens of a cached pass, None when all are; `past` is True when
-    the cache already holds tokens.
+    positions (B, T) count from each document's start, its meta tokens included; runs (B, T) number the documents of a
+    row, None when each row is one; lengths (B,) are the valid right-padded tokens of a cached pass, None when all are;
+    `past` is True when the cache already holds something.
     """
 
     positions: Tensor
@@ -27,30 +47,116 @@ class SequenceContext:
     lengths: Tensor | None = None
     past: bool = False
     uniform: bool = True  # all rows of the cache equally long
-    used: int = 0  # tokens of the longest row once this pass is written
-    _masks: dict[int, Tensor | None] = field(default_factory=dict)
+    used: int = 0  # positions of the longest row once this pass is written
+    meta: int = 0  # meta tokens that every document begins with
+    decode_window_compat: bool = False
+    readers: Mapping[int, int] = field(default_factory=dict)  # block to the last that reads its keys and values
+    block: int = 0  # the one that runs
+    _shared: dict[int, KeyValues] = field(default_factory=dict)
+    _masks: dict[object, Tensor | None] = field(default_factory=dict)
     _rotary: dict[tuple[RopeConfig, int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def time(self) -> int:
+        return self.positions.shape[1]
+
+    def key_values(self, key: Tensor, value: Tensor, window: int | None, state: KeyValueState | None) -> KeyValues:
+        """What this pass's queries may look at once key and value (B, K, T, h) are part of `state`, if there is one.
+
+        Other blocks that read this block's find it under `shared`.
+        """
+        found = self._uncached(key, value, window) if state is None else self._cached(key, value, state)
+        if self.block in self.readers:
+            self._shared[self.block] = found
+        return found
+
+    def shared(self, source: int) -> KeyValues:
+        """The keys and values of an earlier block."""
+        found = self._shared[source]
+        if self.used and self.readers[source] == self.block:
+            del self._shared[source]  # of a cached pass, in which no block runs twice
+        return found
+
+    def _uncached(self, key: Tensor, value: Tensor, window: int | None) -> KeyValues:
+        time = self.time
+        if window is None or time <= self.meta + window + 1:  # then it hides nothing
+            return KeyValues(key, value, lambda: self.attention_mask(time), self.starts)
+        return KeyValues(key, value, lambda: self._window_mask(window), self.starts, 0, window, self.meta)
+
+    def _cached(self, key: Tensor, value: Tensor, state: KeyValueState) -> KeyValues:
+        window = state.window
+        if window is None or self.time == 1:
+            keys, values = state.append(key, value, self.positions, self.uniform, self.used)
+            count = keys.shape[2]
+            if window is not None and self.decode_window_compat:
+                return KeyValues(keys, values, lambda: self._compat_mask(count, window), offset=None)
+            offset = count - self.time if self.uniform else None
+            return KeyValues(keys, values, lambda: self.attention_mask(count), offset=offset)
+        before = self.positions[:, 0]
+        past = min(self.used - self.time - self.meta, window)
+        counts = self.time if self.lengths is None else self.lengths
+        keys, values = state.append_many(key, value, before, counts, past, self.used)
+        whole = self.uniform or bool((before >= self.meta + past).all())  # every row has `past` tokens behind it
+        return KeyValues(
+            keys,
+            values,
+            lambda: self._chunk_mask(window, past, whole),
+            offset=self.meta + past if whole else None,
+            window=window,
+            meta=self.meta,
+        )
 
     def attention_mask(self, keys: int) -> Tensor | None:
         """Mask (B, 1, T, keys), made once a pass; None where plain causal attention is meant."""
-        if keys not in self._masks:
-            self._masks[keys] = self._make_mask(keys)
-        return self._masks[keys]
+        return self._once(keys, lambda: self._make_mask(keys))
 
     def _make_mask(self, keys: int) -> Tensor | None:
-        time = self.positions.shape[1]
         if self.runs is not None:
             return packed_mask(self.runs)
-        if not self.past or (time == 1 and self.uniform):
+        if not self.past or (self.time == 1 and self.uniform):
             return None
         return cached_mask(self.positions, keys)
 
-    @property
-    def offset(self) -> int | None:
-        """Keys before the first query, the same in every row; None when rows differ."""
-        if not self.past:
-            return 0
-        return self.used - self.positions.shape[1] if self.uniform else None
+    def _window_mask(self, window: int) -> Tensor | None:
+        """Of a pass without a cache: (B or 1, 1, T, T)."""
+
+        def make() -> Tensor:
+            steps = torch.arange(self.time, device=self.positions.device)
+            seen = within_window(steps, steps, window, self.meta, self.starts)
+            return seen if self.runs is None else seen & packed_mask(self.runs)
+
+        return self._once(("window", window), make)
+
+    def _chunk_mask(self, window: int, past: int, whole: bool) -> Tensor | None:
+        """Of new tokens behind the meta tokens and `past` earlier ones: (B or 1, 1, T, meta + past + T)."""
+
+        def make() -> Tensor:
+            keys = torch.arange(self.meta + past + self.time, device=self.positions.device)
+            seen = within_window(keys[self.meta + past :], keys, window, self.meta)
+            if whole:
+                return seen
+            missing = (self.meta + past - self.positions[:, 0])[:, None]  # of `past`, what a row has not
+            there = (keys < self.meta) | (keys >= self.meta + missing)
+            return seen & there[:, None, None]
+
+        return self._once(("chunk", window), make)
+
+    def _compat_mask(self, keys: int, window: int) -> Tensor | None:
+        """Of one new token: as always but for the slot of the token `window` positions back."""
+
+        def make() -> Tensor:
+            oldest = self.meta + (self.positions - window - self.meta) % (window + 1)
+            full = self.positions >= self.meta + window
+            slots = torch.arange(keys, device=self.positions.device)
+            gone = full[..., None] & (slots == oldest[..., None])
+            return cached_mask(self.positions, keys) & ~gone[:, None]
+
+        return self._once(("compat", keys, window), make)
+
+    def _once(self, key: object, make: Mask) -> Tensor | None:
+        if key not in self._masks:
+            self._masks[key] = make()
+        return self._masks[key]
 
     def rotary(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (B, 1, T, rotary) of this pass, made once for all blocks with the same rotary embedding."""

@@ -1,4 +1,7 @@
-"""Mamba-2 mixer (Dao & Gu 2024, section 7; Nemotron-H): projection, convolution, state-space scan, gated group norm."""
+"""Mamba-2 mixer (Dao & Gu 2024, section 7; Nemotron-H): projection, convolution, state-space scan, gated group norm.
+
+`Mamba2Inner` is what lies between the two projections; a hybrid block has one behind its own projections.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,15 @@ class GroupNormWeight(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
 
-class Mamba2Mixer(nn.Module):
-    """[z | x B C | dt] = in_proj(u); silu(conv(xBC)); scan; norm(y * silu(z)) per group; out_proj."""
+class Mamba2Inner(nn.Module):
+    """[z | x B C | dt] to norm(scan(silu(conv(xBC))) * silu(z)), the norm per group."""
 
-    def __init__(self, config: Mamba2Config, hidden_size: int) -> None:
+    def __init__(self, config: Mamba2Config) -> None:
         super().__init__()
         self.config = config
-        self.in_proj = Linear(hidden_size, config.inner_size + config.conv_size + config.num_heads, bias=False)
+        self.add_parameters(config)
+
+    def add_parameters(self, config: Mamba2Config) -> None:
         self.conv1d = nn.Conv1d(
             config.conv_size, config.conv_size, config.conv_kernel, groups=config.conv_size, bias=config.conv_bias
         )
@@ -35,14 +40,12 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(config.num_heads))
         self.D = nn.Parameter(torch.ones(config.num_heads))
         self.norm = GroupNormWeight(config.inner_size)
-        self.out_proj = Linear(config.inner_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, context: SequenceContext, state: ConvSSMState | None = None) -> Tensor:
-        """x (B, T, D) to (B, T, D); with a state, both parts of it are advanced in place."""
-        projected = self.in_proj(x)
-        if state is not None and x.shape[1] == 1 and context.lengths is None:
+    def mix(self, projected: Tensor, context: SequenceContext, state: ConvSSMState | None = None) -> Tensor:
+        """projected (B, T, 2I + 2GN + H) to (B, T, I); with a state, both parts of it are advanced in place."""
+        if state is not None and projected.shape[1] == 1 and context.lengths is None:
             mixed, state.conv, state.ssm = select.mamba2_step(projected[:, 0], *self._inner(), state.conv, state.ssm)
-            return self.out_proj(mixed[:, None])
+            return mixed[:, None]
         conv_state, ssm_state = (state.conv, state.ssm) if state is not None and context.past else (None, None)
         mixed, final = select.mamba2_mix(
             projected,
@@ -57,9 +60,24 @@ class Mamba2Mixer(nn.Module):
             xBC = projected[..., c.inner_size : c.inner_size + c.conv_size]
             state.conv = final_conv_state(xBC, c.conv_kernel, conv_state, context.lengths).to(state.conv.dtype)
             state.ssm = final.to(state.ssm.dtype)
-        return self.out_proj(mixed)
+        return mixed
 
     def _inner(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Mamba2Config]:
         """What lies between the two projections."""
         conv = self.conv1d
         return conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, self.norm.weight, self.config
+
+
+class Mamba2Mixer(Mamba2Inner):
+    """[z | x B C | dt] = in_proj(u), the inner part, out_proj."""
+
+    def __init__(self, config: Mamba2Config, hidden_size: int) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.in_proj = Linear(hidden_size, config.inner_size + config.conv_size + config.num_heads, bias=False)
+        self.add_parameters(config)
+        self.out_proj = Linear(config.inner_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, context: SequenceContext, state: ConvSSMState | None = None) -> Tensor:
+        """x (B, T, D) to (B, T, D)."""
+        return self.out_proj(self.mix(self.in_proj(x), context, state))

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from halflap.models.attention import AttentionMixer
 from halflap.models.cache import BlockState, Cache
-from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, ModelConfig
+from halflap.models.config import (
+    AttentionConfig,
+    BlockConfig,
+    HybridConfig,
+    Mamba1Config,
+    Mamba2Config,
+    MLPConfig,
+    ModelConfig,
+)
 from halflap.models.context import SequenceContext
+from halflap.models.hybrid import HybridMixer
 from halflap.models.layout import is_offset_gain
 from halflap.models.linear import Linear
+from halflap.models.mamba1 import Mamba1Mixer
 from halflap.models.mamba2 import Mamba2Mixer
+from halflap.models.meta import widen, with_meta_tokens
 from halflap.models.mlp import MLPMixer
 from halflap.models.norm import NORMS
 from halflap.ops import select
@@ -25,33 +38,45 @@ MIXERS: dict[type, type[nn.Module]] = {
     AttentionConfig: AttentionMixer,
     Mamba2Config: Mamba2Mixer,
     MLPConfig: MLPMixer,
+    Mamba1Config: Mamba1Mixer,
+    HybridConfig: HybridMixer,
 }
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)): x (B, T, D) to (B, T, D)."""
 
-    def __init__(self, config: BlockConfig, model: ModelConfig) -> None:
+    def __init__(self, config: BlockConfig, model: ModelConfig, index: int) -> None:
         super().__init__()
+        self.index = index
         self.norm = NORMS[model.norm](model.hidden_size, model.norm_eps, before_mixer=True)
         self.mixer = MIXERS[type(config)](config, model.hidden_size)
 
     def forward(self, x: Tensor, context: SequenceContext, state: BlockState | None = None) -> Tensor:
+        context.block = self.index
         return x + self.mixer(self.norm(x), context, state)
 
 
 class HybridModel(nn.Module):
-    """A decoder-only language model whose blocks are its config's list."""
+    """A decoder-only language model whose blocks are its config's list.
+
+    recompute: torch.utils.checkpoint.checkpoint or its like. Where it is set, a pass with gradients keeps what enters
+    each block alone, and backward runs the block again.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute: Callable[..., Tensor] | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(block, config) for block in config.blocks)
+        meta = (config.num_meta_tokens, config.hidden_size)
+        self.meta_tokens = nn.Parameter(torch.zeros(meta)) if config.num_meta_tokens else None
+        self.blocks = nn.ModuleList(Block(block, config, index) for index, block in enumerate(config.blocks))
         self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
         self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
-        # torch.utils.checkpoint.checkpoint or its like: blocks then keep their input alone and run again in the backward
-        self.recompute: Callable[..., Tensor] | None = None
+        sources = ((i, b.attention.key_value_source) for i, b in enumerate(config.blocks) if b.attention is not None)
+        self.readers = {source: index for index, source in sources if source is not None}  # the last of each
+        self._meta_state: tuple[object, Cache] | None = None
 
     @property
     def head_weight(self) -> Tensor:
@@ -84,40 +109,100 @@ class HybridModel(nn.Module):
         lengths: Tensor | None = None,
     ) -> Tensor:
         """The normalised final hidden states (B, T, D) that the language head reads."""
-        context = self._context(tokens, segments, cache, lengths)
-        hidden = self.embedding(tokens)
-        if self.config.residual_in_fp32:
-            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        again = self.recompute if cache is None and torch.is_grad_enabled() else None
-        for index, block in enumerate(self.blocks):
-            if again is not None:
-                hidden = again(block, hidden, context)
-            else:
-                hidden = block(hidden, context, None if cache is None else cache.blocks[index])
-        if cache is not None:
-            _advance(cache, tokens, lengths)
-        return self.norm(hidden)
-
-    def _context(
-        self, tokens: Tensor, segments: Tensor | None, cache: Cache | None, lengths: Tensor | None
-    ) -> SequenceContext:
-        steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         if cache is not None:
             if segments is not None:
                 raise ValueError("a cached pass continues one document a row; pass lengths, not segments")
-            uniform = cache.uniform
-            return SequenceContext(
-                positions=cache.lengths[:, None] + steps,
-                lengths=lengths,
-                past=cache.used > 0,
-                uniform=uniform,
-                used=cache.used + tokens.shape[1],
-            )
+            return self._continue(tokens, cache, lengths)
+        meta, place = self.config.num_meta_tokens, None
         if segments is None:
-            return SequenceContext(positions=steps)
-        runs = segment_runs(segments)
+            hidden = self.embedding(tokens)
+            if self.meta_tokens is not None:
+                hidden = torch.cat([self.meta_tokens.to(hidden.dtype).expand(len(tokens), -1, -1), hidden], 1)
+            context = self._context(_steps(hidden))
+        elif self.meta_tokens is None:
+            hidden, context = self.embedding(tokens), self._context(_steps(tokens), segment_runs(segments))
+        else:
+            wide = widen(tokens, segments, meta)
+            place = wide.place
+            hidden = with_meta_tokens(self.embedding(wide.tokens), wide.slot, self.meta_tokens)
+            context = self._context(_steps(hidden), wide.runs)
+        hidden = self._run(hidden, context)
+        if place is not None:
+            hidden = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
+        elif meta:
+            hidden = hidden[:, meta:]
+        return self.norm(hidden)
+
+    def _continue(self, tokens: Tensor, cache: Cache, lengths: Tensor | None) -> Tensor:
+        """Hidden states of the next tokens (B, T) of the cache's rows."""
+        if self.meta_tokens is not None and not cache.started:
+            cache.start_from(self.meta_state(cache.dtype, tokens.device))
+        hidden = self._run(self.embedding(tokens), self._cached_context(_steps(tokens), cache, lengths), cache)
+        _advance(cache, tokens, lengths)
+        return self.norm(hidden)
+
+    def _run(self, hidden: Tensor, context: SequenceContext, cache: Cache | None = None) -> Tensor:
+        """All blocks."""
+        if self.config.residual_in_fp32:
+            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        recompute = self.recompute if cache is None and torch.is_grad_enabled() else None
+        if recompute is not None and self.readers:  # gradients of keys and values pass between blocks in this form only
+            recompute = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+        for index, block in enumerate(self.blocks):
+            if recompute is not None:
+                hidden = recompute(block, hidden, context)
+            else:
+                hidden = block(hidden, context, None if cache is None else cache.blocks[index])
+        return hidden
+
+    def _context(self, steps: Tensor, runs: Tensor | None = None) -> SequenceContext:
+        """Of a pass without a cache: steps (B, T) count from each row's start."""
+        meta = self.config.num_meta_tokens
+        if runs is None:
+            return SequenceContext(positions=steps, meta=meta, readers=self.readers)
         starts = torch.where(F.pad(runs[:, 1:] != runs[:, :-1], (1, 0), value=True), steps, 0).cummax(1).values
-        return SequenceContext(positions=steps - starts, runs=runs, starts=starts)
+        return SequenceContext(positions=steps - starts, runs=runs, starts=starts, meta=meta, readers=self.readers)
+
+    def _cached_context(self, steps: Tensor, cache: Cache, lengths: Tensor | None) -> SequenceContext:
+        before = cache.meta + cache.used
+        return SequenceContext(
+            positions=cache.meta + cache.lengths[:, None] + steps,
+            lengths=lengths,
+            past=before > 0,
+            uniform=cache.uniform,
+            used=before + steps.shape[1],
+            meta=cache.meta,
+            decode_window_compat=cache.decode_window_compat,
+            readers=self.readers,
+        )
+
+    @torch.no_grad()
+    def meta_state(self, dtype: torch.dtype, device: torch.device | str) -> Cache:
+        """What the meta tokens leave in the cache of every sequence; computed once for weights and dtype.
+
+        Keys and values of positions 0 .. M-1, convolution tails and SSM states, of one row.
+        """
+        assert self.meta_tokens is not None
+        kind = torch.device(device).type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (dtype, str(device), autocast, tuple(map(_version, self.parameters())))
+        if self._meta_state is None or self._meta_state[0] != key:
+            with torch.inference_mode(False):
+                state = Cache.for_meta_tokens(self.config, dtype, device)
+                rows = self.meta_tokens[None]
+                self._run(rows, self._cached_context(_steps(rows), state, None), state)
+            self._meta_state = key, state
+        return self._meta_state[1]
+
+
+def _steps(rows: Tensor) -> Tensor:
+    """0, 1, 2, ... in each row: (B, T) for rows (B, T, ...)."""
+    return torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2])
+
+
+def _version(parameter: Tensor) -> tuple[int, int]:
+    """Changes with the parameter's content."""
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
 def _advance(cache: Cache, tokens: Tensor, lengths: Tensor | None) -> None:
@@ -134,8 +219,8 @@ def _advance(cache: Cache, tokens: Tensor, lengths: Tensor | None) -> None:
 def initialize(model: HybridModel, seed: int) -> None:
     """Random weights as Nemotron-H was trained from (Megatron): normal, output projections shrunk by sqrt(blocks).
 
-    A is uniform in 1..16 and dt log-uniform in 0.001..0.1 a head; D and the norms' gains are one (stored as 0 where
-    the stored weight is the distance from one).
+    A is uniform in 1..16 a head, of Mamba-1 1, 2, .. over a channel's states; dt is log-uniform in 0.001..0.1; D and
+    the norms' gains are one (stored as 0 where the stored weight is the distance from one).
     """
     generator = torch.Generator().manual_seed(seed)
     std, shrink = model.config.initializer_range, math.sqrt(len(model.blocks))
@@ -145,14 +230,16 @@ def initialize(model: HybridModel, seed: int) -> None:
 
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 2)[-2:]
-        if leaf[-1] == "A_log":
+        if leaf[-1] == "A_log" and parameter.ndim == 2:
+            value = torch.arange(1, parameter.shape[1] + 1, dtype=torch.float64).log().expand(parameter.shape)
+        elif leaf[-1] == "A_log":
             value = uniform(parameter, 1, 16).log()
         elif leaf[-1] == "dt_bias":
             step = uniform(parameter, math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
             value = step + torch.log(-torch.expm1(-step))
         elif is_offset_gain(model.config, name) or leaf == ["norm", "bias"]:
             value = torch.zeros(parameter.shape)
-        elif leaf[-1] == "D" or leaf[0] == "norm":
+        elif leaf[-1] == "D" or leaf[0].endswith("norm"):
             value = torch.ones(parameter.shape)
         elif leaf[0] == "conv1d":  # PyTorch's Kaiming-uniform(a = sqrt 5) of a depthwise kernel is +-1/sqrt(W)
             bound = 1 / math.sqrt(_conv_width(model, name))
@@ -166,6 +253,6 @@ def initialize(model: HybridModel, seed: int) -> None:
 
 
 def _conv_width(model: HybridModel, name: str) -> int:
-    block = model.config.blocks[int(name.split(".")[1])]
-    assert isinstance(block, Mamba2Config)
-    return block.conv_kernel
+    ssm = model.config.blocks[int(name.split(".")[1])].ssm
+    assert ssm is not None
+    return ssm.conv_kernel
