@@ -5,6 +5,8 @@ The recurrence keeps to the published equation, one token at a time; its gradien
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ from halflap.ops.ssd import segment_runs
 TOLERANCE = 1e-11
 
 
-def scan_inputs(seed: int, batch: int, time: int, channels: int, states: int) -> dict[str, Tensor]:
+def scan_inputs(seed: int, batch: int, time: int, channels: int, states: int) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -46,7 +48,7 @@ def optional_inputs(seed: int, batch: int, time: int, channels: int, states: int
     return {name: made[name] for name in names}
 
 
-def outcome(function, inputs: dict[str, Tensor], **extra) -> dict[str, Tensor]:
+def outcome(function, inputs: dict[str, Any], **extra) -> dict[str, Tensor]:
     """y, the final state and the gradients of everything that has one; y of tokens past `lengths` means nothing."""
     leaves = {k: v.clone().requires_grad_() for k, v in inputs.items() if v.is_floating_point()}
     y, final = function(**{**inputs, **leaves}, **extra)

@@ -2,8 +2,8 @@
 
 HALFLAP_KERNELS=auto (default) takes the C++ kernels where a compiler is found and says so, once, where none is;
 `plain` is PyTorch alone; `native` refuses to run without the kernels. A kernel may decline an input (a dtype, a
-device, a size it does not know); the plain form then runs and the refusal is counted. `linear`,
-`mamba2_step` and `attention` decline by nature (gradients, many rows, few queries) and are not counted.
+device, a size it does not know); the plain form then runs and the refusal is counted. `linear`, `mamba2_step`,
+`selective_step` and `attention` decline by nature (gradients, many rows, few queries) and are not counted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from halflap.ops import selective_scan as plain_scan
 from halflap.ops.native import attention as native_attention
 from halflap.ops.native import build, decode, elementwise
 from halflap.ops.native import mamba2 as native_mamba2
+from halflap.ops.native import selective_scan as native_scan
 
 SETTINGS = ("auto", "plain", "native")
 
@@ -49,8 +50,8 @@ class Op:
 mamba2_mix = Op(mamba2.mamba2_mix, native_mamba2.mamba2_mix)
 mamba2_step = Op(mamba2.mamba2_step, decode.mamba2_step, counted=False)
 attention = Op(plain_attention.attention, native_attention.attention, counted=False)
-selective_scan = Op(plain_scan.selective_scan, lambda *_, **__: NotImplemented, counted=False)
-selective_step = Op(plain_scan.selective_step, lambda *_, **__: NotImplemented, counted=False)
+selective_scan = Op(plain_scan.selective_scan, native_scan.selective_scan)
+selective_step = Op(plain_scan.selective_step, native_scan.selective_step, counted=False)
 linear = Op(functional.linear, decode.linear, counted=False)
 rms_norm = Op(norm.rms_norm, elementwise.rms_norm)
 squared_relu = Op(activation.squared_relu, elementwise.squared_relu)

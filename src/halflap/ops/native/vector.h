@@ -143,6 +143,29 @@ LANES void store_to(T* p, vf a, int64_t left) {
     else store_some(p, a, (int)left);
 }
 
+// the sums of 16 vectors
+LANES void sums_of_16(const vf* v, float* totals) {
+#if defined(__AVX512F__)
+    __m512 a[8], b[4];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        __m512 x = (__m512)v[2 * i], y = (__m512)v[2 * i + 1];
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    // each 128-bit lane of b[i] holds a quarter of the sums of v[4 i .. 4 i + 3]
+    __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
+    __m512 d = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
+    _mm512_storeu_ps(totals, _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd)));
+#else
+    for (int i = 0; i < 16; i++) totals[i] = sum(v[i]);
+#endif
+}
+
 // e^x to 1.2e-7 relative; 0 below -87.3 and e^88 above 88, so neither subnormal nor infinite
 LANES vf exponential(vf x) {
     const vf rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
