@@ -367,7 +367,10 @@ def test_a_run_directory_stands_for_its_checkpoint(tmp_path):
         (lambda d: None, "has no config.json"),
         (lambda d: (d / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda d: (d / "config.json").write_text("[1]"), "an object is needed"),
-        (lambda d: put(d, {"model_type": "gpt2"}), "model_type 'gpt2'; allowed are nemotron_h, llama, halflap"),
+        (
+            lambda d: put(d, {"model_type": "gpt2"}),
+            "model_type 'gpt2'; allowed are nemotron_h, llama, nemotron, hymba, halflap",
+        ),
         (lambda d: put(d, {"model_type": "halflap"}), "no halflap.json beside it"),
         (lambda d: (d / "halflap.json").write_text('{"format": 99}'), "has format 99 and this halflap reads 1"),
     ],
@@ -402,4 +405,4 @@ def test_reading_a_config_loads_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-    assert checkpoint_config.FAMILIES.keys() == {"nemotron_h", "llama"}
+    assert checkpoint_config.FAMILIES.keys() == {"nemotron_h", "llama", "nemotron", "hymba"}

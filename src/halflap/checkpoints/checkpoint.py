@@ -83,6 +83,8 @@ class Checkpoint:
             ignored=ignored,
         )
         ordered = {ours: entries[found[ours]] for ours in layout(config)}
+        if config.tie_word_embeddings and family.tied_head_is_checked and "lm_head.weight" in entries:
+            _check_tied_head(directory, entries["lm_head.weight"], ordered["embedding.weight"])
         for name, entry in ordered.items():
             if not DTYPES[entry.spec.code].is_floating_point or entry.spec.code.startswith("F8"):
                 raise HalflapError(
@@ -140,6 +142,16 @@ class Checkpoint:
         """Every tensor as stored, one at a time, in the order of the layout."""
         for name in self.entries:
             yield name, self.read(name)
+
+
+def _check_tied_head(directory: Path, head: Entry, embedding: Entry) -> None:
+    if head.spec.shape != embedding.spec.shape or not torch.equal(
+        files.read_tensor(head), files.read_tensor(embedding)
+    ):
+        raise HalflapError(
+            f"{directory} has an lm_head.weight that differs from its embedding, and its config says "
+            "tie_word_embeddings: set that to false in config.json if the head was trained, else delete the tensor"
+        )
 
 
 def load_model(path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> HybridModel:

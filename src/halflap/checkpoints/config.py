@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from halflap.checkpoints.family import Family
+from halflap.checkpoints.hymba import HYMBA
 from halflap.checkpoints.llama import LLAMA
 from halflap.checkpoints.nemotron import NEMOTRON
 from halflap.checkpoints.nemotron_h import NEMOTRON_H
@@ -20,7 +21,7 @@ from halflap.errors import HalflapError
 from halflap.files import atomic_write, write_json
 from halflap.models.config import ModelConfig
 
-FAMILIES: dict[str, Family] = {"nemotron_h": NEMOTRON_H, "llama": LLAMA, "nemotron": NEMOTRON}
+FAMILIES: dict[str, Family] = {"nemotron_h": NEMOTRON_H, "llama": LLAMA, "nemotron": NEMOTRON, "hymba": HYMBA}
 OWN_MODEL_TYPE, OWN_ARCHITECTURE = "halflap", "HalflapForCausalLM"
 FORMAT = 1
 Lineage = Sequence[Mapping[str, Any]]
@@ -117,7 +118,8 @@ def _read_stock(directory: Path) -> ModelConfig | None:
 def _difference(a: ModelConfig, b: ModelConfig) -> str:
     """The first field in which two configs differ, with both values."""
     one, other = a.to_json(), b.to_json()
-    for key, value in one.items():
+    for key in one | other:
+        value = one.get(key)
         if key == "blocks":
             if len(value) != len(other[key]):
                 return f"the number of blocks ({len(value)} and {len(other[key])})"
@@ -125,8 +127,8 @@ def _difference(a: ModelConfig, b: ModelConfig) -> str:
                 for name in x | y:
                     if x.get(name) != y.get(name):
                         return f"{name} of block {index} ({x.get(name)!r} and {y.get(name)!r})"
-        elif value != other[key]:
-            return f"{key} ({value!r} and {other[key]!r})"
+        elif value != other.get(key):
+            return f"{key} ({value!r} and {other.get(key)!r})"
     return "nothing that can be named"
 
 

@@ -21,7 +21,8 @@ class Family:
     """One architecture of Hugging Face.
 
     cannot_write(config) is the reason why no stock config.json can express a config, or None; depth_unit is the
-    number of consecutive blocks that are one layer there; prefixes lists the canonical tensor prefix first.
+    number of consecutive blocks that are one layer there; prefixes lists the canonical tensor prefix first. A head that
+    a file has although it is tied is left aside, or with tied_head_is_checked must be the embedding.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Family:
     depth_unit: int = 1
     prefixes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    tied_head_is_checked: bool = False
 
 
 def pick(data: Json, default: Any, *keys: str) -> Any:
