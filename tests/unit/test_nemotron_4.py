@@ -18,6 +18,11 @@ from halflap.models.model import HybridModel, initialize
 from halflap.models.norm import LayerNorm1P
 from halflap.models.presets import nemotron_4, preset
 from halflap.models.rope import inverse_frequencies, rotary_tables, rotate
+from halflap.models.utilization import (
+    model_flops_utilization,
+    peak_flops_per_second,
+    training_flops_per_token,
+)
 from halflap.ops.activation import squared_relu
 from halflap.ops.norm import layer_norm_1p
 
@@ -148,6 +153,32 @@ def test_json_says_the_norm_only_where_it_is_another() -> None:
     assert "norm" not in preset("llama-tiny").to_json()
     with pytest.raises(HalflapError, match="norm 'batch' is not known; allowed are rms, layer1p"):
         ModelConfig.from_json(config.to_json() | {"norm": "batch"})
+
+
+# ---- FLOP conventions
+
+
+@pytest.mark.parametrize(
+    "gpus, seconds, sequences, megatron, plain",
+    [(1536, 10.3, 768, 42.3, 41.1), (3072, 10.3, 1536, 42.3, 41.1), (6144, 8.0, 2304, 40.9, 39.7)],
+)
+def test_the_published_utilization(gpus: int, seconds: float, sequences: int, megatron: float, plain: float) -> None:
+    """The three phases of the 340B's batch ramp: 4096 tokens a sequence, 989 TFLOP/s a GPU."""
+    config, speed = preset("nemotron-4-340b"), sequences * 4096 / seconds
+    peak = gpus * (peak_flops_per_second("NVIDIA H100 80GB HBM3") or 0)
+    assert 100 * model_flops_utilization(config, 4096, speed, peak) == pytest.approx(megatron, abs=0.1)
+    assert 100 * model_flops_utilization(config, 4096, speed, peak, "6n") == pytest.approx(plain, abs=0.1)
+
+
+def test_training_flops_by_hand() -> None:
+    L, h, H, K, d, f, s, V = 3, 32, 4, 2, 12, 40, 100, 64
+    config = nemotron_4(L, hidden=h, mlp=f, attention=(H, K, d), vocab=V)
+    forward = L * (4 * h * H * d + 4 * h * K * d + 4 * h * f + 4 * s * H * d) + 2 * V * h
+    assert training_flops_per_token(config, s) == 3 * forward
+    assert training_flops_per_token(config, s, "6n") == 6 * count_parameters(config)
+    with pytest.raises(HalflapError, match="convention 'nemo' is not known; allowed are megatron, 6n"):
+        training_flops_per_token(config, s, "nemo")  # type: ignore[arg-type]
+    assert peak_flops_per_second("Some CPU") is None
 
 
 # ---- configs

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from halflap.checkpoints.checkpoint import load_model, save_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_lineage
 from halflap.commands.config import CorpusRecipe, PretrainRecipe, TokenizerRecipe
@@ -15,7 +17,9 @@ from halflap.data.corpus import build_corpus, is_corpus
 from halflap.data.text import read_documents
 from halflap.data.tokenizer import Tokenizer, train_tokenizer
 from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel, initialize
+from halflap.models.utilization import CONVENTIONS, peak_flops_per_second, training_flops_per_token
 from halflap.parallel import mesh
 from halflap.run import Run
 from halflap.train.fit import fit
@@ -55,6 +59,7 @@ def pretrain(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
     loader = training_loader(
         corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed
     )
+    device = choose_device(recipe.common.device)
     result = fit(
         model,
         NextToken(),
@@ -64,16 +69,25 @@ def pretrain(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
         directory=run.path / "training",
         log=run.log,
         held_out=held_out_batches(corpora, recipe.fit, recipe.tokens) or None,
-        device=choose_device(recipe.common.device),
+        device=device,
         dtype=recipe.common.dtype,
         seed=recipe.common.seed,
     )
+    result |= _utilization(model.config, recipe.fit.sequence_length, result["tokens_per_second"], device)
     if mesh.is_main():
         step = lineage_step("pretrain", _inputs(corpora), tokens=result["tokens"], loss=result["loss"])
         save_model(
             model.cpu(), run.checkpoint_dir, lineage=[*lineage, step], tokenizer_from=_save_tokenizer(chosen, run)
         )
     return result | {"held_out": corpora.held_out_is, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def _utilization(config: ModelConfig, length: int, speed: float, device: torch.device) -> dict[str, Any]:
+    """Operations a second by either convention, and their share of the device's peak where that is known."""
+    rates = {name: training_flops_per_token(config, length, name) * speed for name in CONVENTIONS}
+    peak = peak_flops_per_second(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    shares = {} if peak is None else {"mfu": {name: rate / peak / mesh.world_size() for name, rate in rates.items()}}
+    return {"model_flops_per_second": rates} | shares
 
 
 def _start_model(shape: str, seed: int) -> tuple[HybridModel, list[dict[str, Any]]]:
