@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halflap.models.cache import Cache
-from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, ModelConfig, RopeConfig
+from halflap.models.config import (
+    AttentionConfig,
+    BlockConfig,
+    HybridConfig,
+    Mamba1Config,
+    Mamba2Config,
+    MLPConfig,
+    ModelConfig,
+    NTKScaling,
+    RopeConfig,
+)
 from halflap.models.layout import layout, shape
 from halflap.models.model import HybridModel, initialize
 
@@ -17,28 +29,64 @@ TOLERANCE = 1e-10
 
 
 @st.composite
+def attentions(draw: st.DrawFn, bias: bool = True) -> AttentionConfig:
+    shared = draw(st.integers(1, 2))
+    rope = draw(st.sampled_from([None, RopeConfig(), RopeConfig(500.0, 0.5), RopeConfig(scaling=NTKScaling(4, 16))]))
+    return AttentionConfig(
+        shared * draw(st.integers(1, 3)),
+        shared,
+        4,
+        rope=rope,
+        bias=bias and draw(st.booleans()),
+        value_head_dim=draw(st.sampled_from([None, 8, 3])),
+        window=draw(st.sampled_from([None, 1, 3, 6])),
+    )
+
+
+@st.composite
 def blocks(draw: st.DrawFn) -> BlockConfig:
-    kind = draw(st.sampled_from("MM*-"))
+    kind = draw(st.sampled_from("MM**-SHH"))
+    conv = {"conv_kernel": draw(st.integers(2, 4)), "conv_bias": draw(st.booleans())}
+    state = draw(st.sampled_from([3, 8]))
     if kind == "M":
         groups = draw(st.sampled_from([1, 2]))
         return Mamba2Config(
             num_heads=groups * draw(st.integers(1, 3)),
             head_dim=draw(st.sampled_from([2, 5])),
             num_groups=groups,
-            state_size=draw(st.sampled_from([3, 8])),
-            conv_kernel=draw(st.integers(2, 4)),
+            state_size=state,
             chunk_size=draw(st.sampled_from([4, 16])),
-            conv_bias=draw(st.booleans()),
             time_step_limit=draw(st.sampled_from([(0.0, float("inf")), (0.01, 0.1)])),
+            **conv,
         )
+    if kind == "S":
+        return Mamba1Config(
+            draw(st.integers(1, 9)), state, draw(st.integers(1, 3)), inner_norms=draw(st.booleans()), **conv
+        )
+    if kind == "H":
+        attention = draw(attentions(bias=False))
+        heads, groups, width = attention.num_attention_heads, attention.num_key_value_heads, attention.value_dim
+        if draw(st.booleans()):
+            return HybridConfig(attention, Mamba2Config(heads, width, groups, state, chunk_size=4, **conv))
+        return HybridConfig(attention, Mamba1Config(heads * width, state, 2, **conv))
     if kind == "*":
-        shared = draw(st.integers(1, 2))
-        rope = draw(st.sampled_from([None, RopeConfig(), RopeConfig(theta=500.0, fraction=0.5)]))
-        return AttentionConfig(shared * draw(st.integers(1, 3)), shared, 4, rope=rope, bias=draw(st.booleans()))
+        return draw(attentions())
     gated = draw(st.booleans())
     return MLPConfig(
         draw(st.integers(1, 9)), activation="silu" if gated else "relu2", gated=gated, bias=draw(st.booleans())
     )
+
+
+def share(listed: list[BlockConfig], draws: list[bool]) -> tuple[BlockConfig, ...]:
+    """Behind windowed blocks, where drawn, copies of them that read their keys and values."""
+    found: list[BlockConfig] = []
+    for block, wanted in zip(listed, draws):
+        found.append(block)
+        attention = block.attention
+        if wanted and attention is not None and attention.window is not None:
+            reader = dataclasses.replace(attention, key_value_source=len(found) - 1)
+            found.append(reader if block is attention else dataclasses.replace(block, attention=reader))
+    return tuple(found)
 
 
 @st.composite
@@ -48,9 +96,12 @@ def models(draw: st.DrawFn) -> HybridModel:
         family="nemotron_h",
         vocab_size=23,
         hidden_size=draw(st.sampled_from([6, 10])),
-        blocks=tuple(draw(st.lists(blocks(), min_size=1, max_size=4))),
+        blocks=share(
+            draw(st.lists(blocks(), min_size=1, max_size=4)), draw(st.lists(st.booleans(), min_size=4, max_size=4))
+        ),
         tie_word_embeddings=draw(st.booleans()),
         residual_in_fp32=draw(st.booleans()),
+        num_meta_tokens=draw(st.sampled_from([0, 0, 1, 4])),
     )
     return random_model(config, draw(st.integers(0, 10**6)))
 
@@ -60,7 +111,7 @@ def random_model(config: ModelConfig, seed: int) -> HybridModel:
     initialize(model, seed)
     with torch.no_grad():  # small initial weights would hide errors behind the residual stream
         for name, parameter in model.named_parameters():
-            if name.endswith("proj.weight"):
+            if name.endswith("proj.weight") or name == "meta_tokens":
                 parameter.mul_(20)
     return model
 
