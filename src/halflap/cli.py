@@ -60,6 +60,7 @@ VERBS: dict[str, Verb] = {
     "bench": Verb("BenchRecipe", "evaluate:bench", keeps=False),
     "generate": Verb("GenerateRecipe", "generate:generate", keeps=False),
     "report": Verb("ReportRecipe", "report:report", keeps=False, artifact="report.html"),
+    "study": Verb("StudyRecipe", "study:study"),
     "doctor": Verb("DoctorRecipe", "doctor:doctor", keeps=False),
 }
 EXTRAS = {"transformers": "hf", "lm_eval": "eval", "gguf": "gguf", "pyarrow": "data", "zstandard": "data"}

@@ -22,8 +22,9 @@ from cyclopts import Group, Parameter
 from halflap.amounts import Amount, Unit, parse_amount, parse_count
 from halflap.errors import RecipeError
 
-INPUT, SHAPE = "halflap input", "halflap shape"
-"""Mark an annotated field whose value names files that the run reads; a shape may also be the name of a preset."""
+INPUT, SHAPE, STUDY = "halflap input", "halflap shape", "halflap study"
+"""Mark an annotated field whose value names files that the run reads; a shape may also be the name of a preset, a study
+that of a shipped one."""
 
 
 def _amount(unit: Unit) -> Parameter:
@@ -83,6 +84,7 @@ File = Annotated[str, INPUT]
 Files = Annotated[tuple[str, ...], INPUT]
 Model = Annotated[str, INPUT]
 Shape = Annotated[str, INPUT, SHAPE]
+StudyName = Annotated[str, INPUT, STUDY]
 
 
 @flat(COMMON)
@@ -109,7 +111,7 @@ class Common:
 PATHS = "paths"
 """In YAML a list with fields beside it is nested: `data: {paths: [a], field: b}` is `--data a --data.field b`."""
 
-NOT_CONTENT = ("out", "json", "quiet", "overwrite")
+NOT_CONTENT = ("out", "json", "quiet", "overwrite", "workers")
 """Names that change where a run goes or how it talks, and not what it is."""
 
 # What NVIDIA's tools call it, and what we call it; the scale turns a bare number into an amount with its unit.

@@ -32,6 +32,7 @@ from halflap.recipe import (
     Positive,
     Positives,
     Shape,
+    StudyName,
     section,
 )
 from halflap.train.config import Fit
@@ -314,4 +315,28 @@ class ReportRecipe:
 class DoctorRecipe:
     """Versions, kernels chosen, device limits, and what is missing."""
 
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecipe:
+    """Compare architectures under identical settings: same text, order, tokenizer, schedule and parameter count."""
+
+    study: StudyName = field(kw_only=False)
+    """File of a study, or a shipped one: hymba-ladder, attention-share, meta-tokens."""
+    size: Literal["smoke", "small", "paper"] = "small"
+    """Which of its sizes: a minute, an hour or more on two cores, the published one."""
+    text: Text = Text()
+    eval_data: Files = ()
+    """Text to judge on; without it a share of the documents, by a hash of their text, is kept back."""
+    eval_tokens: Positive = 65_536
+    """Tokens to judge on at most."""
+    tokenizer: File | None = None
+    """Directory with the tokenizer; without one the study trains its own on the text."""
+    tokens: Positive | None = None
+    """Tokens each arm and seed reads, instead of the study's."""
+    seeds: tuple[int, ...] = ()
+    """Seeds, instead of the study's."""
+    workers: Positive = 1
+    """Processes that train arms side by side."""
     common: Common = Common()

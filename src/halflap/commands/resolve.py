@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from halflap.checkpoints.config import FAMILIES, read_config
+from halflap.commands.study_file import study_path
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
 from halflap.models.presets import PRESETS, preset
-from halflap.recipe import INPUT, SHAPE, inputs_of, leaves, read_yaml, unknown_name
+from halflap.recipe import INPUT, SHAPE, STUDY, inputs_of, leaves, read_yaml, unknown_name
 
 SHAPE_FILES = (".yaml", ".yml", ".json")
 
@@ -22,6 +23,9 @@ def check_inputs(recipe: Any) -> None:
         leaf = leaves(type(recipe))[name]
         assert leaf.is_marked(INPUT)
         for value in values:
+            if leaf.is_marked(STUDY):
+                study_path(value)
+                continue
             if Path(value).exists() or (leaf.is_marked(SHAPE) and value in PRESETS):
                 continue
             if value in PRESETS:

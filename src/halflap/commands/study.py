@@ -1,0 +1,270 @@
+"""`study`: several architectures under identical settings; one directory an arm and seed, one table, one page.
+
+Every arm and seed reads the same tokens in the same order with the same tokenizer, schedule and parameter count. A
+pair of arm and seed that is done is passed over, an interrupted one goes on. Speed is measured after all training, one
+arm after the other, alone on the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halflap import environment
+from halflap.checkpoints.checkpoint import load_model, save_model
+from halflap.checkpoints.config import lineage_step, read_json
+from halflap.commands.config import StudyRecipe
+from halflap.commands.corpora import open_corpora, training_loader
+from halflap.commands.device import choose_device
+from halflap.commands.study_file import Recall, Study, read_study
+from halflap.data.corpus import open_corpus
+from halflap.data.loader import Loader
+from halflap.data.text import read_documents
+from halflap.data.tokenizer import Tokenizer, train_tokenizer
+from halflap.errors import HalflapError
+from halflap.evaluate import bench
+from halflap.evaluate.documents import corpus_documents
+from halflap.evaluate.held_out import evaluate_text
+from halflap.evaluate.paired import paired
+from halflap.files import write_json
+from halflap.models.config import ModelConfig
+from halflap.models.count import cache_bytes, count_non_embedding_parameters, count_parameters
+from halflap.models.model import HybridModel, initialize
+from halflap.ops import select
+from halflap.parallel import fanout
+from halflap.report.arms import Arm, Arms
+from halflap.report.page import build as build_report
+from halflap.run import Run
+from halflap.train.config import Fit
+from halflap.train.fit import fit
+from halflap.train.objectives.language import NextToken
+
+STATE_BITS = {"kv_bits": 32, "ssm_bits": 32, "conv_bits": 32}  # speed is measured in float32
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that one arm and seed needs, in plain values: it may go to another process."""
+
+    arm: str
+    seed: int
+    config: ModelConfig
+    place: Path
+    tokenizer: Path
+    train: tuple[Path, ...]
+    held_out: tuple[Path, ...]
+    weights: tuple[float, ...]
+    packing: str
+    tokens: int
+    eval_tokens: int
+    fit: Fit
+    recall: Recall | None
+    device: str
+    dtype: str
+
+
+def study(recipe: StudyRecipe, run: Run) -> dict[str, Any]:
+    """Train and judge every arm with every seed, measure speed, and write the table and the page."""
+    plan = _plan(recipe)
+    tokenizer = _tokenizer(recipe, plan, run.path)
+    models = plan.models(tokenizer.vocab_size)
+    corpora = open_corpora(recipe.text, tokenizer, run.path / "corpus", recipe.eval_data)
+    if not corpora.held_out:
+        raise HalflapError(f"there is no text to judge on ({corpora.held_out_is}); name some with --eval-data")
+    training_loader(corpora, recipe.text, plan.fit.sequence_length, plan.fit.batch_size, 0)  # what is wrong, now
+    tasks = [
+        Task(
+            arm, seed, config, _place(run, arm, seed), run.path / "tokenizer",
+            tuple(corpus.path for corpus in corpora.train), tuple(corpus.path for corpus in corpora.held_out),
+            recipe.text.weights, recipe.text.packing, plan.tokens, recipe.eval_tokens, plan.fit, plan.recall,
+            str(choose_device(recipe.common.device)), recipe.common.dtype,
+        )
+        for seed in plan.seeds
+        for arm, config in models.items()
+    ]  # fmt: skip
+    fanout.map(train_and_judge, tasks, processes=recipe.workers, what=f"{len(models)} arms, {len(plan.seeds)} seeds")
+    speed = {arm: _speed(run, arm, plan) for arm in models}
+    run.save_json("bench.json", speed)
+    rows = [_row(run, plan, arm, config, speed[arm]) for arm, config in models.items()]
+    _write_table(run, plan, rows, corpora.held_out_is)
+    return {
+        "study": plan.name,
+        "size": plan.size,
+        "asks": plan.asks,
+        "baseline": plan.baseline,
+        "tokens": plan.tokens,
+        "seeds": list(plan.seeds),
+        "held_out": corpora.held_out_is,
+        "arms": rows,
+        "report": str(build_report([run.path], run.path / "report.html")),
+    }
+
+
+def _plan(recipe: StudyRecipe) -> Study:
+    plan = read_study(recipe.study, recipe.size)
+    given = {"tokens": recipe.tokens, "seeds": recipe.seeds}
+    return dataclasses.replace(plan, **{name: value for name, value in given.items() if value})
+
+
+def _tokenizer(recipe: StudyRecipe, plan: Study, place: Path) -> Tokenizer:
+    """The given one, or one trained on the text; kept in the run's directory."""
+    kept = place / "tokenizer"
+    if not (kept / "tokenizer.json").exists():
+        chosen = (
+            Tokenizer.load(recipe.tokenizer)
+            if recipe.tokenizer
+            else train_tokenizer(read_documents(recipe.text.data, recipe.text.field), plan.vocab_size)
+        )
+        chosen.save(kept)
+    return Tokenizer.load(kept)
+
+
+def _place(run: Run, arm: str, seed: int) -> Path:
+    return run.path / "arms" / arm.replace(" ", "-").replace("/", "-") / f"seed-{seed}"
+
+
+# ---- one arm and seed
+
+
+def train_and_judge(task: Task) -> dict[str, Any]:
+    """Train from random weights, judge on the held-out text and on the probe; result.json is written last."""
+    done = task.place / "result.json"
+    if done.exists():
+        return read_json(done)
+    tokenizer = Tokenizer.load(task.tokenizer)
+    trained = _train(task, tokenizer)
+    model = load_model(task.place / "checkpoint", "float32", torch.device(task.device))
+    documents = [
+        document
+        for path in task.held_out
+        for document in corpus_documents(open_corpus(path, tokenizer), tokenizer, limit=task.eval_tokens)
+    ]
+    context = task.fit.sequence_length
+    judged = evaluate_text(model, documents, context=context, tokens=task.eval_tokens, seed=task.seed).to_json()
+    result = {"arm": task.arm, "seed": task.seed, **judged, **trained}
+    write_json(done, result)
+    return result
+
+
+def _train(task: Task, tokenizer: Tokenizer) -> dict[str, Any]:
+    summary = task.place / "training.json"
+    if summary.exists():
+        return read_json(summary)
+    model = HybridModel(task.config)
+    initialize(model, task.seed)
+    loader = Loader(
+        [open_corpus(path, tokenizer) for path in task.train],
+        sequence_length=task.fit.sequence_length,
+        micro_batch_size=task.fit.batch_size,
+        seed=task.seed,
+        weights=task.weights or None,
+        packing=task.packing,  # type: ignore[arg-type]
+    )
+    place = task.place / "training"
+    place.mkdir(parents=True, exist_ok=True)
+    with Run("study", task.place) as log:
+        log.resumed = any(place.iterdir())
+        found = fit(
+            model, NextToken(), loader.batch, task.fit, tokens=task.tokens, directory=place, log=log.log,
+            device=task.device, dtype=task.dtype, seed=task.seed,
+        )  # fmt: skip
+    step = lineage_step("pretrain", {}, tokens=found["tokens"], loss=found["loss"])
+    save_model(model.cpu(), task.place / "checkpoint", lineage=[step], tokenizer_from=task.tokenizer)
+    trained = {
+        "tokens_trained": found["tokens"],
+        "seconds": found["tokens"] / max(found["tokens_per_second"], 1e-9),
+        "training_tokens_per_second": found["tokens_per_second"],
+    }
+    write_json(summary, trained)
+    shutil.rmtree(place)
+    return trained
+
+
+# ---- speed and the table
+
+
+def _speed(run: Run, arm: str, plan: Study) -> dict[str, Any]:
+    """Prefill, decode and cache of an arm, in the form of `bench`; kept once measured."""
+    place = _place(run, arm, plan.seeds[0])
+    file = place.parent / "bench.json"
+    if not file.exists():
+        model = load_model(place / "checkpoint", "float32")
+        grid = plan.speed
+        found = {
+            "rows": bench.bench(model, grid.prompt, grid.output, grid.batch),
+            "hardware": {**environment.machine(), "threads": torch.get_num_threads()},
+            "kernels": select.describe(),
+            "parameters": count_parameters(model.config),
+        }
+        write_json(file, found)
+    return read_json(file)
+
+
+def _row(run: Run, plan: Study, arm: str, config: ModelConfig, speed: Mapping[str, Any]) -> dict[str, Any]:
+    """An arm's line: what it is, how good it is over the seeds, how it differs from the baseline, how fast it is."""
+    runs = [read_json(_place(run, arm, seed) / "result.json") for seed in plan.seeds]
+    base = [read_json(_place(run, plan.baseline, seed) / "result.json") for seed in plan.seeds]
+    row: dict[str, Any] = {
+        "name": arm,
+        "pattern": config.pattern(),
+        "parameters": count_parameters(config),
+        "non_embedding_parameters": count_non_embedding_parameters(config),
+        "tokens_trained": runs[0]["tokens_trained"],
+        "training_tokens_per_second": statistics.median(r["training_tokens_per_second"] for r in runs),
+        "seconds": statistics.median(r["seconds"] for r in runs),
+    }
+    for name in ("loss", "bits_per_byte", "perplexity", "recall"):
+        if values := [r[name] for r in runs if r.get(name) is not None]:
+            row |= _over_seeds(name, values)
+            if arm != plan.baseline:
+                row[f"{name}_against_baseline"] = dataclasses.asdict(paired(values, [r[name] for r in base]))
+    longest = max(speed["rows"], key=lambda cell: (cell["prompt"] + cell["output"], cell["batch"]))
+    for name in ("prompt", "output", "batch", "prefill_tokens_per_second", "decode_tokens_per_second", "cache_bytes"):
+        row[name] = longest[name]
+    held = longest["prompt"] + longest["output"]
+    row["cache_bytes_counted"] = cache_bytes(config, held, longest["batch"], **STATE_BITS)
+    return row
+
+
+def _over_seeds(name: str, values: Sequence[float]) -> dict[str, Any]:
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {name: statistics.fmean(values), f"{name}_spread": spread, f"{name}_by_seed": list(values)}
+
+
+def _write_table(run: Run, plan: Study, rows: Sequence[Mapping[str, Any]], judged_on: str) -> None:
+    """arms.json for the page, and study.json with everything."""
+    arms = tuple(
+        Arm(
+            name=row["name"],
+            parameters=row["parameters"],
+            loss=row["loss"],
+            loss_ci=(min(row["loss_by_seed"]), max(row["loss_by_seed"])),
+            bits_per_byte=row["bits_per_byte"],
+            perplexity=row["perplexity"],
+            tokens_trained=row["tokens_trained"],
+            seconds=row["seconds"],
+            description=_described(row, plan.baseline),
+            run=str(_place(run, row["name"], plan.seeds[0]).relative_to(run.path)),
+            losses=tuple(row["loss_by_seed"]),
+        )
+        for row in rows
+    )
+    Arms(arms, plan.seeds, judged_on, f"range over {len(plan.seeds)} seeds").save(run.path / "arms.json")
+    run.save_json("study.json", {"study": plan.name, "size": plan.size, "asks": plan.asks, "arms": rows})
+
+
+def _described(row: Mapping[str, Any], baseline: str) -> str:
+    parts = [row["pattern"] if len(row["pattern"]) <= 16 else f"{row['pattern'][:16]}…"]
+    if against := row.get("loss_against_baseline"):
+        p_value = "" if against["p_value"] is None else f" (p {against['p_value']:.2g})"
+        parts.append(f"{against['difference']:+.3f} to {baseline}{p_value}")
+    if row.get("recall") is not None:
+        parts.append(f"recall {row['recall']:.1%}")
+    return ", ".join(parts)

@@ -1,0 +1,183 @@
+"""What a study's YAML says: arms under identical settings, in sizes.
+
+    study: hymba-ladder
+    asks: What does each step from a Transformer to Hymba bring?
+    baseline: transformer            the arm that others are compared with
+    vocab_size: 2048                 of the tokenizer trained on the text, when none is given
+    tokens: 4M                       every arm and seed reads as many, in the same order
+    seeds: [0, 1, 2]
+    parameters: 5M                   what every arm comes to within 1 %, by its MLPs' width; without it the baseline's
+    base: {...}                      fields of models/stack.py that arms share
+    arms:
+      parallel: {pattern: H-}        fields that differ; `from: other-arm` starts from another arm
+    recall: {...}                    a probe that every shape is trained on besides; see evaluate/probes.py
+    speed: {prompt: [512], output: [32], batch: [1, 8]}
+    fit: {learning_rate: 0.001}      fields of train/config.py
+    sizes:
+      smoke: {tokens: 20k}           what another size changes, anywhere in the above
+
+A shipped study is found by its name in `studies/`. No torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halflap.amounts import parse_count
+from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
+from halflap.models.count import count_parameters
+from halflap.models.stack import Stack, build, read_stack, with_parameters
+from halflap.recipe import read_yaml, unknown_name
+from halflap.train.config import Fit
+
+SHIPPED = Path(__file__).parent / "studies"
+SIZES = ("smoke", "small", "paper")
+REQUIRED = ("study", "baseline", "vocab_size", "tokens", "seeds", "base", "arms")
+OPTIONAL = ("asks", "parameters", "recall", "speed", "fit", "sizes")
+
+
+@dataclass(frozen=True)
+class Recall:
+    """A probe that each shape is trained on, with a vocabulary of its own, and asked about."""
+
+    probe: str
+    length: int
+    vocab_size: int
+    tokens: int
+    rows: int = 256
+    """Fresh rows on which it is asked."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The grid on which arms are timed."""
+
+    prompt: tuple[int, ...] = (512,)
+    output: tuple[int, ...] = (32,)
+    batch: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One size of a study, as read."""
+
+    name: str
+    size: str
+    asks: str
+    baseline: str
+    vocab_size: int
+    tokens: int
+    seeds: tuple[int, ...]
+    parameters: int | None
+    arms: Mapping[str, Stack]
+    fit: Fit
+    recall: Recall | None
+    speed: Speed
+
+    def models(self, vocab_size: int) -> dict[str, ModelConfig]:
+        """The arms' shapes with the tokenizer's vocabulary, all of the same size within 1 %."""
+        shapes = {name: _in(name, lambda arm=arm: build(arm, vocab_size)) for name, arm in self.arms.items()}
+        target = self.parameters or count_parameters(shapes[self.baseline])
+        return {name: _in(name, lambda shape=shape: with_parameters(shape, target)) for name, shape in shapes.items()}
+
+
+def _in(arm: str, make: Any) -> Any:
+    try:
+        return make()
+    except HalflapError as error:
+        raise HalflapError(f"arm {arm!r}: {error}") from None
+
+
+def shipped() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def study_path(name: str) -> Path:
+    """The file of a study: a path, or a shipped name. Raises HalflapError when it is neither."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if (SHIPPED / f"{name}.yaml").is_file():
+        return SHIPPED / f"{name}.yaml"
+    near = difflib.get_close_matches(name, shipped(), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"shipped are {', '.join(shipped())}"
+    raise HalflapError(f"study is {name!r}, which is neither a file nor a shipped study; {hint}")
+
+
+def read_study(name: str, size: str) -> Study:
+    """Raise HalflapError for a field that is unknown, missing or wrong, with the file's name."""
+    path = study_path(name)
+    data = read_yaml(path, "study")
+    _check_names(path, data, size)
+    data = _merged(data, dict(data.get("sizes", {})).get(size, {}))
+    arms = {arm: read_stack(fields, f"{path}, arm {arm!r}") for arm, fields in _arms(path, data).items()}
+    if data["baseline"] not in arms:
+        raise HalflapError(f"{path}: {unknown_name(str(data['baseline']), list(arms), 'arm (baseline)')}")
+    recall = data.get("recall")
+    return Study(
+        name=data["study"],
+        size=size,
+        asks=data.get("asks", ""),
+        baseline=data["baseline"],
+        vocab_size=data["vocab_size"],
+        tokens=parse_count(str(data["tokens"])),
+        seeds=tuple(data["seeds"]),
+        parameters=parse_count(str(data["parameters"])) if data.get("parameters") else None,
+        arms=arms,
+        fit=_section(path, "fit", Fit, data.get("fit", {})),
+        recall=_section(path, "recall", Recall, recall | {"tokens": parse_count(str(recall["tokens"]))})
+        if recall
+        else None,
+        speed=_section(path, "speed", Speed, {key: tuple(value) for key, value in data.get("speed", {}).items()}),
+    )
+
+
+def _check_names(path: Path, data: Mapping[str, Any], size: str) -> None:
+    for name in data:
+        if name not in (*REQUIRED, *OPTIONAL):
+            raise HalflapError(f"{path}: {unknown_name(name, [*REQUIRED, *OPTIONAL], 'field of a study')}")
+    if missing := [name for name in REQUIRED if name not in data and name not in data.get("sizes", {}).get(size, {})]:
+        raise HalflapError(f"{path} has no {missing[0]}; a study needs {', '.join(REQUIRED)}: add it")
+    if (sizes := data.get("sizes")) and size not in sizes:
+        raise HalflapError(f"{path} has no size {size!r}; it has {', '.join(sizes)}: choose one with --size")
+
+
+def _arms(path: Path, data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each arm's fields over those it starts from, over the base."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, fields in data["arms"].items():
+        own = dict(fields or {})
+        start = own.pop("from", None)
+        if start is not None and start not in found:
+            raise HalflapError(
+                f"{path}: arm {name!r} starts from {start!r}, which is no arm above it; those are {', '.join(found)}"
+            )
+        found[name] = _merged(found[start] if start else data["base"], own)
+    if not found:
+        raise HalflapError(f"{path} has no arms; name at least one under `arms:`")
+    return found
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `under`, mappings within mappings too."""
+    merged = dict(under)
+    for name, value in over.items():
+        below = merged.get(name)
+        merged[name] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _section(path: Path, name: str, kind: Any, values: Mapping[str, Any]) -> Any:
+    known = kind.__dataclass_fields__
+    for key in values:
+        if key not in known:
+            raise HalflapError(f"{path}: {unknown_name(f'{name}.{key}', [f'{name}.{k}' for k in known], 'field')}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise HalflapError(f"{path}: {name} is incomplete ({error}); add the missing field") from None

@@ -1,0 +1,135 @@
+"""Studies: arms at equal parameters, what a study file may say, and a run that is gone on with and shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halflap.commands.study_file import SIZES, read_study, shipped
+from halflap.errors import HalflapError
+from halflap.evaluate.paired import paired
+from halflap.models.count import count_parameters
+from halflap.models.stack import build, read_stack, with_parameters
+
+TEXT = Path(__file__).resolve().parents[2] / "demo" / "text" / "validation.jsonl.xz"
+BLOCKS = {
+    "*": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+    "M": {"num_heads": 4, "head_dim": 8, "num_groups": 2, "state_size": 4},
+    "-": {"intermediate_size": 64},
+}
+BASE = {"hidden_size": 32, "blocks": BLOCKS, "repeat": 3, "max_position_embeddings": 128}
+STUDY = {
+    "study": "tiny",
+    "asks": "Which?",
+    "baseline": "attention",
+    "vocab_size": 300,
+    "tokens": "1k",
+    "seeds": [0, 1],
+    "base": BASE,
+    "arms": {"attention": {"pattern": "*-"}, "mamba": {"pattern": "M-"}},
+    "fit": {"sequence_length": 32, "batch_size": 4},
+    "speed": {"prompt": [16], "output": [2]},
+}
+
+
+def write(place: Path, **changes: Any) -> Path:
+    file = place / "study.yaml"
+    file.write_text(json.dumps(STUDY | changes))  # JSON is YAML
+    return file
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_studies_have_equal_arms_in_every_size(name: str, size: str) -> None:
+    study = read_study(name, size)
+    counts = [count_parameters(config) for config in study.models(study.vocab_size).values()]
+    assert max(counts) / min(counts) <= 1.01 / 0.99 and study.baseline in study.arms
+    assert len(study.seeds) >= 3 or size != "small"
+
+
+@settings(max_examples=20, deadline=None)
+@given(target=st.integers(40_000, 3_000_000), pattern=st.sampled_from(["*-", "M-", "M-*-", "MM*-"]))
+def test_a_parameter_budget_is_met_by_the_width_of_the_mlps(target: int, pattern: str) -> None:
+    config = build(read_stack({**BASE, "pattern": pattern}, "arm"), 300)
+    assert abs(count_parameters(with_parameters(config, target)) / target - 1) <= 0.01
+
+
+def test_windows_and_shared_keys_follow_the_rule() -> None:
+    fields = {**BASE, "pattern": "*-", "repeat": 8, "window": 16, "share_key_values": True}
+    attention = [b.attention for b in build(read_stack(fields, "arm"), 300).blocks if b.attention is not None]
+    assert [a.window is None for a in attention] == [layer in (0, 3, 7) for layer in range(8)]
+    assert [a.key_value_source for a in attention] == [None, None, 2, None, None, 8, 8, None]
+    none = build(read_stack(fields | {"global_layers": []}, "arm"), 300)
+    assert all(b.attention.window == 16 for b in none.blocks if b.attention is not None)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"share_key_values": True}, "needs a window"),
+        ({"window": 8, "global_layers": [9]}, "names layer 9; the 3 attention layers are 0 to 2"),
+        ({"pattern": "*X"}, "letter 'X'"),
+        ({"blocks": {"Q": {}}}, "blocks has 'Q'; allowed are"),
+        ({"hidden": 3}, "'hidden' is not a field of a model"),
+    ],
+)
+def test_a_wrong_arm_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(HalflapError, match=message):
+        build(read_stack({**BASE, "pattern": "*-", **fields}, "arm"), 300)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"arm": {}}, "'arm' is not a field of a study that exists; did you mean 'arms'"),
+        ({"arms": {}}, "has no arms"),
+        ({"baseline": "atention"}, "did you mean 'attention'"),
+        ({"arms": {"attention": {"from": "mamba"}}}, "starts from 'mamba', which is no arm above it"),
+        ({"fit": {"rate": 1}}, "'fit.rate' is not a field that exists"),
+        ({"sizes": {"small": {}}}, "has no size 'smoke'; it has small"),
+        (
+            {"arms": {"attention": {"pattern": "*-"}, "bare": {"pattern": "MM"}}},
+            "arm 'bare': the model MMMMMM has no MLP",
+        ),
+        ({"parameters": "10k"}, "arm 'attention': .* more than 1 % from the 10,000"),
+    ],
+)
+def test_a_wrong_study_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(HalflapError, match=message):
+        read_study(str(write(tmp_path, **changes)), "smoke").models(300)
+
+
+def test_pairs_are_tested_by_their_differences() -> None:
+    found = paired([1.0, 2.0, 3.1], [1.5, 2.5, 3.5])  # differences -0.5, -0.5, -0.4: t is -14 with 2 degrees of freedom
+    assert found.difference == pytest.approx(-1.4 / 3) and found.p_value == pytest.approx(1 - 14 / 198**0.5)
+    assert found.interval is not None and found.interval[1] < 0
+    assert paired([1.0], [2.0]).p_value is None and paired([1.0, 2.0], [1.0, 2.0]).p_value == 1
+
+
+def test_a_study_is_run_found_again_and_gone_on_with(halflap: Callable[..., Any], tmp_path: Path) -> None:
+    file, out = write(tmp_path), tmp_path / "run"
+    words = ("study", file, "--data", TEXT, "--size", "smoke", "--eval-tokens", 500, "--out", out, "--json")
+    first = halflap(*words).json
+    assert [row["name"] for row in first["arms"]] == ["attention", "mamba"]
+    attention, mamba = first["arms"]
+    assert abs(mamba["parameters"] / attention["parameters"] - 1) <= 0.01
+    assert len(mamba["loss_by_seed"]) == 2 and "loss_against_baseline" not in attention
+    assert mamba["cache_bytes"] == mamba["cache_bytes_counted"]
+    assert mamba["loss_against_baseline"]["difference"] == pytest.approx(mamba["loss"] - attention["loss"])
+    assert "mamba" in (out / "report.html").read_text()
+    (out / "status.json").unlink()
+    (out / "arms" / "mamba" / "seed-1" / "result.json").unlink()
+    again = halflap(*words).json
+    assert again["arms"][1]["loss_by_seed"] == mamba["loss_by_seed"]  # the same run ends as it did
+    assert "judged on" in halflap(*words[:-1]).out
+
+
+def test_a_study_by_a_wrong_name_names_the_nearest(halflap: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = halflap("study", "hymba-lader", "--data", TEXT, "--out", tmp_path / "x")
+    assert outcome.status == 1 and "did you mean 'hymba-ladder'" in outcome.err
