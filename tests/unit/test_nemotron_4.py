@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from halflap.checkpoints.config import FAMILIES
 from halflap.checkpoints.nemotron import cannot_write, read_config, write_config
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, RopeConfig
+from halflap.models.config import AttentionConfig, Mamba1Config, MLPConfig, ModelConfig, NTKScaling, RopeConfig
 from halflap.models.count import count_non_embedding_parameters, count_parameters
 from halflap.models.model import HybridModel, initialize
 from halflap.models.norm import LayerNorm1P
@@ -239,6 +239,23 @@ NARROW = AttentionConfig(2, 2, 8, rope=RopeConfig(fraction=0.5))
 )
 def test_what_the_stock_class_cannot_be_told(blocks: tuple[Any, ...], norm: Any, said: str) -> None:
     assert re.search(re.escape(said), str(cannot_write(ModelConfig("nemotron", 64, 32, blocks, norm=norm))))
+
+
+@pytest.mark.parametrize("family", ["llama", "nemotron", "nemotron_h"])
+def test_no_stock_class_has_what_hymba_has(family: str) -> None:
+    def reason(mixer: Any, **model: Any) -> str:
+        norm = "layer1p" if family == "nemotron" else "rms"
+        first = AttentionConfig(4, 2, 8)
+        return str(
+            FAMILIES[family].cannot_write(ModelConfig(family, 64, 32, (first, MLP, mixer, MLP), norm=norm, **model))
+        )
+
+    assert "window of 16 tokens" in reason(AttentionConfig(4, 2, 8, window=16))
+    assert "value heads are 12 wide" in reason(AttentionConfig(4, 2, 8, value_head_dim=12))
+    assert "stretched (NTK)" in reason(AttentionConfig(4, 2, 8, rope=RopeConfig(scaling=NTKScaling(16, 32))))
+    assert "3 meta tokens" in reason(ATTENTION, num_meta_tokens=3)
+    pairs = "not pairs" if family != "nemotron_h" else "mamba1 blocks"
+    assert pairs in reason(Mamba1Config(16, 4, 2))
 
 
 @pytest.mark.parametrize("family", ["llama", "nemotron_h"])

@@ -11,7 +11,7 @@ from typing import Any
 
 from halflap.checkpoints.names import NameRow
 from halflap.errors import HalflapError
-from halflap.models.config import ModelConfig
+from halflap.models.config import HybridConfig, Mamba1Config, ModelConfig, NTKScaling
 
 Json = Mapping[str, Any]
 
@@ -97,3 +97,21 @@ def only(values: set[Any], what: str) -> str | None:
         return None
     shown = sorted(values, key=str)
     return f"its blocks differ in {what} ({', '.join(map(str, shown[:4]))}{', ...' if len(shown) > 4 else ''})"
+
+
+def beyond_stock(config: ModelConfig) -> str | None:
+    """What no stock class of a Transformer or of Nemotron-H has, in a sentence, or None."""
+    if config.num_meta_tokens:
+        return f"it has {config.num_meta_tokens} meta tokens, which the stock class has not"
+    for block in config.blocks:
+        if isinstance(block, HybridConfig | Mamba1Config):
+            return f"it has {block.kind} blocks, which the stock class has not"
+        if (attention := block.attention) is None:
+            continue
+        if attention.window is not None:  # as every block has that reads another's keys and values
+            return f"its attention has a window of {attention.window} tokens, which the stock class has not"
+        if attention.value_dim != attention.head_dim:
+            return f"its value heads are {attention.value_dim} wide and its key heads {attention.head_dim}"
+        if attention.rope is not None and isinstance(attention.rope.scaling, NTKScaling):
+            return "its rotary embedding is stretched (NTK), which the stock class's is not"
+    return None

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from halflap.checkpoints.family import Family, Json, only, pick, read_float, refuse, token_ids, write_token_ids
+from halflap.checkpoints.family import (
+    Family,
+    Json,
+    beyond_stock,
+    only,
+    pick,
+    read_float,
+    refuse,
+    token_ids,
+    write_token_ids,
+)
 from halflap.checkpoints.names import NameRow
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, RopeConfig, RopeScaling
@@ -85,6 +95,8 @@ def cannot_write(config: ModelConfig) -> str | None:
     mlp = [b for b in pairs[1] if isinstance(b, MLPConfig)]
     if len(attention) != len(mlp) or len(attention) + len(mlp) != len(config.blocks):
         return f"its blocks are not pairs of attention and MLP ({config.pattern()})"
+    if reason := beyond_stock(config):
+        return reason
     if config.residual_in_fp32:
         return "its residual is kept in float32, which the stock class does not do"
     if config.norm != "rms":

@@ -11,7 +11,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from halflap.checkpoints.family import Family, Json, only, pick, read_float, refuse, token_ids, write_token_ids
+from halflap.checkpoints.family import (
+    Family,
+    Json,
+    beyond_stock,
+    only,
+    pick,
+    read_float,
+    refuse,
+    token_ids,
+    write_token_ids,
+)
 from halflap.checkpoints.llama import read_rope
 from halflap.checkpoints.names import NameRow
 from halflap.errors import HalflapError
@@ -97,6 +107,8 @@ def cannot_write(config: ModelConfig) -> str | None:
     mlp = [b for b in config.blocks[1::2] if isinstance(b, MLPConfig)]
     if len(attention) != len(mlp) or len(attention) + len(mlp) != len(config.blocks):
         return f"its blocks are not pairs of attention and MLP ({config.pattern()})"
+    if reason := beyond_stock(config):
+        return reason
     if config.norm != "layer1p":
         return "its norms are RMSNorms, and the stock class has LayerNorms"
     if config.residual_in_fp32:

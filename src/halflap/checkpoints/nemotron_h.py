@@ -16,7 +16,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from halflap.checkpoints.family import Family, Json, only, pick, read_float, refuse, token_ids, write_token_ids
+from halflap.checkpoints.family import (
+    Family,
+    Json,
+    beyond_stock,
+    only,
+    pick,
+    read_float,
+    refuse,
+    token_ids,
+    write_token_ids,
+)
 from halflap.checkpoints.names import NameRow
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, parse_pattern
@@ -113,6 +123,8 @@ def read_pattern(data: Json) -> str:
 
 def cannot_write(config: ModelConfig) -> str | None:
     """Why no stock `config.json` can express this model, or None: the class has one width for each kind of block."""
+    if reason := beyond_stock(config):
+        return reason
     attention, mamba, mlp = _kinds(config)
     if config.tie_word_embeddings:
         return "its embeddings are tied, which the stock class does not do"
