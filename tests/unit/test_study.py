@@ -54,7 +54,7 @@ def test_shipped_studies_have_equal_arms_in_every_size(name: str, size: str) -> 
 
 
 @settings(max_examples=20, deadline=None)
-@given(target=st.integers(40_000, 3_000_000), pattern=st.sampled_from(["*-", "M-", "M-*-", "MM*-"]))
+@given(target=st.integers(100_000, 3_000_000), pattern=st.sampled_from(["*-", "M-", "M-*-", "MM*-"]))
 def test_a_parameter_budget_is_met_by_the_width_of_the_mlps(target: int, pattern: str) -> None:
     config = build(read_stack({**BASE, "pattern": pattern}, "arm"), 300)
     assert abs(count_parameters(with_parameters(config, target)) / target - 1) <= 0.01
