@@ -119,7 +119,7 @@ def _difference(a: ModelConfig, b: ModelConfig) -> str:
     """The first field in which two configs differ, with both values."""
     one, other = a.to_json(), b.to_json()
     for key in one | other:
-        value = one.get(key)
+        value: Any = one.get(key)
         if key == "blocks":
             if len(value) != len(other[key]):
                 return f"the number of blocks ({len(value)} and {len(other[key])})"
