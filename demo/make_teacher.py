@@ -26,8 +26,8 @@ tags: [halflap, nemotron_h]
 # The demo's teacher
 
 A small hybrid of the Nemotron-H family, trained by this project with `demo/teacher.yaml` on freely licensed text:
-public-domain books, OpenStax textbooks (CC BY 4.0), technical documentation (public domain, MIT or Apache-2.0, CC BY 4.0)
-and Python source (BSD, MIT, Apache-2.0). Sources and licence texts are in `../text/`.
+public-domain books, OpenStax textbooks (CC BY 4.0), technical documentation (public domain, MIT or Apache-2.0,
+CC BY 4.0) and Python source (BSD, MIT, Apache-2.0). Sources and licence texts are in `../text/`.
 
 | | |
 |---|---|
