@@ -57,6 +57,7 @@ VERBS: dict[str, Verb] = {
     "distill": Verb("DistillRecipe", "compress:distill"),
     "compress": Verb("CompressRecipe", "compress:compress"),
     "evaluate": Verb("EvaluateRecipe", "evaluate:evaluate", keeps=False),
+    "analyze": Verb("AnalyzeRecipe", "analyze:analyze"),
     "bench": Verb("BenchRecipe", "evaluate:bench", keeps=False),
     "generate": Verb("GenerateRecipe", "generate:generate", keeps=False),
     "report": Verb("ReportRecipe", "report:report", keeps=False, artifact="report.html"),

@@ -57,10 +57,10 @@ class InspectRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportRecipe:
-    """GGUF or another dialect of a known family to a Hugging Face directory."""
+    """GGUF, Megatron's tensors or another dialect of a known family to a Hugging Face directory."""
 
     source: File = field(kw_only=False)
-    """GGUF file or checkpoint directory."""
+    """GGUF file or checkpoint directory; one of Megatron's tensors has NeMo's model_config.yaml, or a config.json."""
     common: Common = Common()
 
 
@@ -70,8 +70,8 @@ class ExportRecipe:
 
     model: Model = field(kw_only=False)
     """Hugging Face directory or run directory."""
-    format: Literal["hf"] = "hf"
-    """Target form."""
+    format: Literal["hf", "megatron"] = "hf"
+    """Target form; megatron (names and fused QKV of Megatron and NeMo) is for Nemotron-4."""
     pad_to_stock: Annotated[bool, SWITCH] = False
     """Pad unequal blocks with zeros to equal widths, so that stock classes load them with the same logits."""
     common: Common = Common()
@@ -339,4 +339,20 @@ class StudyRecipe:
     """Seeds, instead of the study's."""
     workers: Positive = 1
     """Processes that train arms side by side."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeRecipe:
+    """What attention, SSM and meta tokens do, layer by layer."""
+
+    model: Model = field(kw_only=False)
+    """Hugging Face directory or run directory."""
+    text: Text = Text()
+    tokens: Positive = 8192
+    """Tokens read of each path of --data; a path is a domain of its own."""
+    removal_tokens: Positive = 4096
+    """Tokens on which branches are left out one by one."""
+    context: Positive = 512
+    """Tokens of a row."""
     common: Common = Common()

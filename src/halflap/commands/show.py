@@ -307,6 +307,24 @@ def study(result: Mapping[str, Any], console: Console) -> None:
     console.print(f"report: {result['report']}")
 
 
+def analyze(result: Mapping[str, Any], console: Console) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    targets = ("meta", "first", "self", "others") if result["meta_tokens"] else ("first", "self", "others")
+    for column in ("block", "kind", *(f"on {name}" for name in targets), "entropy", "loss added without"):
+        table.add_column(column, justify="left" if column in ("kind", "loss added without") else "right")
+    for row in result["layers"]:
+        shares = [f"{100 * row['attention'][name]:.1f} %" if "attention" in row else "" for name in targets]
+        entropy = f"{row['entropy']:.2f}" if "entropy" in row else ""
+        added = ", ".join(f"{name} {value:+.3f}" for name, value in row["loss_added_without"].items())
+        table.add_row(str(row["block"]), row["kind"], *shares, entropy, added)
+    console.print(table)
+    console.print("shares of a token's attention, entropy in nats, loss in nats a token")
+    for name, row in zip(result["domains"], result["similarity"], strict=True):
+        alike = ", ".join(f"{other} {value:.3f}" for other, value in zip(result["domains"], row, strict=True))
+        console.print(f"meta tokens of {name} as of {alike}")
+    console.print(f"report: {result['report']}")
+
+
 VIEWS: dict[str, Callable[[Mapping[str, Any], Console], None]] = {
     "inspect": inspect,
     "doctor": doctor,
@@ -318,4 +336,5 @@ VIEWS: dict[str, Callable[[Mapping[str, Any], Console], None]] = {
     "verify": verify,
     "compress": compress,
     "study": study,
+    "analyze": analyze,
 }

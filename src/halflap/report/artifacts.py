@@ -23,6 +23,8 @@ RUN_DOCUMENTS = (
     "scores.json",
     "bench.json",
     "arms.json",
+    "analysis.json",
+    "study.json",
 )
 CHECKPOINT_DOCUMENTS = ("halflap.json", "config.json", "lineage.json", "pruning_plan.json", "certificate.json")
 FOLDERS = ("", "checkpoint/", "pruned/")

@@ -10,7 +10,7 @@ from halflap.report import units
 from halflap.report.artifacts import Fact, Node, RunFiles, derive
 from halflap.report.plots import CandidatePoint, Curve, thinned
 
-COLORS = 6
+COLORS = 8
 SIZES = {
     "num_blocks": "blocks",
     "hidden_size": "hidden",
@@ -201,7 +201,7 @@ NUMBERS = tuple(name for key, *_ in METRICS for name in (key, f"{key}_spread"))
 
 
 def read_speed(runs: Sequence[RunFiles], teacher: Fact | None = None, student: Fact | None = None) -> Speed | None:
-    """All bench.json of the runs side by side, the largest model first.
+    """All bench.json of the runs side by side, the largest model first where they differ.
 
     A model with as many parameters as the teacher or the student is called so, any other by its run's name.
     """
@@ -210,7 +210,9 @@ def read_speed(runs: Sequence[RunFiles], teacher: Fact | None = None, student: F
     ]
     if not tables:
         return None
-    tables.sort(key=lambda table: (table[0] != "teacher", -_size(table[1])))
+    sizes = [_size(table) for _, table in tables]
+    if max(sizes) > 1.02 * min(sizes):  # arms of equal size keep their order
+        tables.sort(key=lambda table: (table[0] != "teacher", -_size(table[1])))
     known = {_count(student): "student", _count(teacher): "teacher"}
     names = [known.get(_size(table), name) if _size(table) else name for name, table in tables]
     if len(set(names)) < len(names):

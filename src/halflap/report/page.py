@@ -22,6 +22,7 @@ import halflap
 from halflap.errors import HalflapError
 from halflap.files import atomic_write
 from halflap.report import history, plots, strips, units
+from halflap.report.analysis import read_analysis
 from halflap.report.artifacts import Fact, RunFiles, Source, read_run
 from halflap.report.importance import Importance, read_importance
 from halflap.report.judgements import Judgements, read_judgements, verdict, with_parameters
@@ -148,8 +149,9 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
     importance = _importance(runs, problems)
     candidates = read_candidates(runs)
     series = read_series(sources.curves)
-    teacher = judgements.of("teacher")
+    teacher, topic = judgements.of("teacher"), _topic(runs)
     context = {
+        "topic": topic,
         "version": halflap.__version__,
         "title": runs[0].name,
         "finished": next(
@@ -169,13 +171,24 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
         "series": series,
         "curves_plot": _curves_plot(series, divergence=False),
         "divergence_plot": _curves_plot(series, divergence=True),
-        "speed": read_speed(runs, before, after),
+        "speed": read_speed(runs, *(() if topic and judgements.arms else (before, after))),
+        "analysis": read_analysis(runs),
         "lineage": history.read_lineage(runs),
         "certificate": history.read_certificate(runs),
         "settings": history.read_settings(runs),
         "problems": problems,
     }
     return context | {"speed_card": _speed_card(context["speed"])}
+
+
+def _topic(runs: Sequence[RunFiles]) -> dict[str, str] | None:
+    """Title and question of a page that is not about a teacher and its student: a study, or an analysis alone."""
+    for run in runs:
+        if (study := run.document("study.json")) is not None:
+            return {"title": study.text("study") or run.name, "asks": study.text("asks") or ""}
+        if run.document("analysis.json") is not None and len(runs) == 1:
+            return {"title": run.name, "asks": "What attention, SSM and MLP do, block by block."}
+    return None
 
 
 def _importance(runs: Sequence[RunFiles], problems: list[str]) -> Importance | None:

@@ -1,0 +1,59 @@
+"""`analyze`: what attention, SSM and meta tokens do, layer by layer; analysis.json and the page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from halflap.checkpoints.checkpoint import load_model
+from halflap.checkpoints.config import find_directory
+from halflap.commands.config import AnalyzeRecipe
+from halflap.commands.device import choose_device
+from halflap.data.corpus import is_corpus, open_corpus
+from halflap.data.text import read_documents
+from halflap.data.tokenizer import Tokenizer
+from halflap.errors import HalflapError
+from halflap.evaluate.analyze import analyze as analyze_model
+from halflap.evaluate.documents import Document, corpus_documents, tokenise
+from halflap.report.page import build as build_report
+from halflap.run import Run
+
+
+def analyze(recipe: AnalyzeRecipe, run: Run) -> dict[str, Any]:
+    """Each path of --data is a domain of its own."""
+    if not recipe.text.data:
+        raise HalflapError("no text was given; name files or folders with --data, each a domain of its own")
+    directory = find_directory(recipe.model)
+    tokenizer = Tokenizer.load(directory)
+    model = load_model(directory, "float32", choose_device(recipe.common.device))
+    tokenizer.check_matches(model.config.vocab_size)
+    texts = {name: _documents(path, recipe, tokenizer) for name, path in _domains(recipe.text.data).items()}
+    context = min(recipe.context, model.config.max_position_embeddings)
+    found = analyze_model(model, texts, context=context, tokens=recipe.tokens, removal_tokens=recipe.removal_tokens)
+    result = {
+        "pattern": model.config.pattern(),
+        "meta_tokens": model.config.num_meta_tokens,
+        "context": context,
+        "tokens": recipe.tokens,
+        **dataclasses.asdict(found),
+    }
+    run.save_json("analysis.json", result)
+    return result | {"report": str(build_report([run.path], run.path / "report.html"))}
+
+
+def _domains(paths: Sequence[str]) -> dict[str, str]:
+    """Paths by short names that tell them apart: the file's, its folder's, or the whole path."""
+    places = [Path(path).resolve() for path in paths]
+    stems = [place.name.partition(".")[0] for place in places]
+    for names in (stems, [place.parent.name for place in places], [str(place) for place in places]):
+        if len(set(names)) == len(paths):
+            return dict(zip(names, paths, strict=True))
+    raise HalflapError(f"data names {paths[0]!r} more than once; each path is a domain of its own: name it once")
+
+
+def _documents(path: str, recipe: AnalyzeRecipe, tokenizer: Tokenizer) -> list[Document]:
+    if is_corpus(path):
+        return list(corpus_documents(open_corpus(path, tokenizer), tokenizer, limit=recipe.tokens))
+    return tokenise(read_documents([path], recipe.text.field), tokenizer, limit=recipe.tokens)
