@@ -3,8 +3,9 @@
 - `config.py`      which families there are; reading and writing a checkpoint's config (no torch)
 - `family.py`      what a family is: its config in both directions and its name table (no torch)
 - `names.py`       name tables, expanded for a config and checked against a file (no torch)
-- `nemotron_h.py`, `llama.py`   one family each (no torch)
+- `nemotron_h.py`, `llama.py`, `nemotron.py`, `hymba.py`   one family each (no torch)
 - `files.py`       safetensors: lazy sharded reader, streaming sharded writer, digest
 - `checkpoint.py`  `Checkpoint`, `load_model`, `save_model`, `write_checkpoint`
+- `megatron.py`    Nemotron-4 under Megatron's and NeMo's names, fused QKV included
 - `gguf_import.py`, `gguf_tokenizer.py`   GGUF files to a checkpoint directory
 """

@@ -161,10 +161,19 @@ def load_model(path: str | Path, dtype: str = "float32", device: str | torch.dev
     """
     checkpoint = Checkpoint.open(path)
     wanted = float_dtype(checkpoint.dtype if dtype == "auto" else dtype)
+    return fill_model(checkpoint.config, checkpoint.tensors(), wanted, device)
+
+
+def fill_model(
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+) -> HybridModel:
+    """A model in evaluation mode from a stream of (our name, tensor)."""
     with torch.device("meta"), _NoInitialisation():
-        model = HybridModel(checkpoint.config)
-    state = {name: _place(name, tensor, wanted, device) for name, tensor in checkpoint.tensors()}
-    model.load_state_dict(state, strict=True, assign=True)
+        model = HybridModel(config)
+    model.load_state_dict({n: _place(n, t, dtype, device) for n, t in tensors}, strict=True, assign=True)
     return model.eval()
 
 

@@ -78,7 +78,7 @@ def match_tensors(
         if tuple(shapes[name]) != expected[ours]
     ]
     if missing or unknown or wrong:
-        raise HalflapError(_complaint(where, missing, unknown, wrong))
+        raise HalflapError(complaint(where, missing, unknown, wrong))
     return found
 
 
@@ -89,7 +89,8 @@ def _respell(name: str, prefixes: tuple[str, ...]) -> str:
     return name
 
 
-def _complaint(where: str, missing: list[str], unknown: list[str], wrong: list[str]) -> str:
+def complaint(where: str, missing: list[str], unknown: list[str], wrong: list[str]) -> str:
+    """The sentence for tensors that do not fit a config."""
     parts = [
         f"{len(items)} {what} ({', '.join(items[:SHOWN])}{', ...' if len(items) > SHOWN else ''})"
         for what, items in (("missing", missing), ("unknown", unknown), ("wrongly shaped", wrong))

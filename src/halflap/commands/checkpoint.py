@@ -11,6 +11,7 @@ from typing import Any
 from halflap.commands.config import ExportRecipe, ImportRecipe, InspectRecipe
 from halflap.commands.resolve import shape_of
 from halflap.errors import HalflapError, RecipeError
+from halflap.files import write_json
 from halflap.models.count import (
     Phase,
     cache_bytes,
@@ -21,6 +22,7 @@ from halflap.models.count import (
 )
 from halflap.models.presets import PRESETS
 from halflap.progress import track
+from halflap.recipe import read_yaml
 from halflap.report.shapes import describe
 from halflap.run import Run
 
@@ -75,11 +77,16 @@ def import_(recipe: ImportRecipe, run: Run) -> dict[str, Any]:
 
         written = import_gguf(source, run.path, dtype)
     else:
-        opened = Checkpoint.open(source)
+        from halflap.checkpoints.megatron import CONFIG, is_megatron, open_megatron
+
+        if is_megatron(source):
+            opened = open_megatron(source, read_yaml(source / CONFIG, "model") if (source / CONFIG).exists() else None)
+        else:
+            opened = Checkpoint.open(source)
         written = write_checkpoint(
             run.path,
             opened.config,
-            track(opened.tensors(), "import", len(opened.entries)),
+            track(opened.tensors(), "import", len(opened.dtypes)),
             dtype=opened.dtypes if dtype == "auto" else dtype,
             tokenizer_from=opened.path,
             lineage=[*opened.lineage, lineage_step("import", {source.name: opened.digest})],
@@ -89,50 +96,66 @@ def import_(recipe: ImportRecipe, run: Run) -> dict[str, Any]:
 
 
 def export(recipe: ExportRecipe, run: Run) -> dict[str, Any]:
-    """A checkpoint that the stock classes load, and how far its logits are from the model's own."""
-    from halflap.checkpoints.checkpoint import Checkpoint, write_checkpoint
+    """A checkpoint that stock tools load, and how far its logits are from the model's own."""
+    from halflap.checkpoints.checkpoint import Checkpoint, copy_tokenizer, write_checkpoint
     from halflap.checkpoints.config import family_of, lineage_step
+    from halflap.checkpoints.megatron import cannot_write, open_megatron, settings_of, write_megatron
     from halflap.checkpoints.padding import pad_tensors, padded_config
 
     opened = Checkpoint.open(recipe.model)
+    obstacle = cannot_write if recipe.format == "megatron" else family_of(opened.config).cannot_write
     config, tensors = opened.config, opened.tensors()
-    if reason := family_of(config).cannot_write(config):
+    if reason := obstacle(config):
         if not recipe.pad_to_stock:
             raise HalflapError(
-                f"stock classes cannot hold this model, because {reason}; --pad-to-stock pads unequal widths with "
-                "zeros, and halflap runs the model as it is"
+                f"{FORMS[recipe.format]} cannot hold this model, because {reason}; --pad-to-stock pads unequal widths "
+                "with zeros, and halflap runs the model as it is"
             )
         config = padded_config(opened.config)
         tensors = pad_tensors(opened.config, config, tensors)
-        if reason := family_of(config).cannot_write(config):
-            raise HalflapError(f"stock classes cannot hold this model even padded, because {reason}; run it in halflap")
+        if reason := obstacle(config):
+            raise HalflapError(
+                f"{FORMS[recipe.format]} cannot hold this model even padded, because {reason}; run it in halflap"
+            )
     dtype = recipe.common.dtype
-    written = write_checkpoint(
-        run.path,
-        config,
-        track(tensors, "export", len(opened.entries)),
-        dtype=opened.dtypes if dtype == "auto" else dtype,
-        tokenizer_from=opened.path,
-        lineage=[*opened.lineage, lineage_step("export", {opened.path.name: opened.digest}, format=recipe.format)],
-    )
+    types = opened.dtypes if dtype == "auto" else dict.fromkeys(opened.dtypes, dtype)
+    lineage = [*opened.lineage, lineage_step("export", {opened.path.name: opened.digest}, format=recipe.format)]
+    tensors = track(tensors, "export", len(opened.entries))
+    if recipe.format == "megatron":
+        write_megatron(run.path, config, tensors, types)
+        write_json(run.path / "lineage.json", {"steps": lineage})
+        copy_tokenizer(opened.path, run.path)
+        written = open_megatron(run.path, settings_of(config))
+    else:
+        written = write_checkpoint(
+            run.path,
+            config,
+            tensors,
+            dtype=opened.dtypes if dtype == "auto" else dtype,
+            tokenizer_from=opened.path,
+            lineage=lineage,
+        )
     return {
         "format": recipe.format,
         "path": str(run.path),
         "parameters": count_parameters(config),
         "padded": config != opened.config,
-        "max_abs_error": _largest_difference(opened.path, written.path, recipe.common.seed),
+        "max_abs_error": _largest_difference(opened, written, recipe.common.seed),
     }
 
 
-def _largest_difference(one: Path, other: Path, seed: int) -> float:
-    """Largest difference of the logits of two checkpoints on random tokens, in float32."""
+FORMS = {"hf": "stock classes", "megatron": "Megatron's form"}
+
+
+def _largest_difference(one: Any, other: Any, seed: int) -> float:
+    """Largest difference of the logits of two opened checkpoints on random tokens, in float32."""
     import torch
 
-    from halflap.checkpoints.checkpoint import load_model
+    from halflap.checkpoints.checkpoint import fill_model
 
     logits = []
-    for path in (one, other):
-        model = load_model(path, dtype="float32")
+    for opened in (one, other):
+        model = fill_model(opened.config, opened.tensors(), torch.float32)
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(model.config.vocab_size, (2, EXPORT_CHECK_TOKENS), generator=generator)
         with torch.inference_mode():
