@@ -6,7 +6,7 @@ using namespace halflap;
 namespace {
 
 struct Sizes {  // mirrored by ops/native/attention.py
-    int64_t batch, time, keys, heads, key_heads, size, offset, bf16, threads;
+    int64_t batch, time, keys, heads, key_heads, size, value_size, offset, window, meta, bf16, threads;
     Strides q, k, v, out, dout, dq, dk, dv;
     double scale;
 };
@@ -23,7 +23,7 @@ struct Pointers {
 
 template <class T>
 Attention<T> attention(const Sizes& s, const Pointers& p) {
-    return {s.batch, s.time, s.keys, s.heads, s.key_heads, s.size, s.offset, s.q, s.k, s.v, s.out, (const T*)p.q, (const T*)p.k,
+    return {s.batch, s.time, s.keys, s.heads, s.key_heads, s.size, s.value_size, s.offset, s.window, s.meta, s.q, s.k, s.v, s.out, (const T*)p.q, (const T*)p.k,
             (const T*)p.v, p.start, (T*)p.out, p.lse, (float)s.scale, (int)s.threads};
 }
 template <class T>

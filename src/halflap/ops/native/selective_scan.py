@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from halflap.ops.native.common import counts, fits, is_narrow, library
 
-
 ROWS = ("u", "dt", "B", "C", "gate", "y")
 
 
