@@ -241,7 +241,8 @@ def _refuse_other(directory: Path, verb: str, settings: Mapping[str, Any], input
     absent = object()
     for name in [*current, *(set(stored) - set(current))]:
         before, now = stored.get(name, absent), current.get(name, absent)
-        if before != now:
+        unused_and_newer = before is absent and now is None
+        if before != now and not unused_and_newer:
             was, is_now = ("not set" if value is absent else plain_text(value) for value in (before, now))
             raise HalflapError(
                 f"{str(directory)!r} holds another run: {name} is {was} there and {is_now} here; {advice}"

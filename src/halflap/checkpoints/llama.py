@@ -21,7 +21,7 @@ from halflap.checkpoints.family import (
 )
 from halflap.checkpoints.names import NameRow
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, RopeConfig, RopeScaling
+from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, NTKScaling, RopeConfig, RopeScaling
 
 ALLOWED: dict[str, tuple[Any, ...]] = {"partial_rotary_factor": (1, 1.0), "sliding_window": ()}
 
@@ -128,6 +128,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     attention, mlp = config.blocks[:2]
     assert isinstance(attention, AttentionConfig) and isinstance(mlp, MLPConfig) and attention.rope is not None
     scaling = attention.rope.scaling
+    assert not isinstance(scaling, NTKScaling)
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

@@ -48,7 +48,7 @@ ROWS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     *((f"mlp.linear_fc1.{kind}", 1, (f"mixer.up_proj.{kind}",)) for kind in ("weight", "bias")),
     *((f"mlp.linear_fc2.{kind}", 1, (f"mixer.down_proj.{kind}",)) for kind in ("weight", "bias")),
 )
-ENDS = {
+ENDS: dict[str, tuple[str, ...]] = {
     "decoder.final_layernorm.weight": ("norm.weight",),
     "decoder.final_layernorm.bias": ("norm.bias",),
     "output_layer.weight": ("head.weight",),
@@ -66,7 +66,7 @@ CARRIES_NOTHING = re.compile(r"_extra_state$|rotary_pos_emb\.inv_freq$")
 def tensor_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Every tensor's name there, and ours of what it holds, in the order of the network."""
     ours = layout(config)
-    table = {"embedding.word_embeddings.weight": ("embedding.weight",)}
+    table: dict[str, tuple[str, ...]] = {"embedding.word_embeddings.weight": ("embedding.weight",)}
     for layer in range(len(config.blocks) // 2):
         for theirs, offset, parts in ROWS:
             held = tuple(f"blocks.{2 * layer + offset}.{part}" for part in parts)

@@ -106,6 +106,8 @@ class PretrainRecipe:
     text: Text = Text()
     tokens: Positive = 10_000_000
     """Tokens to train on."""
+    phases: File | None = None
+    """YAML of phases, each with its tokens, blend, learning rate and batch, in place of --tokens and the schedule."""
     tokenizer: File | None = None
     """Directory with the tokenizer; token shards bring their own."""
     eval_data: Files = ()

@@ -24,6 +24,7 @@ from halflap.errors import HalflapError
 from halflap.files import atomic_write
 from halflap.parallel import mesh
 from halflap.train.config import Fit
+from halflap.train.phases import Plan
 
 HELD_OUT_TOKENS = (8192, 131_072)
 """At least and at most so many tokens are judged on at each point of a training run's curve."""
@@ -115,18 +116,24 @@ def _described(eval_data: Sequence[str], share: float, any_held_out: bool) -> st
     return "nothing: token shards and single short documents cannot be split; give eval-data"
 
 
-def training_loader(corpora: Corpora, text: Text, sequence_length: int, rows: int, seed: int) -> Loader:
-    """Batches of `rows` rows of this rank."""
-    return Loader(
+def training_loader(
+    corpora: Corpora, text: Text, sequence_length: int, rows: int, seed: int, plan: Plan | None = None
+) -> Loader:
+    """Batches of `rows` rows of this rank, or with the blends of a plan; phases without weights keep the last ones."""
+    build = partial(
+        Loader,
         corpora.train,
         sequence_length=sequence_length,
         micro_batch_size=rows,
         seed=seed,
-        weights=text.weights or None,
         packing=text.packing,
         rank=mesh.rank(),
         world=mesh.world_size(),
     )
+    loader = build(weights=text.weights or None)
+    if plan is None or all(phase.weights is None for phase in plan.phases):
+        return loader
+    return build(phases=plan.blend(text.weights or loader.rows), total_tokens=plan.tokens)
 
 
 def held_out_batches(corpora: Corpora, settings: Fit, training_tokens: int) -> list[Batch]:

@@ -21,9 +21,11 @@ from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel, initialize
 from halflap.models.utilization import CONVENTIONS, peak_flops_per_second, training_flops_per_token
 from halflap.parallel import mesh
+from halflap.recipe import read_yaml
 from halflap.run import Run
 from halflap.train.fit import fit
 from halflap.train.objectives.language import NextToken
+from halflap.train.phases import Plan, read_plan
 
 
 def tokenizer(recipe: TokenizerRecipe, run: Run) -> dict[str, Any]:
@@ -56,22 +58,25 @@ def pretrain(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
     model, lineage = _start_model(recipe.shape, recipe.common.seed)
     chosen.check_matches(model.config.vocab_size)
     corpora = open_corpora(recipe.text, chosen, run.path / "corpus", recipe.eval_data)
+    plan = _plan(recipe, len(corpora.train))
     loader = training_loader(
-        corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed
+        corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed, plan
     )
+    tokens = recipe.tokens if plan is None else plan.tokens
     device = choose_device(recipe.common.device)
     result = fit(
         model,
         NextToken(),
-        loader.batch,
+        loader.batch if plan is None else lambda step: loader.rows_from(*plan.rows(step)),
         recipe.fit,
-        tokens=recipe.tokens,
+        tokens=tokens,
         directory=run.path / "training",
         log=run.log,
-        held_out=held_out_batches(corpora, recipe.fit, recipe.tokens) or None,
+        held_out=held_out_batches(corpora, recipe.fit, tokens) or None,
         device=device,
         dtype=recipe.common.dtype,
         seed=recipe.common.seed,
+        plan=plan,
     )
     result |= _utilization(model.config, recipe.fit.sequence_length, result["tokens_per_second"], device)
     if mesh.is_main():
@@ -80,6 +85,13 @@ def pretrain(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
             model.cpu(), run.checkpoint_dir, lineage=[*lineage, step], tokenizer_from=_save_tokenizer(chosen, run)
         )
     return result | {"held_out": corpora.held_out_is, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def _plan(recipe: PretrainRecipe, sources: int) -> Plan | None:
+    if recipe.phases is None:
+        return None
+    settings = read_yaml(recipe.phases, "plan of phases")
+    return read_plan(settings, recipe.fit.sequence_length, recipe.fit.batch_size, sources, mesh.world_size())
 
 
 def _utilization(config: ModelConfig, length: int, speed: float, device: torch.device) -> dict[str, Any]:

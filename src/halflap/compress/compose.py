@@ -60,7 +60,8 @@ def _compose_dropped(first: PruningPlan, second: PruningPlan) -> Dropped:
         middle = first.student_name(name)
         if middle is None or block_of(middle) not in (None, *second.keep_blocks):
             continue
-        before, after = first.dropped.get(name), second.dropped.get(middle)
+        before: tuple[float, ...] | None = first.dropped.get(name)
+        after: tuple[float, ...] | None = second.dropped.get(middle)
         if before is not None and len(before) > 1:  # one a group: those of the groups that stay
             groups: Any = kept_indices(axes[f"blocks.{block_of(middle)}.group"], second.keep)
             before = tuple(before[group] for group in groups)
@@ -68,7 +69,7 @@ def _compose_dropped(first: PruningPlan, second: PruningPlan) -> Dropped:
             found[name] = before or after or ()
         elif name.endswith("norm.bias"):  # the second shift is of channels that the first has multiplied
             gain = first.scales[name.replace(".bias", ".weight")][0]
-            found[name] = (before[0] + gain * after[0],)
+            found[name] = tuple(mean + gain * more for mean, more in zip(before, after, strict=True))
         else:
             found[name] = tuple(1 - (1 - f) * (1 - g) for f, g in zip(before, after, strict=True))
     return found

@@ -65,8 +65,12 @@ class Loader:
 
     def batch(self, index: int) -> Batch:
         """This rank's part of micro-batch `index`, on the CPU."""
-        first = (index * self.world + self.rank) * self.micro_batch_size
-        rows = [self.row(slot) for slot in range(first, first + self.micro_batch_size)]
+        return self.rows_from(index * self.world * self.micro_batch_size, self.micro_batch_size)
+
+    def rows_from(self, slot: int, count: int) -> Batch:
+        """This rank's `count` of the rows that all ranks take from a slot of the global order on, on the CPU."""
+        first = slot + self.rank * count
+        rows = [self.row(slot) for slot in range(first, first + count)]
         return collate(rows, with_segments=self.packing == "segments")
 
     def row(self, slot: int) -> Row:

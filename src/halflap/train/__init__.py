@@ -2,6 +2,7 @@
 
 config.py          settings of a fit: batch, learning rate, schedule, how often to save and judge; no torch
 fit.py             the loop: accumulation with exact counts, clipping, saving, judging, interruption
+phases.py          training in phases: tokens, blend, learning rate and batch of each; no torch
 optim.py           parameter groups, AdamW, learning-rate schedules as functions of tokens
 resume.py          the state of an interrupted fit on disk
 interrupts.py      Ctrl-C and SIGTERM as a request

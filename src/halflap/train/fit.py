@@ -28,6 +28,7 @@ from halflap.train.losses import Objective, add_over_ranks, mean_loss
 from halflap.train.numerics import keep_freed_memory, not_finite, peak_memory, precision, resolve_dtype
 from halflap.train.objectives.language import NextToken
 from halflap.train.optim import learning_rate, make_optimizer, set_learning_rate, trained_parameters
+from halflap.train.phases import Plan
 
 HeldOut = Callable[[nn.Module], Mapping[str, float]] | Sequence[Any]
 RECENT_STEPS = 20  # the returned loss is the mean of this many last steps
@@ -47,22 +48,24 @@ def fit(
     dtype: str = "float32",
     seed: int = 0,
     progress: bool = True,
+    plan: Plan | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place until at least `tokens` tokens with weight were seen on all ranks together.
 
     batches(step) gives this rank's rows of a step and must depend on the step alone. dtype "bfloat16" computes
     under autocast and keeps weights and optimiser in float32; "auto" takes it where the device multiplies it fast.
     directory holds the saved states; a fit that finds some there goes on from the newest. held_out is a list of
-    batches (judged by next-token loss) or a function of the model; its numbers are logged as `held_out_<name>`.
+    batches (judged by next-token loss) or a function of the model; its numbers are logged as `held_out_<name>`. A plan
+    of phases has the learning rate of every step and ends the run after its last; the settings' schedule is not used.
     Returns loss (mean of the last steps), tokens, tokens_per_second, steps, and the last held-out numbers. Raises
     HalflapError when a loss or gradient is not finite, and KeyboardInterrupt or SystemExit after saving.
     """
     keep_freed_memory()
     model.to(device).train()
-    state = _State(model, objective, settings, tokens, torch.device(device), resolve_dtype(dtype, device))
+    state = _State(model, objective, settings, tokens, torch.device(device), resolve_dtype(dtype, device), plan)
     place = None if directory is None else Path(directory)
     _start(state, place, seed, log)
-    steps = max(1, math.ceil(tokens / (settings.tokens_per_step * mesh.world_size())))
+    steps = plan.steps if plan else max(1, math.ceil(tokens / (settings.tokens_per_step * mesh.world_size())))
     save_every = max(1, steps // 20) if settings.save_every is None else settings.save_every
     evaluate_every = max(1, steps // 10) if settings.evaluate_every is None else settings.evaluate_every
     shown = Progress("train", tokens, unit="tokens") if progress and mesh.is_main() else None
@@ -70,13 +73,13 @@ def fit(
         if shown is not None:
             shown.start_at(state.tokens)
         try:
-            while state.tokens < tokens:
+            while not state.done:
                 row = _step(state, batches(state.step), interrupts)
                 if shown is not None:
                     shown.note(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}")
                     shown.advance(row["seen"])
                 _log_window(state, row, log)
-                if held_out is not None and _due(state, evaluate_every) and state.tokens < tokens:
+                if held_out is not None and _due(state, evaluate_every) and not state.done:
                     _judge(state, held_out, log)
                 if place is not None and _due(state, save_every):
                     _save(state, place)
@@ -102,6 +105,7 @@ class _State:
     total: int
     device: torch.device
     dtype: torch.dtype
+    plan: Plan | None = None
     parameters: dict[str, nn.Parameter] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     updating: bool = False
@@ -123,6 +127,10 @@ class _State:
                     "the arithmetic): load the model with dtype float32"
                 )
         self.optimizer = make_optimizer(self.parameters.values(), self.settings)
+
+    @property
+    def done(self) -> bool:
+        return self.tokens >= self.total or (self.plan is not None and self.step >= self.plan.steps)
 
 
 SAVED = ("tokens", "seconds", "recent", "window", "judged")
@@ -161,7 +169,8 @@ def _step(state: _State, batch: Any, interrupts: Interrupts) -> dict[str, Any]:
     loss, norm = totals["loss"][0] / count, _clip(state)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise HalflapError(not_finite(state.step + 1, loss, state.parameters))
-    rate = learning_rate(state.settings, state.tokens + seen, state.total)
+    plan = state.plan
+    rate = plan.learning_rate(state.step) if plan else learning_rate(state.settings, state.tokens + seen, state.total)
     set_learning_rate(state.optimizer, rate)
     state.updating = True
     state.optimizer.step()
@@ -214,7 +223,7 @@ def _log_window(state: _State, row: dict[str, Any], log: Callable[[dict[str, Any
     }.items():
         held = state.window.setdefault(name, [0.0, 0.0])
         state.window[name] = [held[0] + total, held[1] + number]
-    if not _due(state, state.settings.log_every) and state.tokens < state.total:
+    if not _due(state, state.settings.log_every) and not state.done:
         return
     window, state.window = state.window, {}
     (seconds, _), (seen, _) = window.pop("step_seconds"), window.pop("seen")
