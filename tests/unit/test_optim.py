@@ -16,6 +16,7 @@ from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, parse_pattern
 from halflap.models.layout import layout
 from halflap.models.model import HybridModel
+from halflap.models.presets import preset
 from halflap.train.config import Fit
 from halflap.train.optim import DECAY_SHAPES, decays, learning_rate, make_optimizer, parameter_groups
 
@@ -72,14 +73,21 @@ def test_rate_stays_between_floor_and_peak(
 
 def test_no_decay_set() -> None:
     model = HybridModel(CONFIG)
-    kept = {name for name, parameter in model.named_parameters() if not decays(parameter)}
+    kept = {name for name, parameter in model.named_parameters() if not decays(name, parameter)}
     leaves = {name.rsplit(".", 1)[-1] for name in kept}
     assert leaves == {"A_log", "D", "dt_bias", "bias", "weight"}
     assert all("norm" in name for name in kept if name.endswith(".weight"))
     assert kept == {name for name, dims in layout(CONFIG).items() if len(dims) == 1}
-    groups = parameter_groups(model.parameters(), 0.1)
+    groups = parameter_groups(dict(model.named_parameters()), 0.1)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_what_never_decays_though_it_is_a_matrix() -> None:
+    """Time scales of Mamba-1, a row for each channel, and meta tokens."""
+    model = HybridModel(preset("hymba-tiny"))
+    kept = {name for name, p in model.named_parameters() if not decays(name, p) and p.ndim > 1}
+    assert kept == {"meta_tokens", *(f"blocks.{2 * layer}.mixer.ssm.A_log" for layer in range(8))}
 
 
 def test_fused_adamw_is_adamw() -> None:
@@ -87,8 +95,8 @@ def test_fused_adamw_is_adamw() -> None:
     ours, plain = (torch.nn.Linear(5, 4) for _ in range(2))
     plain.load_state_dict(ours.state_dict())
     settings = Fit(weight_decay=0.3)
-    fused = make_optimizer(ours.parameters(), settings)
-    groups = parameter_groups(plain.parameters(), 0.3)
+    fused = make_optimizer(dict(ours.named_parameters()), settings)
+    groups = parameter_groups(dict(plain.named_parameters()), 0.3)
     reference = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False)
     for step in range(5):
         x = torch.randn(3, 5, generator=torch.Generator().manual_seed(step))

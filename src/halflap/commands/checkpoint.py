@@ -15,10 +15,12 @@ from halflap.files import write_json
 from halflap.models.count import (
     Phase,
     cache_bytes,
+    cache_parts,
     count_block_parameters,
     count_non_embedding_parameters,
     count_parameters,
     flops_per_token,
+    published_cache,
 )
 from halflap.models.presets import PRESETS
 from halflap.progress import track
@@ -49,7 +51,15 @@ def inspect(recipe: InspectRecipe, run: Run) -> dict[str, Any]:
         "flops_per_token": flops["decode"][str(contexts[0])],
         "flops": flops,
         "cache_bytes": {str(n): cache_bytes(config, n, batch, kv_bits=recipe.cache_bits) for n in contexts},
+        "cache_parts": {str(n): cache_parts(config, n, batch, kv_bits=recipe.cache_bits) for n in contexts},
+        "cache_as_published": published_cache(config) if config.num_meta_tokens else None,
+        "key_value_sources": {
+            str(index): block.attention.key_value_source
+            for index, block in enumerate(config.blocks)
+            if block.attention is not None and block.attention.key_value_source is not None
+        },
         "batch": batch,
+        "num_meta_tokens": config.num_meta_tokens,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_word_embeddings,

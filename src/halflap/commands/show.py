@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-COLOURS = {"M": "cyan", "*": "bold yellow", "-": "green"}
-KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+COLOURS = {"M": "cyan", "S": "blue", "*": "bold yellow", "H": "magenta", "-": "green"}
+KINDS = {"M": "Mamba-2", "S": "Mamba-1", "*": "attention", "H": "attention and SSM", "-": "MLP"}
 
 
 def show(verb: str, result: Mapping[str, Any]) -> None:
@@ -104,6 +104,7 @@ def inspect(result: Mapping[str, Any], console: Console) -> None:
         ("without embeddings", f"{result['non_embedding_parameters']:,}"),
         ("hidden size", f"{result['hidden_size']:,}"),
         ("vocabulary", f"{result['vocab_size']:,}"),
+        *([("meta tokens", f"{result['num_meta_tokens']:,}")] if result["num_meta_tokens"] else []),
     ):
         grid.add_row(Text(name, style="bold"), value)
     console.print(grid)
@@ -116,7 +117,24 @@ def inspect(result: Mapping[str, Any], console: Console) -> None:
         table.add_row(f"{int(context):,}", size(cached), short(decode), short(prefill))
     console.print(table)
     console.print()
+    if published := result["cache_as_published"]:
+        _published_cache(result, published, console)
     console.print(records(_runs(result["blocks"]), ""))
+    if readers := [f"{block} of {source}" for block, source in result["key_value_sources"].items()]:
+        console.print(f"keys and values: block {', '.join(readers)}")
+
+
+def _published_cache(result: Mapping[str, Any], published: Mapping[str, Any], console: Console) -> None:
+    """What the cache holds, and its sums as papers quote them."""
+    rows = [
+        {"context": int(context)} | {f"{name}, MB": f"{value / 1e6:,.3f}" for name, value in parts.items()}
+        for context, parts in result["cache_parts"].items()
+    ]
+    console.print(records(rows, ""))
+    sums = ", ".join(f"{name.replace('_', ' ')} {value / 1e6:,.3f}" for name, value in published["bytes"].items())
+    console.print(
+        f"as published, at {published['context']:,} tokens, all in {published['dtype']}, MB of 10^6 bytes: {sums}\n"
+    )
 
 
 def _runs(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

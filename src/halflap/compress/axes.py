@@ -15,6 +15,7 @@ from typing import NamedTuple
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.layout import Axis, layout
+from halflap.models.sharing import keep_blocks as left_blocks
 
 Counts = Mapping[str, int]
 """Indices of each axis by short name, per index of the parent."""
@@ -66,7 +67,7 @@ AXES: tuple[WidthAxis, ...] = (
 PRUNABLE = frozenset(axis.axis for axis in AXES) | {"group"}
 
 # Blocks that leave together, for families whose stock classes count several of our blocks as one layer.
-DEPTH_UNITS: dict[str, int] = {"llama": 2, "nemotron": 2}
+DEPTH_UNITS: dict[str, int] = {"llama": 2, "nemotron": 2, "hymba": 2}
 
 
 def short_name(axis: str) -> str:
@@ -101,6 +102,15 @@ def depth_units(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
 # ---- sizes, counts and configs
 
 
+def last_kind(block: BlockConfig) -> MLPConfig:
+    """The MLP that a block is when it is neither Mamba-2 nor attention. Raises HalflapError for other kinds."""
+    if not isinstance(block, MLPConfig):
+        raise HalflapError(
+            f"a block of kind {block.kind} cannot be cut yet; prune models of attention, Mamba-2 and MLP blocks"
+        )
+    return block
+
+
 def block_counts(block: BlockConfig) -> dict[str, int]:
     """How many indices each axis of a block has."""
     if isinstance(block, Mamba2Config):
@@ -112,7 +122,7 @@ def block_counts(block: BlockConfig) -> dict[str, int]:
         }
     if isinstance(block, AttentionConfig):
         return {"kv": block.num_key_value_heads, "query": block.queries_per_key_value_head}
-    return {"neuron": block.intermediate_size}
+    return {"neuron": last_kind(block).intermediate_size}
 
 
 def _resize_mamba2(block: Mamba2Config, count: Counts) -> Mamba2Config:
@@ -158,7 +168,7 @@ def block_sizes(block: BlockConfig) -> dict[str, int]:
             "num_attention_heads": block.num_attention_heads,
             "num_key_value_heads": block.num_key_value_heads,
         }
-    return {"intermediate_size": block.intermediate_size}
+    return {"intermediate_size": last_kind(block).intermediate_size}
 
 
 def largest_sizes(config: ModelConfig) -> dict[str, int]:
@@ -232,7 +242,7 @@ def target_counts(block: BlockConfig, sizes: Sizes) -> dict[str, int]:
         kv = _smaller(sizes.num_key_value_heads, block.num_key_value_heads)
         heads = _smaller(sizes.num_attention_heads, kv * own["query"])
         return {"kv": kv, "query": _per_parent("num_attention_heads", heads, kv, own["query"], "key/value heads")}
-    return {"neuron": _smaller(sizes.intermediate_size, block.intermediate_size)}
+    return {"neuron": _smaller(sizes.intermediate_size, last_kind(block).intermediate_size)}
 
 
 def _smaller(wanted: int | None, own: int) -> int:
@@ -250,5 +260,7 @@ def _per_parent(size: str, total: int, parents: int, most: int, what: str) -> in
 
 def resize(config: ModelConfig, keep_blocks: tuple[int, ...], sizes: Sizes) -> ModelConfig:
     """The shape that remains of a teacher: its kept blocks at the sizes; norms' eps still the teacher's."""
-    blocks = tuple(resize_block(config.blocks[i], target_counts(config.blocks[i], sizes)) for i in keep_blocks)
+    blocks = tuple(
+        resize_block(block, target_counts(block, sizes)) for block in left_blocks(config.blocks, keep_blocks)
+    )
     return dataclasses.replace(config, hidden_size=_smaller(sizes.hidden_size, config.hidden_size), blocks=blocks)

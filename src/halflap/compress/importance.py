@@ -19,6 +19,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from halflap.compress.axes import last_kind
 from halflap.errors import HalflapError
 from halflap.files import atomic_write
 from halflap.models.config import AttentionConfig, Mamba2Config, ModelConfig
@@ -93,5 +94,5 @@ def score_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         elif isinstance(block, AttentionConfig):
             shapes[f"{prefix}.query"] = (block.num_key_value_heads, block.queries_per_key_value_head)
         else:
-            shapes[f"{prefix}.neuron"] = (block.intermediate_size,)
+            shapes[f"{prefix}.neuron"] = (last_kind(block).intermediate_size,)
     return shapes

@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, ModelConfig
+from halflap.models.config import AttentionConfig, BlockConfig, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.count import count_block_parameters, count_parameters
 from halflap.report import units
 from halflap.report.artifacts import Fact, Node, RunFiles, Source
 
-KINDS = {"mamba2": "Mamba-2", "attention": "attention", "mlp": "MLP"}
+KINDS = {
+    "mamba2": "Mamba-2",
+    "mamba1": "Mamba-1",
+    "attention": "attention",
+    "hybrid": "attention and SSM",
+    "mlp": "MLP",
+}
 
 
 @dataclass(frozen=True)
@@ -120,12 +126,26 @@ def block_views(teacher: ModelConfig, student: ModelConfig | None, keep_blocks: 
 
 def describe(block: BlockConfig) -> str:
     """A block's sizes in a few words."""
-    if isinstance(block, Mamba2Config):
-        groups = f" in {block.num_groups} groups" if block.num_groups > 1 else ""
-        return f"{block.num_heads} heads{groups} × {block.head_dim} channels, state {block.state_size}"
-    if isinstance(block, AttentionConfig):
-        return f"{block.num_attention_heads} query, {block.num_key_value_heads} key/value heads × {block.head_dim}"
-    return f"{block.intermediate_size:,} neurons"
+    if isinstance(block, MLPConfig):
+        return f"{block.intermediate_size:,} neurons"
+    parts = [] if block.attention is None else [_describe_attention(block.attention)]
+    if isinstance(block.ssm, Mamba1Config):
+        parts.append(f"{block.ssm.inner_size:,} channels, state {block.ssm.state_size}")
+    if isinstance(block.ssm, Mamba2Config):
+        ssm = block.ssm
+        groups = f" in {ssm.num_groups} groups" if ssm.num_groups > 1 else ""
+        parts.append(f"{ssm.num_heads} heads{groups} × {ssm.head_dim} channels, state {ssm.state_size}")
+    return " + ".join(parts)
+
+
+def _describe_attention(block: AttentionConfig) -> str:
+    heads = f"{block.num_attention_heads} query, {block.num_key_value_heads} key/value heads × {block.head_dim}"
+    parts = [
+        f" (values {block.value_dim})" if block.value_dim != block.head_dim else "",
+        f", window {block.window:,}" if block.window is not None else "",
+        ", keys and values of another block" if block.key_value_source is not None else "",
+    ]
+    return heads + "".join(parts)
 
 
 def size_rows(teacher: ModelConfig, student: ModelConfig | None) -> list[tuple[str, str, str]]:
@@ -147,15 +167,21 @@ def _sizes(config: ModelConfig) -> dict[str, list[int]]:
 
 
 def _block_sizes(block: BlockConfig) -> list[tuple[str, int]]:
-    if isinstance(block, Mamba2Config):
-        return [
-            ("Mamba heads", block.num_heads),
-            ("Mamba head channels", block.head_dim),
-            ("Mamba state size", block.state_size),
+    if isinstance(block, MLPConfig):
+        return [("MLP neurons", block.intermediate_size)]
+    sizes = []
+    if isinstance(block.ssm, Mamba2Config):
+        sizes += [("Mamba heads", block.ssm.num_heads), ("Mamba head channels", block.ssm.head_dim)]
+    if isinstance(block.ssm, Mamba1Config):
+        sizes += [("Mamba channels", block.ssm.inner_size)]
+    if block.ssm is not None:
+        sizes += [("Mamba state size", block.ssm.state_size)]
+    if block.attention is not None:
+        sizes += [
+            ("query heads", block.attention.num_attention_heads),
+            ("key/value heads", block.attention.num_key_value_heads),
         ]
-    if isinstance(block, AttentionConfig):
-        return [("query heads", block.num_attention_heads), ("key/value heads", block.num_key_value_heads)]
-    return [("MLP neurons", block.intermediate_size)]
+    return sizes
 
 
 def _range(values: list[int]) -> str:

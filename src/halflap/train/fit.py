@@ -126,7 +126,7 @@ class _State:
                     f"{name} is {parameter.dtype}; weights being trained must be float32 (bfloat16 is the dtype of "
                     "the arithmetic): load the model with dtype float32"
                 )
-        self.optimizer = make_optimizer(self.parameters.values(), self.settings)
+        self.optimizer = make_optimizer(self.parameters, self.settings)
 
     @property
     def done(self) -> bool:

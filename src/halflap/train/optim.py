@@ -3,7 +3,8 @@
 Matrices decay; vectors do not: A_log, D and dt_bias set time scales whose pull to 0 has no meaning (state-spaces
 flags them `_no_weight_decay`), norm gains are scales around 1, biases are offsets. The embedding decays like
 Megatron's: it is a matrix read by a norm, so its scale is free, and without decay rare rows never shrink back.
-The convolution's kernel decays too. In the layout this is one rule: two or more dimensions.
+The convolution's kernel decays too. In the layout this is one rule: two or more dimensions, but neither meta tokens,
+which are states to start from, nor Mamba-1's A_log, which has a row for each channel.
 
 Schedules: Megatron's warmup-stable-decay with its four decay shapes; r is the progress through the decay.
 """
@@ -11,7 +12,7 @@ Schedules: Megatron's warmup-stable-decay with its four decay shapes; r is the p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from halflap.train.config import Fit
 
+NEVER_DECAYED = ("A_log", "meta_tokens")
 DECAY_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda r: 1 - r,
     "cosine": lambda r: (1 + math.cos(math.pi * r)) / 2,
@@ -44,9 +46,9 @@ def learning_rate(settings: Fit, seen: float, total: float) -> float:
     return floor + (peak - floor) * shape(min(1.0, (seen - start) / max(total - start, 1e-9)))
 
 
-def decays(parameter: Tensor) -> bool:
-    """Whether weight decay applies: only to parameters of two or more dimensions."""
-    return parameter.ndim >= 2
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies to a parameter of this name."""
+    return parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in NEVER_DECAYED
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -54,17 +56,16 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: decayed and not."""
-    listed = list(parameters)
     groups = (
-        {"params": [p for p in listed if decays(p)], "weight_decay": weight_decay},
-        {"params": [p for p in listed if not decays(p)], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters.items() if decays(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in parameters.items() if not decays(name, p)], "weight_decay": 0.0},
     )
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], settings: Fit) -> torch.optim.AdamW:
+def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Fit) -> torch.optim.AdamW:
     """AdamW in one fused sweep over all parameters (on a CPU and a GPU alike)."""
     groups = parameter_groups(parameters, settings.weight_decay)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True)

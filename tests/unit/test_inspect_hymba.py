@@ -1,0 +1,35 @@
+"""`inspect` of a Hymba: what its blocks are, who shares keys and values, what the cache holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from halflap.compress.axes import Sizes, check_sizes
+from halflap.errors import HalflapError
+from halflap.models.presets import preset
+
+
+def test_inspect_as_json(halflap):
+    found = halflap("inspect", "hymba-1.5b", "--context", "8000", "--json").json
+    assert found["parameters"] == 1_522_797_824 and found["pattern"] == "H-" * 32
+    assert len(found["key_value_sources"]) == 15 and found["key_value_sources"]["36"] == 32
+    assert found["blocks"][0]["attention"].get("window") is None and found["blocks"][2]["attention"]["window"] == 1024
+    published = {name: round(value / 1e6, 3) for name, value in found["cache_as_published"]["bytes"].items()}
+    assert published == {
+        "keys_and_values": 73.605,
+        "with_meta_tokens": 77.783,
+        "without_states": 78.602,
+        "everything": 81.879,
+    }
+    assert found["cache_bytes"]["8000"] == sum(found["cache_parts"]["8000"].values())
+
+
+def test_inspect_for_people(halflap):
+    shown = halflap("inspect", "hymba-1.5b", "--context", "8000").out
+    for said in ("meta tokens", "window 1,024", "8,000 tokens, all in float16, MB of 10^6 bytes", "36 of 32"):
+        assert said in " ".join(shown.split())
+
+
+def test_what_cannot_be_cut_yet_says_so():
+    with pytest.raises(HalflapError, match="a block of kind hybrid cannot be cut yet"):
+        check_sizes(preset("hymba-tiny"), Sizes(hidden_size=48))
