@@ -32,7 +32,7 @@ def padded_config(config: ModelConfig) -> ModelConfig:
     blocks: list[BlockConfig] = []
     for block in config.blocks:
         kind = [other for other in config.blocks if type(other) is type(block)]
-        largest = {name: max(getattr(other, name) for other in kind) for name in WIDTHS[type(block)]}
+        largest = {name: max(getattr(other, name) for other in kind) for name in WIDTHS.get(type(block), ())}
         blocks.append(dataclasses.replace(block, **largest))
     for kind in WIDTHS:
         forms = {block for block in blocks if type(block) is kind}
