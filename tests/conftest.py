@@ -38,7 +38,7 @@ def shared_data() -> Path:
     return data
 
 
-@pytest.fixture(scope="session", params=["nemotron-h-tiny", "llama-tiny"])
+@pytest.fixture(scope="session", params=["nemotron-h-tiny", "llama-tiny", "nemotron-4-tiny"])
 def tiny_config(request: pytest.FixtureRequest) -> Any:
     """The small shape of each family, with blocks enough for every kind."""
     from halflap.models.presets import preset

@@ -16,6 +16,7 @@ from halflap.compress.metrics import collect  # noqa: E402
 from halflap.compress.prune import apply_plan  # noqa: E402
 from halflap.compress.ranking import plan_for  # noqa: E402
 from halflap.data.batch import Batch  # noqa: E402
+from halflap.inference.generate import generate  # noqa: E402
 from halflap.models.cache import Cache  # noqa: E402
 from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, RopeConfig  # noqa: E402
 from halflap.models.model import HybridModel, initialize  # noqa: E402
@@ -87,3 +88,21 @@ def test_students_open_in_the_stock_class(tmp_path: Path, name: str, correction:
         output = theirs(step, past_key_values=past, use_cache=True)
         past = output.past_key_values
         assert gap(mine(step, cache=cache), output.logits) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_pruned_nemotron_writes_what_the_stock_class_writes(tmp_path: Path) -> None:
+    """32 greedy tokens of prompts of unequal length, left-padded there."""
+    teacher = make_teacher(NEMOTRON, tmp_path / "teacher")
+    scores = collect(
+        load_model(teacher.path), [Batch(TOKENS, TOKENS, torch.ones(TOKENS.shape))], teacher=teacher.digest
+    )
+    plan = plan_for(scores, teacher.digest, NEMOTRON, CUTS["nemotron"][1])
+    write_checkpoint(tmp_path / "student", plan.student, apply_plan(plan, teacher.tensors()))
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
+    rows = [TOKENS[0, :7], TOKENS[1]]
+    mine = [out.tokens for out in generate(load_model(tmp_path / "student"), [r.tolist() for r in rows], 32)]
+    tokens = torch.stack([torch.nn.functional.pad(row, (21 - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (21 - len(row), 0)) for row in rows])
+    out = theirs.generate(tokens, attention_mask=mask, max_new_tokens=32, do_sample=False, pad_token_id=0)
+    assert out[:, 21:].tolist() == mine

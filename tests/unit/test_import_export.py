@@ -84,7 +84,7 @@ def test_export_pads_only_when_asked_and_measures_the_difference(halflap: Cli, u
     result = halflap("export", uneven_checkpoint, "--out", "stock", "--pad-to-stock", "--json").json
     assert result["format"] == "hf" and result["path"] == "stock" and result["padded"]
     assert result["max_abs_error"] < 2e-3  # what the common eps makes of it
-    assert json.loads(Path("stock/config.json").read_text())["model_type"] in ("nemotron_h", "llama")
+    assert json.loads(Path("stock/config.json").read_text())["model_type"] in ("nemotron_h", "llama", "nemotron")
 
 
 def test_an_exported_checkpoint_opens_in_stock_transformers(halflap: Cli, uneven_checkpoint: Path) -> None:
