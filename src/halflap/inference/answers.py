@@ -1,12 +1,12 @@
 """Log-probabilities of answers after their contexts; answers to the same question share its reading.
 
-A question's tokens are read once into a cache, its row is repeated for each answer, and only the answers are read on.
+A question's tokens are read once into a cache, its row is repeated for its answers, and only the answers are read on.
 Contexts with one answer, and short ones, are read together with it, right-padded, which causality makes exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,13 +30,16 @@ def score_answers(
     model: HybridModel,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
+    scored: Sequence[int] | None = None,
     batch_tokens: int = 8192,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Answer]:
     """The answer of each (context, continuation), both token ids, the context not empty.
 
-    A batch holds at most `batch_tokens` padded tokens (or one question); `advance` hears how many pairs are done.
+    With `scored` only the last `scored[i]` tokens of continuation i count, and the others are read. A batch holds at
+    most `batch_tokens` padded tokens (or one row); `advance` hears how many pairs are done.
     """
+    counted = [len(continuation) for _, continuation in pairs] if scored is None else scored
     results = [Answer(0.0, True)] * len(pairs)
     asked: dict[tuple[int, ...], list[int]] = {}
     for index, (context, _) in enumerate(pairs):
@@ -49,13 +52,14 @@ def score_answers(
         else:
             alone += indices
     for batch in _question_batches(pairs, shared, batch_tokens):
-        _fill(results, [i for indices in batch for i in indices], *_score_shared(model, pairs, batch))
-        advance(sum(map(len, batch)))
+        for indices, scores, wanted in _score_shared(model, pairs, counted, batch, batch_tokens):
+            _fill(results, indices, scores, wanted)
+            advance(len(indices))
     sequences = [[*pairs[i][0], *pairs[i][1]] for i in alone]
     for rows in length_batches([len(sequence) for sequence in sequences], batch_tokens):
         indices = [alone[row] for row in rows]
-        scored = [len(pairs[i][1]) for i in indices]
-        tokens, targets, wanted = padded_batch([sequences[row] for row in rows], scored, model.head_weight.device)
+        counts = [counted[i] for i in indices]
+        tokens, targets, wanted = padded_batch([sequences[row] for row in rows], counts, model.head_weight.device)
         _fill(results, indices, score_tokens(model, tokens, targets, wanted), wanted)
         advance(len(indices))
     return results
@@ -82,16 +86,26 @@ def _question_batches(
 
 @torch.inference_mode()
 def _score_shared(
-    model: HybridModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], questions: list[list[int]]
-) -> tuple[Scores, Tensor]:
-    """Scores of all answers to the questions in order, and where they stand (answers, T)."""
+    model: HybridModel,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    counted: Sequence[int],
+    questions: list[list[int]],
+    batch_tokens: int,
+) -> Iterator[tuple[list[int], Scores, Tensor]]:
+    """Indices of answers, their scores, and where they stand (answers, T); all questions are read together."""
     contexts = [pairs[question[0]][0] for question in questions]
     cache, _ = prefill(model, [context[:-1] for context in contexts])
-    cache = cache.select([row for row, question in enumerate(questions) for _ in question])
-    sequences = [[context[-1], *pairs[i][1]] for context, question in zip(contexts, questions) for i in question]
-    tokens, targets, wanted = padded_batch(sequences, device=model.head_weight.device)
-    hidden = model.hidden_states(tokens, cache=cache, lengths=wanted.sum(1))
-    return score_hidden(hidden[wanted], model.head_weight, targets[wanted]), wanted
+    answers = [(row, index) for row, question in enumerate(questions) for index in question]
+    longest = max(len(pairs[index][0]) + len(pairs[index][1]) for _, index in answers)
+    at_once = max(1, batch_tokens // longest)
+    for start in range(0, len(answers), at_once):
+        part = answers[start : start + at_once]
+        sequences = [[pairs[index][0][-1], *pairs[index][1]] for _, index in part]
+        counts = [counted[index] for _, index in part]
+        tokens, targets, wanted = padded_batch(sequences, counts, model.head_weight.device)
+        lengths = torch.tensor([len(sequence) - 1 for sequence in sequences], device=tokens.device)
+        hidden = model.hidden_states(tokens, cache=cache.select([row for row, _ in part]), lengths=lengths)
+        yield [index for _, index in part], score_hidden(hidden[wanted], model.head_weight, targets[wanted]), wanted
 
 
 def _fill(results: list[Answer], indices: list[int], scores: Scores, wanted: Tensor) -> None:
