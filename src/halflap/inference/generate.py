@@ -19,7 +19,7 @@ from halflap.errors import HalflapError
 from halflap.inference.detokenize import TextStream
 from halflap.inference.sampling import SamplingParams, choose, require_number, row_generators
 from halflap.models.cache import Cache
-from halflap.models.config import AttentionConfig, ModelConfig
+from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def end_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[in
 
 def require_positions(config: ModelConfig, length: int, what: str) -> None:
     """Raise HalflapError when `length` passes what rotary attention was made for; without it there is no such end."""
-    rotary = any(isinstance(block, AttentionConfig) and block.rope is not None for block in config.blocks)
+    rotary = any(block.attention is not None and block.attention.rope is not None for block in config.blocks)
     if rotary and length > config.max_position_embeddings:
         raise HalflapError(
             f"{what} {length} positions, and the model's rotary embedding has {config.max_position_embeddings}: "
