@@ -2,7 +2,8 @@
 padding, states, strides, threads.
 
 Tolerances are relative errors in the 2-norm. float32: sums of some hundred terms, each rounded at 6e-8. With bfloat16
-operands the arithmetic is the same and what is returned in bfloat16 is rounded once, at 2^-8 = 4e-3.
+operands the arithmetic is the same and what is returned in bfloat16 is rounded once, at 2^-8 = 4e-3. Where
+the terms of a sum cancel, a few times the error of the plain form in the same dtype is allowed on top.
 """
 
 from __future__ import annotations
@@ -73,9 +74,9 @@ def outcome(function, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, T
 def check(inputs: dict[str, Any], dtype: torch.dtype) -> None:
     expected = outcome(plain.selective_recurrence, inputs, torch.float64)
     found = outcome(native.selective_scan, inputs, dtype)
+    same = outcome(plain.selective_scan, inputs, dtype)
     for name, value in expected.items():
-        # sums over all tokens of terms of either sign lose a digit more
-        limit = TOLERANCE[torch.float32 if name == "final" else dtype] * (4 if name in ("d A", "d dt_bias") else 1)
+        limit = TOLERANCE[torch.float32 if name == "final" else dtype] + 8 * error(value, same[name])
         assert error(value, found[name]) < limit, f"{name}: {error(value, found[name]):.1e}"
 
 

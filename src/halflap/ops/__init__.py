@@ -2,7 +2,7 @@
 
 ssd.py              Mamba-2: the recurrence (reference), the chunked form (fast), steps from a state
 selective_scan.py   Mamba-1: the recurrence (reference), the chunked form (fast), steps from a state
-conv.py             depthwise causal convolution over a sequence or from a state
+conv.py             depthwise causal convolution over a sequence or from a state, and with SiLU
 attention.py        causal grouped-query attention: full, packed, cached
 norm.py             RMSNorm, LayerNorm1P and the gated grouped RMSNorm of Mamba-2
 activation.py       squared ReLU and SwiGLU

@@ -40,6 +40,21 @@ def causal_conv(
     return y if bias is None else y + bias
 
 
+def conv_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    initial_state: Tensor | None = None,
+    runs: Tensor | None = None,
+) -> Tensor:
+    """silu(causal_conv(...)) computed in float32 or wider and returned in the dtype of x; arguments as there."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bias = None if bias is None else bias.to(wide)
+    y = causal_conv(x.to(wide), weight.to(wide), bias, initial_state=initial_state, runs=runs)
+    return F.silu(y).to(x.dtype)
+
+
 def final_conv_state(x: Tensor, width: int, initial_state: Tensor | None, lengths: Tensor | None) -> Tensor:
     """The last W-1 valid inputs (B, W-1, C) after x (B, T, C), of which the first `lengths` (B,) of a row count."""
     if initial_state is None:

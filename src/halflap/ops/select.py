@@ -18,11 +18,11 @@ from typing import Any
 from torch.nn import functional
 
 from halflap.errors import HalflapError
-from halflap.ops import activation, mamba2, norm
+from halflap.ops import activation, conv, mamba2, norm
 from halflap.ops import attention as plain_attention
 from halflap.ops import selective_scan as plain_scan
 from halflap.ops.native import attention as native_attention
-from halflap.ops.native import build, decode, elementwise
+from halflap.ops.native import build, convolution, decode, elementwise
 from halflap.ops.native import mamba2 as native_mamba2
 from halflap.ops.native import selective_scan as native_scan
 
@@ -50,6 +50,7 @@ class Op:
 mamba2_mix = Op(mamba2.mamba2_mix, native_mamba2.mamba2_mix)
 mamba2_step = Op(mamba2.mamba2_step, decode.mamba2_step, counted=False)
 attention = Op(plain_attention.attention, native_attention.attention, counted=False)
+conv_silu = Op(conv.conv_silu, convolution.conv_silu)
 selective_scan = Op(plain_scan.selective_scan, native_scan.selective_scan)
 selective_step = Op(plain_scan.selective_step, native_scan.selective_step, counted=False)
 linear = Op(functional.linear, decode.linear, counted=False)
@@ -60,6 +61,7 @@ swiglu = Op(activation.swiglu, elementwise.swiglu)
 OPS: dict[str, Op] = {
     "mamba2_mix": mamba2_mix,
     "mamba2_step": mamba2_step,
+    "conv_silu": conv_silu,
     "selective_scan": selective_scan,
     "selective_step": selective_step,
     "attention": attention,

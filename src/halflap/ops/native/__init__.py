@@ -3,6 +3,7 @@
 build.py           finds a compiler, builds the library into a cache directory, loads it
 common.py          what the wrappers check before they hand over a pointer
 mamba2.py          Mamba-2 between its two projections, as one autograd function
+convolution.py     the causal convolution with SiLU, as one autograd function
 selective_scan.py  Mamba-1's selective scan as one autograd function, and its step
 attention.py       causal attention, as one autograd function
 elementwise.py     RMSNorm, squared ReLU and SwiGLU as autograd functions

@@ -25,6 +25,16 @@ def counts(tensor: Tensor | None, *shape: int) -> bool:
     )
 
 
+def reach(runs: Tensor, width: int) -> Tensor:
+    """How many earlier tokens of its document each token's convolution sees: (B, T) int32, at most W-1."""
+    time = runs.shape[1]
+    seen = torch.full(runs.shape, width - 1, dtype=torch.int32)
+    for back in range(width - 1, 0, -1):
+        if back < time:
+            seen[:, back:].masked_fill_(runs[:, back:] != runs[:, :-back], back - 1)
+    return seen
+
+
 def row_stride(size: int, dtype: torch.dtype) -> int:
     """Elements of a row of work memory: an odd number of cache lines (see parallel.h)."""
     return (-(-size * dtype.itemsize // 64) | 1) * 64 // dtype.itemsize
@@ -45,5 +55,6 @@ def long(*numbers: int) -> tuple[ctypes.c_int64, ...]:
 def library() -> ctypes.CDLL:
     loaded = load().library
     assert loaded is not None, "the kernels were called without being there"
-    loaded.halflap_kept_states.restype = ctypes.c_int64
+    for name in ("halflap_kept_states", "halflap_selective_kept", "halflap_selective_partial"):
+        getattr(loaded, name).restype = ctypes.c_int64
     return loaded

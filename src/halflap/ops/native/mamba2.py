@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halflap.models.config import Mamba2Config
-from halflap.ops.native.common import GAIN_PARTS, counts, fits, is_narrow, library, row_stride
+from halflap.ops.native.common import GAIN_PARTS, counts, fits, is_narrow, library, reach, row_stride
 
 WIDTHS = (2, 3, 4)
 
@@ -103,16 +103,6 @@ def _sizes(projected: Tensor, c: Mamba2Config) -> Sizes:
     )  # fmt: skip
 
 
-def _reach(runs: Tensor, width: int) -> Tensor:
-    """How many earlier tokens of its document each token's convolution sees: (B, T) int32, at most W-1."""
-    time = runs.shape[1]
-    reach = torch.full(runs.shape, width - 1, dtype=torch.int32)
-    for back in range(width - 1, 0, -1):
-        if back < time:
-            reach[:, back:].masked_fill_(runs[:, back:] != runs[:, :-back], back - 1)
-    return reach
-
-
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projected: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -188,7 +178,7 @@ def _prepare(
         "ssm_state": None if ssm_state is None else ssm_state.float().contiguous(),
         "runs": None if runs is None else runs.to(torch.int64).contiguous(),
         "lengths": None if lengths is None else lengths.to(torch.int64).contiguous(),
-        "reach": None if runs is None else _reach(runs, config.conv_kernel),
+        "reach": None if runs is None else reach(runs, config.conv_kernel),
     }
 
 
