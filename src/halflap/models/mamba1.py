@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from halflap.models.cache import ConvSSMState
 from halflap.models.config import Mamba1Config
@@ -15,7 +14,7 @@ from halflap.models.context import SequenceContext
 from halflap.models.linear import Linear
 from halflap.models.norm import RMSNorm
 from halflap.ops import select
-from halflap.ops.conv import causal_conv, final_conv_state
+from halflap.ops.conv import final_conv_state
 
 
 class Mamba1Inner(nn.Module):
@@ -44,7 +43,8 @@ class Mamba1Inner(nn.Module):
         c = self.config
         x, z = projected.split(c.inner_size, -1)
         tail, ssm = (state.conv, state.ssm) if state is not None and context.past else (None, None)
-        u = F.silu(self._convolve(x, tail, context.runs)).to(x.dtype)
+        conv = self.conv1d
+        u = select.conv_silu(x, conv.weight[:, 0], conv.bias, initial_state=tail, runs=context.runs)
         dt, B, C = self.x_proj(u).split([c.dt_rank, c.state_size, c.state_size], -1)
         if c.inner_norms:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
@@ -64,12 +64,6 @@ class Mamba1Inner(nn.Module):
         if state is not None:
             state.conv = final_conv_state(x, c.conv_kernel, tail, context.lengths).to(state.conv.dtype)
         return y
-
-    def _convolve(self, x: Tensor, tail: Tensor | None, runs: Tensor | None) -> Tensor:
-        """In float32 or wider, as everything between the projections that is not a matrix product."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        bias = None if self.conv1d.bias is None else self.conv1d.bias.to(wide)
-        return causal_conv(x.to(wide), self.conv1d.weight[:, 0].to(wide), bias, initial_state=tail, runs=runs)
 
 
 class Mamba1Mixer(Mamba1Inner):
