@@ -35,6 +35,7 @@ STUDY = {
     "arms": {"attention": {"pattern": "*-"}, "mamba": {"pattern": "M-"}},
     "fit": {"sequence_length": 32, "batch_size": 4},
     "speed": {"prompt": [16], "output": [2]},
+    "recall": {"probe": "probe_mqar", "length": 32, "vocab_size": 64, "steps": 2, "rows": 8},
 }
 
 
@@ -120,7 +121,7 @@ def test_a_study_is_run_found_again_and_gone_on_with(halflap: Callable[..., Any]
     attention, mamba = first["arms"]
     assert abs(mamba["parameters"] / attention["parameters"] - 1) <= 0.01
     assert len(mamba["loss_by_seed"]) == 2 and "loss_against_baseline" not in attention
-    assert mamba["cache_bytes"] == mamba["cache_bytes_counted"]
+    assert mamba["cache_bytes"] == mamba["cache_bytes_counted"] and 0 <= mamba["recall"] <= 1
     assert mamba["loss_against_baseline"]["difference"] == pytest.approx(mamba["loss"] - attention["loss"])
     assert "mamba" in (out / "report.html").read_text()
     (out / "status.json").unlink()

@@ -8,6 +8,7 @@ arm after the other, alone on the machine.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from halflap.commands.config import StudyRecipe
 from halflap.commands.corpora import open_corpora, training_loader
 from halflap.commands.device import choose_device
 from halflap.commands.study_file import Recall, Study, read_study
+from halflap.data.batch import Batch
 from halflap.data.corpus import open_corpus
 from halflap.data.loader import Loader
 from halflap.data.text import read_documents
@@ -33,6 +35,7 @@ from halflap.evaluate import bench
 from halflap.evaluate.documents import corpus_documents
 from halflap.evaluate.held_out import evaluate_text
 from halflap.evaluate.paired import paired
+from halflap.evaluate.probes import probe_batch
 from halflap.files import write_json
 from halflap.models.config import ModelConfig
 from halflap.models.count import cache_bytes, count_non_embedding_parameters, count_parameters
@@ -46,6 +49,7 @@ from halflap.train.config import Fit
 from halflap.train.fit import fit
 from halflap.train.objectives.language import NextToken
 
+FRESH = 2**31  # the seed of rows that no arm is trained on
 STATE_BITS = {"kv_bits": 32, "ssm_bits": 32, "conv_bits": 32}  # speed is measured in float32
 
 
@@ -148,7 +152,8 @@ def train_and_judge(task: Task) -> dict[str, Any]:
     ]
     context = task.fit.sequence_length
     judged = evaluate_text(model, documents, context=context, tokens=task.eval_tokens, seed=task.seed).to_json()
-    result = {"arm": task.arm, "seed": task.seed, **judged, **trained}
+    recalled = {} if task.recall is None else {"recall": _recall(task, task.recall)}
+    result = {"arm": task.arm, "seed": task.seed, **judged, **trained, **recalled}
     write_json(done, result)
     return result
 
@@ -185,6 +190,34 @@ def _train(task: Task, tokenizer: Tokenizer) -> dict[str, Any]:
     write_json(summary, trained)
     shutil.rmtree(place)
     return trained
+
+
+def _recall(task: Task, recall: Recall) -> float:
+    """Share of answers right, on fresh rows, after training the arm's shape on the probe alone."""
+    model = HybridModel(dataclasses.replace(task.config, vocab_size=recall.vocab_size))
+    initialize(model, task.seed)
+    settings = dataclasses.replace(
+        task.fit, sequence_length=recall.length, learning_rate=recall.learning_rate or task.fit.learning_rate
+    )
+    rows = functools.partial(probe_batch, length=recall.length, vocab_size=recall.vocab_size)
+
+    def batch(step: int) -> Batch:
+        return rows(recall.probe, task.seed, step, rows=settings.batch_size)
+
+    answers = int((batch(0).weights > 0).sum())  # what the loop counts as tokens
+    fit(
+        model, NextToken(), batch, settings, tokens=recall.steps * answers, directory=task.place / "recall",
+        device=task.device, dtype=task.dtype, seed=task.seed,
+    )  # fmt: skip
+    shutil.rmtree(task.place / "recall")
+    right, asked = 0, 0
+    for index in range(max(1, recall.rows // settings.batch_size)):
+        fresh = rows(recall.probe, FRESH, index, rows=settings.batch_size).to(task.device)
+        with torch.inference_mode():
+            chosen = model(fresh.tokens).argmax(-1)
+        wanted = fresh.weights > 0
+        right, asked = right + int((chosen == fresh.targets)[wanted].sum()), asked + int(wanted.sum())
+    return right / asked
 
 
 # ---- speed and the table

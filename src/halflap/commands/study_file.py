@@ -43,14 +43,18 @@ OPTIONAL = ("asks", "parameters", "recall", "speed", "fit", "sizes")
 
 @dataclass(frozen=True)
 class Recall:
-    """A probe that each shape is trained on, with a vocabulary of its own, and asked about."""
+    """A probe (evaluate/probes.py) that each shape is trained on from random weights, and asked about."""
 
     probe: str
     length: int
+    """Tokens of a row."""
     vocab_size: int
-    tokens: int
+    steps: int
+    """Batches of `fit.batch_size` rows to train on."""
+    learning_rate: float | None = None
+    """Peak learning rate, where not the study's."""
     rows: int = 256
-    """Fresh rows on which it is asked."""
+    """Fresh rows that are asked."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,6 @@ def read_study(name: str, size: str) -> Study:
     arms = {arm: read_stack(fields, f"{path}, arm {arm!r}") for arm, fields in _arms(path, data).items()}
     if data["baseline"] not in arms:
         raise HalflapError(f"{path}: {unknown_name(str(data['baseline']), list(arms), 'arm (baseline)')}")
-    recall = data.get("recall")
     return Study(
         name=data["study"],
         size=size,
@@ -130,9 +133,7 @@ def read_study(name: str, size: str) -> Study:
         parameters=parse_count(str(data["parameters"])) if data.get("parameters") else None,
         arms=arms,
         fit=_section(path, "fit", Fit, data.get("fit", {})),
-        recall=_section(path, "recall", Recall, recall | {"tokens": parse_count(str(recall["tokens"]))})
-        if recall
-        else None,
+        recall=_section(path, "recall", Recall, data["recall"]) if data.get("recall") else None,
         speed=_section(path, "speed", Speed, {key: tuple(value) for key, value in data.get("speed", {}).items()}),
     )
 
