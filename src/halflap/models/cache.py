@@ -114,8 +114,8 @@ class ConvSSMState:
     ssm: Tensor
 
     def start_from(self, other: ConvSSMState) -> None:
-        self.conv = other.conv.expand_as(self.conv).contiguous()
-        self.ssm = other.ssm.expand_as(self.ssm).contiguous()
+        self.conv.copy_(other.conv)  # copied even for one row: steps advance states in place, and `other` is for all
+        self.ssm.copy_(other.ssm)
 
 
 @dataclass
