@@ -233,7 +233,7 @@ class CompressRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRecipe:
-    """Loss on held-out text, and tasks of lm-evaluation-harness."""
+    """Loss on held-out text, tasks of lm-evaluation-harness, and recall probes."""
 
     model: Model = field(kw_only=False)
     """Hugging Face directory or run directory."""
@@ -246,9 +246,11 @@ class EvaluateRecipe:
     eval_data: Files = ()
     """The same as --data, by the name that other verbs give to text to judge on."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness; `..._local` ones read files in $HALFLAP_DATA (or ../shared/data)."""
+    """Tasks of lm-evaluation-harness (`..._local` ones read files in $HALFLAP_DATA or ../shared/data), or probes."""
+    probe_lengths: Annotated[Positives, Parameter(name="--probes.length")] = ()
+    """Tokens of a recall probe; 256, 512, 1024 and 2048, as far as the model reads, when not given."""
     limit: Positive | None = None
-    """Items of each task at most."""
+    """Items of each task at most; of each recall probe and length, 50 when not given."""
     tokens: Positive | None = None
     """Tokens of text at most; all when not given."""
     context: Positive | None = None

@@ -23,6 +23,8 @@ from halflap.errors import HalflapError, RecipeError
 from halflap.evaluate import bench as benchmark
 from halflap.evaluate.documents import Document, corpus_documents, tokenise
 from halflap.evaluate.held_out import evaluate_text
+from halflap.evaluate.probes import is_probe, probe_names
+from halflap.evaluate.recall import probe_lengths, run_probes
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel, initialize
@@ -37,12 +39,18 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
     if not recipe.data and not recipe.eval_data and not recipe.tasks:
         raise RecipeError("nothing to judge on was given; name text (--data), tasks (--tasks), or both")
     directory = find_directory(recipe.model)
-    tokenizer = Tokenizer.load(tokenizer_place(directory, (*recipe.data, *recipe.eval_data)))
-    documents = _documents(recipe, tokenizer)  # first what fails fast: text, task names and their data
-    tasks = _load_tasks(recipe.tasks)
+    probes = probe_names([name for name in recipe.tasks if is_probe(name)])
+    others = [name for name in recipe.tasks if not is_probe(name)]
+    tokenizer = _tokenizer(recipe, directory, needed=bool(others) or not probes)
+    # first what fails fast: text, task names and their data
+    documents = [] if tokenizer is None else _documents(recipe, tokenizer)
+    tasks = _load_tasks(others)
     device = choose_device(recipe.common.device)
     model = load_model(directory, choose_dtype(recipe.common.dtype, device), device)
-    tokenizer.check_matches(model.config.vocab_size)
+    if tokenizer is not None:
+        tokenizer.check_matches(model.config.vocab_size)
+    if probes:
+        probe_lengths(model.config, recipe.probe_lengths, recipe.context)
     settings: dict[str, Any] = {
         "context": recipe.context,
         "batch_size": recipe.batch_size,
@@ -54,15 +62,28 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
         result = text.to_json()
         run.log({"phase": "text", **result})
     result["tasks"] = {}
-    if tasks is not None:
+    if tasks is not None and tokenizer is not None:
         from halflap.evaluate.lm_eval import run_tasks
 
         done = run_tasks(model, tokenizer, tasks, limit=recipe.limit, **settings)
         result |= {"tasks": done["tasks"], "truncated_prompts": done["truncated"]}
+    if probes:
+        asked = {"lengths": recipe.probe_lengths, "limit": recipe.limit, **settings}
+        log = lambda row: run.log({"phase": "probe", **row})
+        result["tasks"] = {**result["tasks"], **run_probes(model, tokenizer, probes, log=log, **asked)}
     result |= {"parameters": count_parameters(model.config), "dtype": _dtype(model)}
     if run.directory is not None:
         run.save_json("scores.json", result)
     return result
+
+
+def _tokenizer(recipe: EvaluateRecipe, directory: Path, *, needed: bool) -> Tokenizer | None:
+    """The model's tokenizer; None when it has none and is only asked probes, which are then asked in ids."""
+    paths = (*recipe.data, *recipe.eval_data)
+    place = tokenizer_place(directory, paths)
+    if not needed and not paths and not (place / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.load(place)
 
 
 def _documents(recipe: EvaluateRecipe, tokenizer: Tokenizer) -> list[Document]:

@@ -172,7 +172,10 @@ def evaluate(result: Mapping[str, Any], console: Console) -> None:
         of = f"{result['tokens']:,} tokens of {result['documents']:,} documents, {result['bytes']:,} bytes"
         console.print(grid)
         console.print(f"{of}; windows of {result['context']:,} every {result['stride']:,}")
+    probes = {name: metrics for name, metrics in result["tasks"].items() if "by_length" in metrics}
     for name, metrics in result["tasks"].items():
+        if name in probes:
+            continue
         row = [
             f"{metric.replace('_', ' ')} {value:.4f}"
             + (f" ± {metrics[f'{metric}_stderr']:.4f}" if f"{metric}_stderr" in metrics else "")
@@ -182,6 +185,31 @@ def evaluate(result: Mapping[str, Any], console: Console) -> None:
         console.print(Text(name, style="bold"), f" {', '.join(row)} ({metrics.get('items', 0):,} items)")
     if truncated := result.get("truncated_prompts"):
         console.print(f"{truncated:,} prompts were longer than the window and lost their beginning")
+    if probes:
+        _probes(probes, console)
+
+
+def _probes(probes: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Each probe by length, and the right answers of those that have depths by depth."""
+    rows = []
+    for name, metrics in probes.items():
+        for cell in metrics["by_length"]:
+            low, high = cell["acc_interval"]
+            row = {"probe": name, "length": cell["length"], "right": f"{cell['acc']:.1%}"}
+            row["95 % in"] = f"{low:.1%} to {high:.1%}"
+            if "choice_acc" in cell:
+                row |= {"likeliest": f"{cell['choice_acc']:.1%}", "chance": f"{cell['chance']:.1%}"}
+            else:
+                row["tokens right"] = f"{cell['token_acc']:.1%}"
+            rows.append(row | {"loss": f"{cell['loss']:.4f}", "items": cell["items"]})
+    console.print(records(rows, ""))
+    for name, metrics in probes.items():
+        table: dict[int, dict[str, Any]] = {}
+        for cell in metrics.get("by_depth", ()):
+            row = table.setdefault(cell["length"], {"length": cell["length"]})
+            row[f"{cell['depth']:.0%}"] = f"{cell['acc']:.1%}, loss {cell['loss']:.3f}"
+        if table:
+            console.print(records(list(table.values()), f"{name}: right answers by depth (0 % is the beginning)"))
 
 
 def bench(result: Mapping[str, Any], console: Console) -> None:
