@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from halflap.data.tokenizer import Tokenizer, train_tokenizer
 from halflap.errors import HalflapError
+from halflap.evaluate.probe_prompts import text_prompt
 from halflap.evaluate.probes import PROBES, generator, probe_batch
 from halflap.evaluate.recall import ask_ids, ask_text, probe_lengths, run_probes, summary, wilson
+from halflap.inference.answers import score_answers
 from halflap.models.cache import Cache
 from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, RopeConfig
 from halflap.models.model import HybridModel, initialize
+from halflap.models.presets import preset
 from halflap.train.config import Fit
 from halflap.train.fit import fit
 from halflap.train.objectives.language import NextToken
@@ -125,6 +129,23 @@ def test_the_table_of_results(setup: Setup) -> None:
     assert needle["acc"] == 1 and needle["acc_stderr"] == 0 and needle["by_length"][0]["acc_interval"][0] > 0.5
     assert "by_depth" not in found["probe_mqar"]
     assert [(row["task"], row["length"]) for row in rows] == [(n, length) for n in names for length in (300, 330)]
+
+
+@pytest.mark.parametrize("name", ["nemotron-h-tiny", "llama-tiny"])
+def test_a_real_model_is_asked_as_a_plain_pass_would(name: str, setup: Setup) -> None:
+    """Shared readings, answers behind their questions and small batches change nothing but rounding."""
+    model = HybridModel(dataclasses.replace(preset(name), vocab_size=setup.tokenizer.vocab_size)).double().eval()
+    initialize(model, 1)
+    prompt = text_prompt("probe_mqar", 3, 0, 300, setup.tokenizer)
+    candidates = [candidate for question in prompt.questions for candidate in question.candidates]
+    pairs, scored = [(prompt.page, c.tokens) for c in candidates], [c.scored for c in candidates]
+    found = {size: score_answers(model, pairs, scored=scored, batch_tokens=size) for size in (1, 1000, 10**6)}
+    for index, candidate in enumerate(candidates):
+        tokens = torch.tensor([[*prompt.page, *candidate.tokens]])
+        with torch.inference_mode():
+            log_probs = model(tokens)[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[-candidate.scored :]
+        for answers in found.values():
+            assert answers[index].log_prob == pytest.approx(float(log_probs.sum()), abs=1e-6)
 
 
 def test_wilson() -> None:
