@@ -7,7 +7,7 @@ SSM of a block, or its MLP, gives zero. Legend: B batch, H heads, T queries, S k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +57,7 @@ class Analysis:
 
 
 def analyze(
-    model: HybridModel, texts: dict[str, Sequence[Document]], *, context: int, tokens: int, removal_tokens: int
+    model: HybridModel, texts: Mapping[str, Sequence[Document]], *, context: int, tokens: int, removal_tokens: int
 ) -> Analysis:
     """Analyse on the first `tokens` tokens of each domain of text, in rows of `context`; removals on fewer.
 
@@ -87,7 +87,8 @@ def _blocks_with_attention(config: ModelConfig) -> list[int]:
 
 
 def _empty(config: ModelConfig) -> Attention:
-    return Attention(*(torch.zeros(size, dtype=torch.float64) for size in (len(TARGETS), config.num_meta_tokens)))
+    mass, by_meta_token = (torch.zeros(n, dtype=torch.float64) for n in (len(TARGETS), config.num_meta_tokens))
+    return Attention(mass, by_meta_token)
 
 
 def _rows(documents: Sequence[Document], context: int, tokens: int) -> Iterator[Tensor]:
@@ -181,7 +182,7 @@ def _removals(model: HybridModel, rows: Sequence[Tensor]) -> list[dict[str, floa
         for index in range(len(model.blocks)):
             added = {}
             for name, module in branches(model, index).items():
-                hook = module.register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
+                hook = module.register_forward_hook(_nothing)
                 try:
                     added[name] = _loss(model, rows) - whole
                 finally:
@@ -189,6 +190,11 @@ def _removals(model: HybridModel, rows: Sequence[Tensor]) -> list[dict[str, floa
             found.append(added)
             progress.advance()
     return found
+
+
+def _nothing(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    """A forward hook: the module gives zero."""
+    return torch.zeros_like(output)
 
 
 @torch.inference_mode()
