@@ -11,8 +11,8 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
 LADDER = {
-    **{"ops": 0, "models": 1, "checkpoints": 2, "data": 2, "parallel": 2, "train": 3, "inference": 3},
-    **{"compress": 4, "evaluate": 4, "commands": 5, "cli": 6, "python": 6, "__main__": 6},
+    **{"ops": 0, "models": 1, "checkpoints": 2, "data": 2, "parallel": 2, "train": 3, "inference": 3, "huggingface": 3},
+    **{"compress": 4, "evaluate": 4, "commands": 5, "cli": 6, "python": 6, "hf": 6, "__main__": 6},
 }
 BESIDE = {"errors", "files", "progress", "amounts"}  # anyone may read these
 RECIPES = {"recipe", "binding", "run", "inputs", "environment", "report"}  # for commands and cli, no torch
@@ -27,7 +27,8 @@ PURE = {
 }
 OWNERS = {  # who may import what, beyond the ladder
     "torch.distributed": ("parallel.", "train.resume"),
-    "transformers": ("hf",),
+    "transformers": ("hf", "huggingface."),
+    "huggingface_hub": ("huggingface.",),
     "lm_eval": ("evaluate.lm_eval",),
     "gguf": ("checkpoints.gguf_",),
     "yaml": ("recipe", "evaluate."),

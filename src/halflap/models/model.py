@@ -194,6 +194,10 @@ class HybridModel(nn.Module):
             self._meta_state = key, state
         return self._meta_state[1]
 
+    def forget_meta_state(self) -> None:
+        """To be called when what the blocks compute changes while their parameters do not."""
+        self._meta_state = None
+
 
 def _steps(rows: Tensor) -> Tensor:
     """0, 1, 2, ... in each row: (B, T) for rows (B, T, ...)."""
