@@ -2,27 +2,31 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What has been installed: enough to run (with transformers, which the demo ends in), or everything a developer needs.
+# What has been installed: enough to run (with transformers, which the demo ends in), everything a developer needs, and
+# what our models are used with.
 RUN := $(VENV)/.ready-run
 DEV := $(VENV)/.ready-dev
+INTEROP := $(VENV)/.ready-interop
 
 # The other scripts of benchmarks/ are studies: they take hours, or need models and text of their own.
 BENCHMARKS := training_step memory prefill decode scoring prune_stream help_time verify_axes
 
-.PHONY: help demo demo-seeds test test-slow lint types format bench clean
+.PHONY: help demo demo-seeds test test-slow test-interop lint types format bench clean
 
 help:
 	@echo "make demo       compress the carried teacher to half its size and show the table and the page (15 minutes)"
 	@echo "make demo-seeds the demo's table over three seeds, with ranges (three times as long)"
 	@echo "make test       all tests but the slow ones"
 	@echo "make test-slow  the slow ones"
+	@echo "make test-interop  those with transformers, TRL and PEFT, which it installs"
 	@echo "make lint       style and types"
 	@echo "make bench      measure speed and memory; results go to benchmarks/results/"
 
 # Made once, with the exact versions of constraints.txt, and again when either file changes.
 $(RUN): EXTRAS := hf
 $(DEV): EXTRAS := dev
-$(RUN) $(DEV): pyproject.toml constraints.txt
+$(INTEROP): EXTRAS := dev,interop
+$(RUN) $(DEV) $(INTEROP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "halflap needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) --version 2>&1): give another with PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,6 +45,9 @@ test: $(DEV)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -q -m slow
+
+test-interop: $(INTEROP)
+	$(BIN)/python -m pytest -q -m interop tests/interop
 
 lint: $(DEV) types
 	$(BIN)/ruff check .

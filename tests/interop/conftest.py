@@ -1,0 +1,85 @@
+"""Tiny checkpoints of every family with a tokenizer: one for a stock class, and one with unequal blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# A family joins all of these tests by the name of its small preset.
+FAMILIES = ("nemotron-h-tiny", "llama-tiny", "nemotron-4-tiny", "hymba-tiny")
+TEXT = [
+    "A half-lap joint takes two different pieces.",
+    "Each piece is cut down by half, and the joined piece has the thickness of one.",
+    "Attention looks back at every word; a state remembers what it was told.",
+    "The quick brown fox jumps over the lazy dog, again and again.",
+]
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.interop)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def registered() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[interop]'")
+    import halflap.hf  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    from halflap.data.tokenizer import train_tokenizer
+
+    return train_tokenizer(TEXT * 4, 300, progress=False).with_chat_template(CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def stock_dir(request: pytest.FixtureRequest, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the layout of its family's stock class."""
+    from halflap.models.presets import preset
+
+    config = dataclasses.replace(preset(request.param), vocab_size=320)
+    return write(config, tokenizer, tmp_path_factory.mktemp("stock") / request.param)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def model_dir(request: pytest.FixtureRequest, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose blocks are unequal, as a student's may be: no stock class can express it."""
+    from halflap.models.presets import preset
+
+    config = unequal(dataclasses.replace(preset(request.param), vocab_size=320))
+    return write(config, tokenizer, tmp_path_factory.mktemp("unequal") / request.param)
+
+
+@pytest.fixture
+def model(model_dir: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_dir)
+
+
+def unequal(config: Any) -> Any:
+    """The first MLP at half its width."""
+    place = next(i for i, block in enumerate(config.blocks) if block.kind == "mlp")
+    block = config.blocks[place]
+    narrow = dataclasses.replace(block, intermediate_size=block.intermediate_size // 2)
+    return dataclasses.replace(config, blocks=(*config.blocks[:place], narrow, *config.blocks[place + 1 :]))
+
+
+def write(config: Any, tokenizer: Any, directory: Path) -> Path:
+    from halflap.checkpoints.checkpoint import save_model
+    from halflap.models.model import HybridModel, initialize
+
+    model = HybridModel(config)
+    initialize(model, seed=0)
+    for name, parameter in model.named_parameters():  # decisive logits, and blocks that count, so that texts vary
+        if parameter.ndim == 2 and name.startswith(("blocks.", "head.")) and "A_log" not in name:
+            parameter.data.mul_(4)
+    save_model(model, directory)
+    tokenizer.save(directory)
+    return directory
