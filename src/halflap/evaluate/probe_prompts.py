@@ -16,7 +16,7 @@ from halflap.evaluate.probes import PROBES, generator
 
 WRITTEN = 48  # tokens of a free answer at most
 FILLING, SENTENCES = " filling", 8  # the generator's name beside the probe's; sentences added at once
-STEP = 8  # parts by which the tokens of one part are found out
+STEP, ESTIMATES = 8, 2  # parts by which the tokens of one part are first found out; how often they are
 
 
 class Candidate(NamedTuple):
@@ -49,9 +49,9 @@ def text_prompt(name: str, seed: int, index: int, length: int, tokenizer: Tokeni
 
     def encoded(size: int) -> tuple[Prompt, int]:
         prompt = _encode(page_of(size), tokenizer)
-        return prompt, len(prompt.page) + max(map(_tokens_after, prompt.questions))
+        return prompt, len(prompt.page) + max(map(tokens_after, prompt.questions))
 
-    def _tokens_after(question: Asked) -> int:
+    def tokens_after(question: Asked) -> int:
         longest = max(len(candidate.tokens) for candidate in question.candidates)
         return max(longest, len(question.given) + WRITTEN) if probe.open else longest
 
@@ -68,8 +68,10 @@ def text_prompt(name: str, seed: int, index: int, length: int, tokenizer: Tokeni
 def _largest(encoded: Callable[[int], tuple[Prompt, int]], least: int, room: int) -> tuple[Prompt, int]:
     """About the most parts that take at most `room` tokens; `least` parts where not even those fit."""
     prompt, needed = encoded(least)
-    each = max(1.0, (encoded(least + STEP)[1] - needed) / STEP)
-    size = least + int((room - needed) / each)
+    size = least + STEP
+    for _ in range(ESTIMATES):  # of the tokens of one part, each from a page nearer to the right size
+        each = max(1.0, (encoded(size)[1] - needed) / (size - least))
+        size = max(least + 1, least + int((room - needed) / each))
     while size > least:
         found, tokens = encoded(size)
         if tokens <= room:

@@ -1,8 +1,8 @@
 """Recall tasks as text, for models that read text: a page, and questions to it whose answers stand in it once.
 
 Made from plain words, digits and names by a seeded generator; no tokenizer here. A page of `size` parts is followed by
-a question's `given`, after which the answer is to be written. `others` are wrong answers
-of the same kind that stand in the same page (of the needle, which has no others, new numbers).
+a question's `given`, after which the answer is to be written. `others` are wrong answers of the same kind, which stand
+in the page as often as the right one does, so that repeating at random gets chance (the needle's are new numbers).
 
 Sources: Jelassi et al. 2024 (copying, phone book with two examples); Arora et al. 2023 (many pairs, many queries);
 the needle in a haystack of Kamradt 2023; the completion form of SWDE and SQuAD of Arora et al. 2024, "Based".
@@ -10,6 +10,7 @@ the needle in a haystack of Kamradt 2023; the completion form of SWDE and SQuAD 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -41,12 +42,12 @@ class Page(NamedTuple):
 
 
 def copy(rng: Generator, size: int, index: int) -> Page:
-    """`size` words, and the same again but for the last five."""
+    """`size` words, and the same again but for the last five; wrong answers are those five in another order."""
     pool = (*words.ADJECTIVES, *words.OBJECTS, *words.VALUES)
     text = [pool[i] for i in rng.integers(len(pool), size=size)]
-    spans = [" " + " ".join(text[start : start + SPAN]) for start in range(size - SPAN)]
     again, last = " ".join(text[: -SPAN - 1]), f" {text[-SPAN - 1]}"
-    return Page(f"{' '.join(text)}\n\n{again}", (_question(rng, last, " " + " ".join(text[-SPAN:]), spans),))
+    orders = [" " + " ".join(order) for order in itertools.permutations(text[-SPAN:])]
+    return Page(f"{' '.join(text)}\n\n{again}", (_question(rng, last, orders[0], orders),))
 
 
 def mqar(rng: Generator, size: int, index: int) -> Page:
@@ -75,7 +76,8 @@ def phonebook(rng: Generator, size: int, index: int) -> Page:
     lines = [f"{name}:{number}" for name, number in zip(names, numbers)]
     *shown, asked = rng.choice(len(names), EXAMPLES + 1, replace=False)
     book = _lines(lines) + "\n" + _lines(lines[i] for i in shown)
-    return Page(book, (_question(rng, f"{names[asked]}:", numbers[asked], numbers),))
+    wrong = [number for i, number in enumerate(numbers) if i not in shown]  # what stands there twice is no fair choice
+    return Page(book, (_question(rng, f"{names[asked]}:", numbers[asked], wrong),))
 
 
 def swde(rng: Generator, size: int, index: int) -> Page:

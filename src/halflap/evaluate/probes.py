@@ -43,7 +43,7 @@ PROBES: dict[str, Probe] = {
     "probe_copy": Probe(probe_ids.copy, probe_texts.copy, least=8),
     "probe_mqar": Probe(probe_ids.mqar, probe_texts.mqar, least=4),
     "probe_needle": Probe(probe_ids.needle, probe_texts.needle, least=1, by_depth=True),
-    "probe_phonebook": Probe(probe_ids.phonebook, probe_texts.phonebook, least=4),
+    "probe_phonebook": Probe(probe_ids.phonebook, probe_texts.phonebook, least=5),
     "probe_swde": Probe(probe_ids.swde, probe_texts.swde, least=0, open=True),
     "probe_squad": Probe(probe_ids.squad, probe_texts.squad, least=3, open=True),
 }
