@@ -38,22 +38,33 @@ def tokenizer() -> Any:
     return train_tokenizer(TEXT * 4, 300, progress=False).with_chat_template(CHAT_TEMPLATE)
 
 
+@pytest.fixture(scope="session")
+def make_checkpoint(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """make_checkpoint(preset, unequal=...) is the directory of a small model of that shape, made once."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(name: str, *, unequal: bool) -> Path:
+        from halflap.models.presets import preset
+
+        if (name, unequal) not in made:
+            config = dataclasses.replace(preset(name), vocab_size=320)
+            config = with_unequal_blocks(config) if unequal else config
+            made[name, unequal] = write(config, tokenizer, tmp_path_factory.mktemp("models") / name)
+        return made[name, unequal]
+
+    return make
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
-def stock_dir(request: pytest.FixtureRequest, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stock_dir(request: pytest.FixtureRequest, make_checkpoint: Any) -> Path:
     """A checkpoint in the layout of its family's stock class."""
-    from halflap.models.presets import preset
-
-    config = dataclasses.replace(preset(request.param), vocab_size=320)
-    return write(config, tokenizer, tmp_path_factory.mktemp("stock") / request.param)
+    return make_checkpoint(request.param, unequal=False)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
-def model_dir(request: pytest.FixtureRequest, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(request: pytest.FixtureRequest, make_checkpoint: Any) -> Path:
     """A checkpoint whose blocks are unequal, as a student's may be: no stock class can express it."""
-    from halflap.models.presets import preset
-
-    config = unequal(dataclasses.replace(preset(request.param), vocab_size=320))
-    return write(config, tokenizer, tmp_path_factory.mktemp("unequal") / request.param)
+    return make_checkpoint(request.param, unequal=True)
 
 
 @pytest.fixture
@@ -63,7 +74,7 @@ def model(model_dir: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_dir)
 
 
-def unequal(config: Any) -> Any:
+def with_unequal_blocks(config: Any) -> Any:
     """The first MLP at half its width."""
     place = next(i for i, block in enumerate(config.blocks) if block.kind == "mlp")
     block = config.blocks[place]

@@ -82,6 +82,20 @@ def test_adapters_are_applied_on_every_way_and_merge_exactly(model: Any, tmp_pat
     assert merged.generate(tokens(), max_new_tokens=8)[:, 21:].tolist() == [row.tokens for row in text]
 
 
+def test_an_equal_width_checkpoint_takes_adapters_and_stays_a_stock_one(stock_dir: Path, tmp_path: Path) -> None:
+    """PEFT refuses out_proj on stock Mamba classes; trained on ours and merged, the stock class opens the result."""
+    adapted = lora(HalflapForCausalLM.from_pretrained(stock_dir)).eval()
+    expected = passes(adapted)["decode"]
+    adapted.save_pretrained(tmp_path / "adapters")
+    again = peft.PeftModel.from_pretrained(HalflapForCausalLM.from_pretrained(stock_dir), tmp_path / "adapters")
+    close(passes(again)["training"], expected)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(stock) is type(AutoModelForCausalLM.from_pretrained(stock_dir))
+    with torch.no_grad():
+        torch.testing.assert_close(stock(tokens(), use_cache=False).logits, expected, rtol=1e-3, atol=2e-3)
+
+
 def test_one_linear_alone_is_applied(model: Any) -> None:
     """Each kind of map by itself, once: one that is passed over cannot hide behind the others."""
     adapted = lora(model).eval()
