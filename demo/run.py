@@ -54,7 +54,7 @@ def print_table(console: Console, table: Arms) -> None:
         trained = f"{arm.tokens_trained / 1e3:.0f}k" if arm.tokens_trained else "-"
         interval, bits = f"{low:.3f}-{high:.3f}", f"{arm.bits_per_byte:.3f}"
         shown.add_row(arm.name, f"{arm.parameters / 1e6:.2f}M", trained, f"{arm.loss:.3f}", interval, bits)
-    console.print(shown)
+    console.print(shown, width=max(console.width, 100), crop=False)  # wider than a pipe's 80 columns
 
 
 def write_with_transformers(student: Path) -> str:
