@@ -54,7 +54,7 @@ def print_table(console: Console, table: Arms) -> None:
         trained = f"{arm.tokens_trained / 1e3:.0f}k" if arm.tokens_trained else "-"
         interval, bits = f"{low:.3f}-{high:.3f}", f"{arm.bits_per_byte:.3f}"
         shown.add_row(arm.name, f"{arm.parameters / 1e6:.2f}M", trained, f"{arm.loss:.3f}", interval, bits)
-    console.print(shown, width=max(console.width, 100), crop=False)  # wider than a pipe's 80 columns
+    console.print(shown)
 
 
 def write_with_transformers(student: Path) -> str:
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
-    started, console, runs = time.monotonic(), Console(), HERE.parent / "runs"
+    started, console, runs = time.monotonic(), Console(width=max(100, Console().width)), HERE.parent / "runs"
     if len(options.seeds) == 1:
         show_one(options.out or runs / "demo", options.seeds[0], console)
     else:
