@@ -59,7 +59,7 @@ def train_and_judge(setting: Setting) -> dict[str, dict[str, Any]]:
     rows = _read_rows(setting)
     for name in ("teacher", "pruned", "student", *setting.recipe.controls):
         if name not in rows:
-            row = _arm(setting, name)
+            row = _arm(setting, name, rows)
             if row is None:
                 continue
             rows[name] = row
@@ -101,15 +101,19 @@ def short_distillation(
 # ---- arms
 
 
-def _arm(setting: Setting, name: str) -> dict[str, Any] | None:
-    """One row of the table; None for a control that this student does not have."""
+def _arm(setting: Setting, name: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """One row of the table, of which `rows` are there; None for a control that this student does not have."""
     judged = {"teacher": setting.teacher.checkpoint.path, "pruned": setting.pruned}
     if name in judged:
         return _judge(setting, load_model(judged[name], "float32")) | {"tokens_trained": 0}
     start = STARTS[name](setting)
     if start is None:
         return None
-    as_cut = {} if name == "scratch" else {"loss_as_cut": _judge(setting, start)["loss"]}
+    as_cut = {}
+    if name == "student":
+        as_cut = {"loss_as_cut": rows["pruned"]["loss"]}
+    elif name != "scratch":
+        as_cut = {"loss_as_cut": _judge(setting, start)["loss"]}
     place = setting.run.path if name == "student" else setting.run.path / "arms" / name
     trained = _train(setting, name, start, place)
     return _judge(setting, load_model(place / "checkpoint", "float32")) | trained | as_cut

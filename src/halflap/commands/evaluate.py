@@ -122,7 +122,7 @@ def bench(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
         if is_checkpoint
         else random_model(config, float_dtype("float32" if dtype == "auto" else dtype), device, recipe.common.seed)
     )
-    rows = benchmark.bench(
+    result = measure_speed(
         model,
         recipe.prompt,
         recipe.output,
@@ -131,17 +131,22 @@ def bench(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
         seed=recipe.common.seed,
         log=lambda row: run.log({"phase": "bench", **row}),
     )
-    result = {
-        "rows": rows,
-        "hardware": _hardware(device),
-        "kernels": select.describe(),
-        "parameters": count_parameters(config),
-        "weights": "checkpoint" if is_checkpoint else "random",
-        "repeats": recipe.repeats,
-    }
+    result |= {"weights": "checkpoint" if is_checkpoint else "random", "repeats": recipe.repeats}
     if run.directory is not None:
         run.save_json("bench.json", result)
     return result
+
+
+def measure_speed(
+    model: HybridModel, prompt: Sequence[int], output: Sequence[int], batch: Sequence[int], **how: Any
+) -> dict[str, Any]:
+    """The rows of a grid, `how` being keywords of evaluate.bench.bench, and the machine they were measured on."""
+    return {
+        "rows": benchmark.bench(model, prompt, output, batch, **how),
+        "hardware": _hardware(model.head_weight.device),
+        "kernels": select.describe(),
+        "parameters": count_parameters(model.config),
+    }
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> HybridModel:

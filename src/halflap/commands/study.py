@@ -8,7 +8,6 @@ arm after the other, alone on the machine.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,12 @@ from typing import Any
 
 import torch
 
-from halflap import environment
 from halflap.checkpoints.checkpoint import load_model, save_model
 from halflap.checkpoints.config import lineage_step, read_json
 from halflap.commands.config import StudyRecipe
 from halflap.commands.corpora import open_corpora, training_loader
 from halflap.commands.device import choose_device
+from halflap.commands.evaluate import measure_speed
 from halflap.commands.study_file import Recall, Study, read_study
 from halflap.data.batch import Batch
 from halflap.data.corpus import open_corpus
@@ -31,16 +30,15 @@ from halflap.data.loader import Loader
 from halflap.data.text import read_documents
 from halflap.data.tokenizer import Tokenizer, train_tokenizer
 from halflap.errors import HalflapError
-from halflap.evaluate import bench
 from halflap.evaluate.documents import corpus_documents
 from halflap.evaluate.held_out import evaluate_text
 from halflap.evaluate.paired import paired
 from halflap.evaluate.probes import probe_batch
+from halflap.evaluate.recall import ask_ids, summary
 from halflap.files import write_json
 from halflap.models.config import ModelConfig
 from halflap.models.count import cache_bytes, count_non_embedding_parameters, count_parameters
 from halflap.models.model import HybridModel, initialize
-from halflap.ops import select
 from halflap.parallel import fanout
 from halflap.report.arms import Arm, Arms
 from halflap.report.page import build as build_report
@@ -199,10 +197,9 @@ def _recall(task: Task, recall: Recall) -> float:
     settings = dataclasses.replace(
         task.fit, sequence_length=recall.length, learning_rate=recall.learning_rate or task.fit.learning_rate
     )
-    rows = functools.partial(probe_batch, length=recall.length, vocab_size=recall.vocab_size)
 
     def batch(step: int) -> Batch:
-        return rows(recall.probe, task.seed, step, rows=settings.batch_size)
+        return probe_batch(recall.probe, task.seed, step, recall.length, recall.vocab_size, settings.batch_size)
 
     answers = int((batch(0).weights > 0).sum())  # what the loop counts as tokens
     fit(
@@ -210,14 +207,7 @@ def _recall(task: Task, recall: Recall) -> float:
         device=task.device, dtype=task.dtype, seed=task.seed,
     )  # fmt: skip
     shutil.rmtree(task.place / "recall")
-    right, asked = 0, 0
-    for index in range(max(1, recall.rows // settings.batch_size)):
-        fresh = rows(recall.probe, FRESH, index, rows=settings.batch_size).to(task.device)
-        with torch.inference_mode():
-            chosen = model(fresh.tokens).argmax(-1)
-        wanted = fresh.weights > 0
-        right, asked = right + int((chosen == fresh.targets)[wanted].sum()), asked + int(wanted.sum())
-    return right / asked
+    return summary(ask_ids(model, recall.probe, recall.length, recall.rows, FRESH))["token_acc"]
 
 
 # ---- speed and the table
@@ -230,13 +220,7 @@ def _speed(run: Run, arm: str, plan: Study) -> dict[str, Any]:
     if not file.exists():
         model = load_model(place / "checkpoint", "float32")
         grid = plan.speed
-        found = {
-            "rows": bench.bench(model, grid.prompt, grid.output, grid.batch),
-            "hardware": {**environment.machine(), "threads": torch.get_num_threads()},
-            "kernels": select.describe(),
-            "parameters": count_parameters(model.config),
-        }
-        write_json(file, found)
+        write_json(file, measure_speed(model, grid.prompt, grid.output, grid.batch))
     return read_json(file)
 
 
