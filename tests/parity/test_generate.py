@@ -18,7 +18,8 @@ from halflap.evaluate.documents import tokenise  # noqa: E402
 from halflap.evaluate.held_out import evaluate_text  # noqa: E402
 from halflap.inference.generate import generate  # noqa: E402
 from halflap.inference.log_probs import sequence_log_probs  # noqa: E402
-from halflap.inference.sampling import SamplingParams, filtered, penalise  # noqa: E402
+from halflap.inference.requests import SamplingParams  # noqa: E402
+from halflap.inference.sampling import filtered, penalise  # noqa: E402
 
 VOCABULARY = 320
 NEMOTRON_H = {

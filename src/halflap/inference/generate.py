@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from halflap.errors import HalflapError
 from halflap.inference.detokenize import TextStream
-from halflap.inference.sampling import SamplingParams, choose, require_number, row_generators
+from halflap.inference.requests import SamplingParams, require_number
+from halflap.inference.sampling import choose, row_generators
 from halflap.models.cache import Cache
 from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel

@@ -9,50 +9,11 @@ Legend: B batch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from halflap.errors import HalflapError
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen; temperature 0 takes the likeliest; top_k 0, top_p 1, min_p 0 filter nothing."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            require_number(field.name, getattr(self, field.name), whole=field.name in ("top_k", "seed"))
-        checks = (
-            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
-            ("top_k", self.top_k, self.top_k >= 0, "a whole number of at least 0 (0 keeps every token)"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps every token)"),
-            ("min_p", self.min_p, 0 <= self.min_p < 1, "at least 0 and below 1 (0 keeps every token)"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 changes nothing)"),
-        )
-        for name, value, fine, allowed in checks:
-            if not fine:
-                raise HalflapError(f"{name} is {value}; it must be {allowed}: choose another value")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-
-def require_number(name: str, value: object, *, whole: bool) -> None:
-    """Raise HalflapError unless a value from Python is a number of the kind that its field needs."""
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-        kind = "a whole number" if whole else "a number"
-        raise HalflapError(f"{name} is {value!r}; it must be {kind}: choose another value")
+from halflap.inference.requests import SamplingParams
 
 
 def row_generators(params: SamplingParams, rows: int) -> list[torch.Generator]:

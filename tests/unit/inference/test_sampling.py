@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halflap.inference.sampling import SamplingParams, choose, draw, filtered, penalise, row_generators
+from halflap.inference.requests import SamplingParams
+from halflap.inference.sampling import choose, draw, filtered, penalise, row_generators
 
 
 def logits_of(probabilities: list[float]) -> torch.Tensor:

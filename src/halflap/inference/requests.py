@@ -1,0 +1,204 @@
+"""What is asked of the engine and what comes back, as data: requests, pieces of replies, settings. No torch.
+
+A request is a prompt in token ids and `n` choices (replies to it); what comes back is a stream of pieces, each of one
+choice. Log-probabilities are the model's own, in nats, before temperature, penalties and filters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from halflap.errors import HalflapError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+GrammarKind = Literal["json_schema", "regex", "lark"]
+MOST_LOGPROBS = 100
+MOST_CHOICES = 1024
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen; temperature 0 takes the likeliest; top_k 0, top_p 1, min_p 0 filter nothing.
+
+    repetition_penalty looks at prompt and reply; frequency_penalty (a token's count times it is taken from its logit)
+    and presence_penalty at the reply alone. logit_bias is added to the logits of the given token ids.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if entry.name != "logit_bias":
+                require_number(entry.name, getattr(self, entry.name), whole=entry.name in ("top_k", "seed"))
+        checks = (
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
+            ("top_k", self.top_k, self.top_k >= 0, "a whole number of at least 0 (0 keeps every token)"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps every token)"),
+            ("min_p", self.min_p, 0 <= self.min_p < 1, "at least 0 and below 1 (0 keeps every token)"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 changes nothing)"),
+            *(
+                (name, value, abs(value) < float("inf"), "a finite number (0 changes nothing)")
+                for name, value in (
+                    ("frequency_penalty", self.frequency_penalty),
+                    ("presence_penalty", self.presence_penalty),
+                )
+            ),
+        )
+        for name, value, fine, allowed in checks:
+            if not fine:
+                raise HalflapError(f"{name} is {value}; it must be {allowed}: choose another value")
+        for token, bias in self.logit_bias.items():
+            require_number("logit_bias: a token id", token, whole=True)
+            require_number(f"logit_bias of token {token}", bias, whole=False)
+            if bias != bias or bias == float("inf"):
+                raise HalflapError(f"logit_bias of token {token} is {bias}; it must be a number or -inf: change it")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the logits depend on the tokens before."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+
+def require_number(name: str, value: object, *, whole: bool) -> None:
+    """Raise HalflapError unless a value from Python is a number of the kind that its field needs."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        kind = "a whole number" if whole else "a number"
+        raise HalflapError(f"{name} is {value!r}; it must be {kind}: choose another value")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What a reply must match: a JSON schema (as text; `{}` is any JSON), a regular expression, or a Lark grammar."""
+
+    kind: GrammarKind
+    text: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """`n` replies to one prompt (token ids, at least one); choice i samples as a single reply with seed `seed + i`.
+
+    logprobs: how many of the likeliest tokens to report at each new token (0: the chosen one's log-probability alone).
+    prompt_logprobs: the same for the prompt; max_new_tokens may then be 0. Raises HalflapError for a wrong value.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int = 128
+    sampling: SamplingParams = SamplingParams()
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+    grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise HalflapError("the prompt is empty; it must have at least one token: start with the beginning token")
+        least = 0 if self.prompt_logprobs is not None else 1
+        limits = (
+            ("max_new_tokens", self.max_new_tokens, least, None),
+            ("n", self.n, 1, MOST_CHOICES),
+            ("logprobs", self.logprobs, 0, MOST_LOGPROBS),
+            ("prompt_logprobs", self.prompt_logprobs, 0, MOST_LOGPROBS),
+        )
+        for name, value, low, high in limits:
+            if value is None:
+                continue
+            require_number(name, value, whole=True)
+            if value < low or (high is not None and value > high):
+                allowed = f"at least {low}" if high is None else f"{low} to {high}"
+                raise HalflapError(f"{name} is {value}; it must be {allowed}: choose another value")
+        if "" in self.stop:
+            raise HalflapError("a stop string is empty; it must have at least one character: remove it")
+
+
+@dataclass(frozen=True)
+class TopToken:
+    """One of the likeliest tokens at a place."""
+
+    id: int
+    text: str
+    log_prob: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a reply or prompt; log_prob None where none was asked for, and at a prompt's first token."""
+
+    id: int
+    text: str
+    log_prob: float | None = None
+    top: tuple[TopToken, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one choice grew by. `text` lags behind `tokens` while it may be part of a character or a stop string.
+
+    finish_reason is set on a choice's last piece. `prompt` comes with a choice's first piece, if asked for.
+    """
+
+    choice: int
+    text: str
+    tokens: tuple[Token, ...] = ()
+    finish_reason: FinishReason | None = None
+    prompt: tuple[Token, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """completion_tokens of all choices; cached_tokens of the prompt were found in the prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Limits of an engine.
+
+    max_batch: choices decoded at once. max_context: tokens of a prompt and its reply; None is the model's own limit.
+    memory: bytes that decode state may take, prefix cache apart; None does not limit it. prefill_chunk: prompt tokens
+    read in one pass, between which others decode. prefix_cache: bytes (0: off). speculate: None, "lookup" (what
+    followed the last tokens earlier in the text), or a draft HybridModel with the same tokenizer; max_draft: most
+    tokens guessed at once. queue: requests that may wait (None: any number).
+    """
+
+    max_batch: int = 16
+    max_context: int | None = None
+    memory: int | None = None
+    prefill_chunk: int = 512
+    prefix_cache: int = 0
+    speculate: Any = None
+    max_draft: int = 8
+    queue: int | None = None
+
+    def __post_init__(self) -> None:
+        lows = {"max_batch": 1, "max_context": 1, "memory": 0, "prefill_chunk": 1, "prefix_cache": 0, "max_draft": 1}
+        for name, low in {**lows, "queue": 0}.items():
+            if (value := getattr(self, name)) is None and name in ("max_context", "memory", "queue"):
+                continue
+            require_number(name, value, whole=True)
+            if value < low:
+                raise HalflapError(f"{name} is {value}; it must be at least {low}: choose another value")
+        if isinstance(self.speculate, str) and self.speculate != "lookup":
+            raise HalflapError(
+                f"speculate is {self.speculate!r}; it must be None, 'lookup' or a draft model: choose one of them"
+            )
