@@ -46,7 +46,7 @@ class Verb(NamedTuple):
 VERBS: dict[str, Verb] = {
     "inspect": Verb("InspectRecipe", "checkpoint:inspect", keeps=False),
     "import": Verb("ImportRecipe", "checkpoint:import_"),
-    "export": Verb("ExportRecipe", "checkpoint:export"),
+    "export": Verb("ExportRecipe", "export:export"),
     "tokenizer": Verb("TokenizerRecipe", "pretrain:tokenizer"),
     "corpus": Verb("CorpusRecipe", "pretrain:corpus"),
     "pretrain": Verb("PretrainRecipe", "pretrain:pretrain"),

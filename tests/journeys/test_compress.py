@@ -121,6 +121,8 @@ def test_compress_does_it_all(halflap: Callable[..., Any], place: Path, tmp_path
     assert bool(cut) == (result["remark"] is None or "group_blind" not in result["remark"])
     for name in ("report.html", "search.json", "arms.json", "importance.safetensors", "pruned/certificate.json"):
         assert (out / name).exists(), name
+    card = (out / "checkpoint" / "README.md").read_text()
+    assert all(f"## {part}" in card for part in ("What was cut", "How it does", "How to load it"))
     student = load_model(out / "checkpoint")
     assert sum(p.numel() for p in student.parameters()) == result["student"]["parameters"]
     assert read_lineage(out / "checkpoint")[-1]["continues_short_distillation"]

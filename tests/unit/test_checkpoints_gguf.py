@@ -12,7 +12,8 @@ import torch
 gguf = pytest.importorskip("gguf")
 
 from halflap.checkpoints.checkpoint import load_model  # noqa: E402
-from halflap.checkpoints.gguf_import import LLAMA_ROWS, NEMOTRON_H_ROWS, import_gguf  # noqa: E402
+from halflap.checkpoints.gguf_import import import_gguf  # noqa: E402
+from halflap.checkpoints.gguf_names import names  # noqa: E402
 from halflap.checkpoints.llama import LLAMA  # noqa: E402
 from halflap.checkpoints.names import expand  # noqa: E402
 from halflap.checkpoints.nemotron_h import NEMOTRON_H  # noqa: E402
@@ -92,7 +93,6 @@ def write(path, config: ModelConfig, tensors, *, kind=F32, extra=(), **options) 
         assert attention.rope is not None
         writer.add_rope_freq_base(attention.rope.theta)
         writer.add_rope_dimension_count(attention.head_dim)
-        rows = LLAMA_ROWS
     else:
         mamba = next(b for b in config.blocks if isinstance(b, Mamba2Config))
         writer.add_block_count(len(config.blocks))
@@ -104,9 +104,8 @@ def write(path, config: ModelConfig, tensors, *, kind=F32, extra=(), **options) 
         writer.add_ssm_group_count(mamba.num_groups)
         writer.add_ssm_inner_size(mamba.inner_size)
         writer.add_ssm_time_step_rank(mamba.num_heads)
-        rows = NEMOTRON_H_ROWS
     vocabulary(writer, **options)
-    for ours, theirs in expand(config, rows).items():
+    for ours, theirs in names(config, config.family).items():
         data = convert(ours, tensors[ours], config)
         matrix = data.ndim == 2 and theirs.endswith("weight") and "norm" not in theirs and "conv" not in theirs
         if matrix and kind is not F32 and (kind is not Q8 or data.shape[1] % 32 == 0):
@@ -153,14 +152,11 @@ def test_stored_types_are_undone(tmp_path, kind, stored):
 
 def test_names_are_those_of_the_gguf_package():
     """Every name of our tables, as the package's own map spells the Hugging Face name of the same parameter."""
-    for rows, family, arch, layer in [
-        (LLAMA_ROWS, LLAMA, gguf.MODEL_ARCH.LLAMA, 2),
-        (NEMOTRON_H_ROWS, NEMOTRON_H, gguf.MODEL_ARCH.NEMOTRON_H, 1),
-    ]:
+    for family, arch, layer in [(LLAMA, gguf.MODEL_ARCH.LLAMA, 2), (NEMOTRON_H, gguf.MODEL_ARCH.NEMOTRON_H, 1)]:
         config = small("llama-tiny" if layer == 2 else "nemotron-h-tiny")
         table = gguf.get_tensor_name_map(arch, len(config.blocks) // layer)
         stock = expand(config, family.rows)
-        for ours, theirs in expand(config, rows).items():
+        for ours, theirs in names(config, family.name).items():
             name = stock[ours].replace(".dt_bias", ".dt_proj.bias")  # the converter renames this one first
             found = table.get_name(name, try_suffixes=(".weight", ".bias"))
             assert found == theirs, ours
@@ -249,7 +245,7 @@ def test_a_truncated_file_is_named(tmp_path, keep):
 def test_other_architectures_and_missing_files_are_named(tmp_path):
     config = small("llama-tiny")
     write(tmp_path / "m.gguf", config, weights(config), arch="gemma3")
-    with pytest.raises(HalflapError, match="architecture 'gemma3'; allowed are llama, nemotron_h"):
+    with pytest.raises(HalflapError, match="architecture 'gemma3'; allowed are llama, deci, nemotron_h, mamba2"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     with pytest.raises(HalflapError, match="does not exist"):
         import_gguf(tmp_path / "none.gguf", tmp_path / "out")

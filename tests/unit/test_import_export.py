@@ -18,6 +18,7 @@ from halflap.checkpoints.padding import pad_tensors, padded_config
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.model import HybridModel, initialize
+from halflap.models.presets import preset
 
 Cli = Callable[..., Any]
 
@@ -85,6 +86,53 @@ def test_export_pads_only_when_asked_and_measures_the_difference(halflap: Cli, u
     assert result["format"] == "hf" and result["path"] == "stock" and result["padded"]
     assert result["max_abs_error"] < 2e-3  # what the common eps makes of it
     assert json.loads(Path("stock/config.json").read_text())["model_type"] in ("nemotron_h", "llama", "nemotron")
+
+
+def changed(config: ModelConfig, kind: type, **sizes: Any) -> ModelConfig:
+    """The second block of a kind with other sizes."""
+    place = [i for i, block in enumerate(config.blocks) if isinstance(block, kind)][1]
+    block = dataclasses.replace(config.blocks[place], **sizes)
+    return dataclasses.replace(config, blocks=(*config.blocks[:place], block, *config.blocks[place + 1 :]))
+
+
+EXACT: dict[str, tuple[str, type, dict[str, int]]] = {
+    "MLP": ("nemotron-h-tiny", MLPConfig, {"intermediate_size": 101}),
+    "query heads": ("llama-tiny", AttentionConfig, {"num_attention_heads": 2}),
+    "key/value heads": ("llama-tiny", AttentionConfig, {"num_attention_heads": 3, "num_key_value_heads": 1}),
+    "all heads": ("nemotron-4-tiny", AttentionConfig, {"num_attention_heads": 4, "num_key_value_heads": 1}),
+    "states": ("nemotron-h-tiny", Mamba2Config, {"state_size": 11}),
+    "groups": ("nemotron-h-tiny", Mamba2Config, {"num_groups": 3, "num_heads": 9}),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_what_pads_exactly_has_equal_logits(halflap: Cli, tmp_path: Path, case: str) -> None:
+    name, kind, sizes = EXACT[case]
+    model = HybridModel(changed(dataclasses.replace(preset(name), vocab_size=256), kind, **sizes))
+    initialize(model, seed=1)
+    save_model(model, tmp_path / "model")
+    result = halflap("export", tmp_path / "model", "--out", "stock", "--pad-to-stock", "--json").json
+    assert result["padded"] and result["remark"] is None and result["max_abs_error"] < 1e-5
+    assert json.loads(Path("stock/config.json").read_text())["model_type"] == model.config.family
+
+
+def test_heads_are_padded_to_a_number_that_divides_the_hidden_size() -> None:
+    config = changed(dataclasses.replace(preset("llama-tiny"), hidden_size=80), AttentionConfig, num_attention_heads=2)
+    padded = padded_config(config)  # six heads of sixteen channels do not divide 80
+    assert family_of(padded).cannot_write(padded) is None and padded.blocks[0].attention is not None
+    assert (padded.blocks[0].attention.num_attention_heads, padded.blocks[0].attention.num_key_value_heads) == (8, 2)
+
+
+def test_a_form_says_what_it_refuses(halflap: Cli, tmp_path: Path) -> None:
+    for name, help in (("llama-tiny", False), ("nemotron-4-tiny", True)):
+        model = HybridModel(changed(dataclasses.replace(preset(name), vocab_size=256), MLPConfig, intermediate_size=64))
+        initialize(model, seed=1)
+        save_model(model, tmp_path / name)
+        outcome = halflap("export", tmp_path / name, "--format", "megatron", "--out", f"out-{name}")
+        assert outcome.status == 1 and "Megatron's form cannot hold this model, because" in outcome.err
+        assert ("--pad-to-stock" in outcome.err) == help
+    words = ["export", tmp_path / name, "--format", "megatron", "--pad-to-stock", "--out", "padded", "--json"]
+    assert halflap(*words).json["max_abs_error"] < 1e-5
 
 
 def test_an_exported_checkpoint_opens_in_stock_transformers(halflap: Cli, uneven_checkpoint: Path) -> None:

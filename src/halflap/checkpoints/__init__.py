@@ -7,5 +7,8 @@
 - `files.py`       safetensors: lazy sharded reader, streaming sharded writer, digest
 - `checkpoint.py`  `Checkpoint`, `load_model`, `save_model`, `write_checkpoint`
 - `megatron.py`    Nemotron-4 under Megatron's and NeMo's names, fused QKV included
-- `gguf_import.py`, `gguf_tokenizer.py`   GGUF files to a checkpoint directory
+- `gguf_names.py`, `gguf_metadata.py`, `gguf_tokenizer.py`   what a GGUF file says of tensors, network and tokenizer,
+  both ways; `gguf_import.py` and `gguf_export.py` read and write the files
+- `padding.py`     unequal blocks padded with zeros for the stock classes
+- `card.py`        README.md of a checkpoint
 """

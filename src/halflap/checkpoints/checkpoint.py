@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from halflap import __version__
 from halflap.checkpoints import files
+from halflap.checkpoints.card import CARD, license_of, model_card
 from halflap.checkpoints.config import (
     FAMILIES,
     Lineage,
@@ -33,13 +34,11 @@ from halflap.checkpoints.config import (
     uses_own_names,
     write_config,
 )
-from halflap.checkpoints.family import Family
 from halflap.checkpoints.files import CODES, DTYPES, Entry, TensorSpec
 from halflap.checkpoints.names import expand, match_tensors
 from halflap.errors import HalflapError
 from halflap.files import atomic_write, write_json
 from halflap.models.config import ModelConfig
-from halflap.models.count import count_non_embedding_parameters, count_parameters
 from halflap.models.layout import layout, shape
 from halflap.models.model import HybridModel
 
@@ -238,7 +237,8 @@ def write_checkpoint(
 
     dtype: a type for all (`A_log`, `D`, `dt_bias` stay float32 or wider), "auto" for the first tensor's, or our name to
     type. The stock class's config and tensor names are used where it can express the model, ours where not.
-    tokenizer_from: directory whose tokenizer files travel along. extra_files: name to content.
+    tokenizer_from: directory whose tokenizer files travel along, and its licence unless another is given.
+    extra_files: name to content.
     Raises HalflapError for tensors that do not fit the config and for a full disk; old weights survive that.
     """
     directory = Path(directory)
@@ -254,7 +254,8 @@ def write_checkpoint(
     files.write_shards(directory, specs, spelled, max_shard_bytes=max_shard_bytes)
     most = max(specs.values(), key=lambda spec: spec.nbytes)
     small = dict(extra_files or {})
-    small.setdefault("README.md", model_card(directory.resolve().name, config, family, lineage, license))
+    license = license or (license_of(tokenizer_from) if tokenizer_from is not None else None)
+    small.setdefault(CARD, model_card(directory.resolve().name, config, lineage, license))
     with files.full_disk_named(directory):
         write_config(directory, config, _name(DTYPES[most.code]), __version__)
         write_json(directory / "lineage.json", {"steps": [dict(step) for step in lineage]})
@@ -305,48 +306,6 @@ def copy_tokenizer(source: Path, directory: Path) -> list[str]:
                 shutil.copyfileobj(read, write)
             copied.append(name)
     return copied
-
-
-def model_card(name: str, config: ModelConfig, family: Family, lineage: Lineage, license: str | None) -> str:
-    """README.md of a checkpoint: what it is, how large, how it came to be."""
-    reason = family.cannot_write(config)
-    loads = (
-        f"stock transformers (`{family.architecture}`) and halflap"
-        if reason is None
-        else f"halflap only, because {reason}"
-    )
-    steps = "\n".join(f"{i}. {_step(step)}" for i, step in enumerate(lineage, 1)) or "Not recorded."
-    return f"""---
-library_name: transformers
-license: {license or "unknown"}
-tags: [halflap, {family.name}]
----
-
-# {name}
-
-| | |
-|---|---|
-| family | {family.name} |
-| pattern | `{config.pattern()}` |
-| parameters | {count_parameters(config):,} |
-| without embeddings | {count_non_embedding_parameters(config):,} |
-| hidden size | {config.hidden_size} |
-| vocabulary | {config.vocab_size} |
-| opens in | {loads} |
-
-## How it came to be
-
-{steps}
-
-Written by halflap {__version__}; `lineage.json` has the digests.
-"""
-
-
-def _step(step: Mapping[str, Any]) -> str:
-    numbers = ", ".join(
-        f"{key} {value}" for key, value in step.items() if isinstance(value, (int, float, str)) and key != "verb"
-    )
-    return f"{step.get('verb', 'step')}{': ' + numbers if numbers else ''}"
 
 
 def _name(dtype: torch.dtype) -> str:

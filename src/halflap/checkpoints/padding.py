@@ -1,16 +1,17 @@
 """Unequal blocks padded with zeros to equal widths, so that the stock classes, which have one width a kind, load them.
 
-A padded neuron, query head, Mamba head, channel or state has zero weights and adds nothing. Only a Mamba block's gated
-norm notices: its mean runs over more channels, so with `kept` of `total` its gain times sqrt(kept / total) and its eps
-times kept / total give the same output. The stock class has one eps for all norms; where that of a padded block would
-differ, the common one is kept and the difference, of the order of eps, is measured by `halflap export`.
+A padded neuron, query head, key/value head, Mamba head, group, channel or state has zero weights and adds nothing. Only
+a Mamba block's gated norm notices when a group grows: its mean runs over more channels, so with `kept` of `total` in a
+group its gain times sqrt(kept / total) and its eps times kept / total give the same output. The stock class has one eps
+for all norms, and nothing else can stand in for it: what the norm reads has passed SiLUs, so no weight scales it. There
+the common eps is kept, and the difference, of the order of eps, is measured by `halflap export`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,12 +20,18 @@ from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.layout import Dim, dim_size, layout, shape
 
-# What a kind's blocks may differ in and be padded to the largest of. Heads grow within their group, so groups cannot.
+# What a kind's blocks may differ in and be padded to the largest of.
 WIDTHS: dict[type, tuple[str, ...]] = {
-    AttentionConfig: ("num_attention_heads",),
-    Mamba2Config: ("num_heads", "head_dim", "state_size"),
+    AttentionConfig: (),
+    Mamba2Config: ("head_dim", "state_size"),
     MLPConfig: ("intermediate_size",),
 }
+# Heads sit in groups: both the number of groups and the heads of each grow to the largest.
+GROUPED: dict[type, tuple[str, str]] = {
+    AttentionConfig: ("num_key_value_heads", "num_attention_heads"),
+    Mamba2Config: ("num_groups", "num_heads"),
+}
+SEARCHED = 4  # how many times the fewest heads are tried for a number that divides the hidden size
 
 
 def padded_config(config: ModelConfig) -> ModelConfig:
@@ -33,7 +40,7 @@ def padded_config(config: ModelConfig) -> ModelConfig:
     for block in config.blocks:
         kind = [other for other in config.blocks if type(other) is type(block)]
         largest = {name: max(getattr(other, name) for other in kind) for name in WIDTHS.get(type(block), ())}
-        blocks.append(dataclasses.replace(block, **largest))
+        blocks.append(dataclasses.replace(block, **largest, **_heads(config, kind)))
     for kind in WIDTHS:
         forms = {block for block in blocks if type(block) is kind}
         if len({_without_eps(block) for block in forms}) > 1:
@@ -48,18 +55,46 @@ def padded_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, blocks=tuple(alike))
 
 
+def _heads(config: ModelConfig, kind: list[BlockConfig]) -> dict[str, int]:
+    """Groups and heads for all blocks of a kind: the most groups times the most heads of one."""
+    if type(kind[0]) not in GROUPED:
+        return {}
+    outer, inner = GROUPED[type(kind[0])]
+    groups = max(getattr(block, outer) for block in kind)
+    each = max(getattr(block, inner) // getattr(block, outer) for block in kind)
+    if config.family == "llama":  # whose stock class wants a hidden size that its heads divide
+        tried = [(g, n) for g in range(groups, SEARCHED * groups + 1) for n in range(each, SEARCHED * each + 1)]
+        fitting = [(g, n) for g, n in tried if config.hidden_size % (g * n) == 0]
+        groups, each = min(fitting, key=lambda pair: (pair[0] * pair[1], pair[0]), default=(groups, each))
+    return {outer: groups, inner: groups * each}
+
+
+def widened_norms(config: ModelConfig, padded: ModelConfig) -> int:
+    """How many blocks have a gated norm that pads into its groups, so that their output is equal up to eps only."""
+    return sum(_kept(before, after) != 1 for before, after in zip(config.blocks, padded.blocks))
+
+
 def _without_eps(block: BlockConfig) -> BlockConfig:
     return dataclasses.replace(block, norm_eps=0.0) if isinstance(block, Mamba2Config) else block
+
+
+def padder(config: ModelConfig, padded: ModelConfig) -> Callable[[str, Tensor], Tensor]:
+    """pad(name, tensor) is the tensor of `padded` for one of `config`; what is equal in size passes through."""
+    small, large = layout(config), layout(padded)
+
+    def pad_one(name: str, tensor: Tensor) -> Tensor:
+        return pad(tensor, small[name], large[name]) * _gain(config, padded, name)
+
+    return pad_one
 
 
 def pad_tensors(
     config: ModelConfig, padded: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `padded` from those of `config`, one at a time; what is equal in size passes through."""
-    small, large = layout(config), layout(padded)
+    """The tensors of `padded` from those of `config`, one at a time."""
+    pad_one = padder(config, padded)
     for name, tensor in tensors:
-        result = pad(tensor, small[name], large[name])
-        yield name, result * _gain(config, padded, name)
+        yield name, pad_one(name, tensor)
 
 
 def pad(tensor: Tensor, small: tuple[Dim, ...], large: tuple[Dim, ...]) -> Tensor:
@@ -88,6 +123,11 @@ def _gain(config: ModelConfig, padded: ModelConfig, name: str) -> float:
     parts = name.split(".")
     if parts[0] != "blocks" or parts[2:] != ["mixer", "norm", "weight"]:
         return 1.0
-    before, after = config.blocks[int(parts[1])], padded.blocks[int(parts[1])]
-    assert isinstance(before, Mamba2Config) and isinstance(after, Mamba2Config)
-    return math.sqrt(before.inner_size / after.inner_size)
+    return math.sqrt(_kept(config.blocks[int(parts[1])], padded.blocks[int(parts[1])]))
+
+
+def _kept(before: BlockConfig, after: BlockConfig) -> float:
+    """The share of a padded group's channels that were there before; 1 for blocks without groups."""
+    if not isinstance(before, Mamba2Config) or not isinstance(after, Mamba2Config):
+        return 1.0
+    return (before.heads_per_group * before.head_dim) / (after.heads_per_group * after.head_dim)

@@ -1,4 +1,4 @@
-"""`inspect`, `import` and `export`: looking at a checkpoint, and bringing one in or out.
+"""`inspect` and `import`: looking at a checkpoint, and bringing one in.
 
 torch is imported inside the functions that move weights, so that `inspect` is quick.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from halflap.commands.config import ExportRecipe, ImportRecipe, InspectRecipe
+from halflap.commands.config import ImportRecipe, InspectRecipe
 from halflap.commands.resolve import shape_of
 from halflap.errors import HalflapError, RecipeError
-from halflap.files import write_json
 from halflap.models.count import (
     Phase,
     cache_bytes,
@@ -28,7 +27,6 @@ from halflap.recipe import read_yaml
 from halflap.report.shapes import describe
 from halflap.run import Run
 
-EXPORT_CHECK_TOKENS = 64
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 
 
@@ -103,75 +101,6 @@ def import_(recipe: ImportRecipe, run: Run) -> dict[str, Any]:
         )
     counted = count_parameters(written.config)
     return {"parameters": counted, "tensors": len(written.entries), "path": str(run.path), "dtype": written.dtype}
-
-
-def export(recipe: ExportRecipe, run: Run) -> dict[str, Any]:
-    """A checkpoint that stock tools load, and how far its logits are from the model's own."""
-    from halflap.checkpoints.checkpoint import Checkpoint, copy_tokenizer, write_checkpoint
-    from halflap.checkpoints.config import family_of, lineage_step
-    from halflap.checkpoints.megatron import cannot_write, open_megatron, settings_of, write_megatron
-    from halflap.checkpoints.padding import pad_tensors, padded_config
-
-    opened = Checkpoint.open(recipe.model)
-    obstacle = cannot_write if recipe.format == "megatron" else family_of(opened.config).cannot_write
-    config, tensors = opened.config, opened.tensors()
-    if reason := obstacle(config):
-        if not recipe.pad_to_stock:
-            raise HalflapError(
-                f"{FORMS[recipe.format]} cannot hold this model, because {reason}; --pad-to-stock pads unequal widths "
-                "with zeros, and halflap runs the model as it is"
-            )
-        config = padded_config(opened.config)
-        tensors = pad_tensors(opened.config, config, tensors)
-        if reason := obstacle(config):
-            raise HalflapError(
-                f"{FORMS[recipe.format]} cannot hold this model even padded, because {reason}; run it in halflap"
-            )
-    dtype = recipe.common.dtype
-    types = opened.dtypes if dtype == "auto" else dict.fromkeys(opened.dtypes, dtype)
-    lineage = [*opened.lineage, lineage_step("export", {opened.path.name: opened.digest}, format=recipe.format)]
-    tensors = track(tensors, "export", len(opened.entries))
-    if recipe.format == "megatron":
-        write_megatron(run.path, config, tensors, types)
-        write_json(run.path / "lineage.json", {"steps": lineage})
-        copy_tokenizer(opened.path, run.path)
-        written = open_megatron(run.path, settings_of(config))
-    else:
-        written = write_checkpoint(
-            run.path,
-            config,
-            tensors,
-            dtype=opened.dtypes if dtype == "auto" else dtype,
-            tokenizer_from=opened.path,
-            lineage=lineage,
-        )
-    return {
-        "format": recipe.format,
-        "path": str(run.path),
-        "parameters": count_parameters(config),
-        "padded": config != opened.config,
-        "max_abs_error": _largest_difference(opened, written, recipe.common.seed),
-    }
-
-
-FORMS = {"hf": "stock classes", "megatron": "Megatron's form"}
-
-
-def _largest_difference(one: Any, other: Any, seed: int) -> float:
-    """Largest difference of the logits of two opened checkpoints on random tokens, in float32."""
-    import torch
-
-    from halflap.checkpoints.checkpoint import fill_model
-
-    logits = []
-    for opened in (one, other):
-        model = fill_model(opened.config, opened.tensors(), torch.float32)
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(model.config.vocab_size, (2, EXPORT_CHECK_TOKENS), generator=generator)
-        with torch.inference_mode():
-            logits.append(model(tokens))
-        del model  # one at a time: a large one may fill the memory
-    return float((logits[0] - logits[1]).abs().max())
 
 
 def _preset_row(name: str) -> dict[str, Any]:

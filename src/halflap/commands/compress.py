@@ -13,6 +13,7 @@ from typing import Any
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_json
 from halflap.commands import arms, students
+from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.config import (
     CompressRecipe,
     DistillRecipe,
@@ -23,7 +24,7 @@ from halflap.commands.config import (
 )
 from halflap.commands.corpora import held_out_batches, open_corpora, training_loader
 from halflap.commands.sections import Budgets, ScoreSettings, SearchSettings
-from halflap.commands.students import CERTIFICATE, PLAN, Teacher, has_ceiling, open_teacher
+from halflap.commands.students import Teacher, has_ceiling, open_teacher
 from halflap.compress.axes import Sizes, check_sizes, largest_sizes
 from halflap.compress.importance import Importance
 from halflap.compress.plan import PruningPlan
@@ -167,6 +168,7 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
 
     setting = arms.Setting(recipe, run, teacher, plan, importance, training, corpora)
     table = arms.train_and_judge(setting)
+    write_card(run.checkpoint_dir, certificate=certificate, rows=table, judged_on=corpora.held_out_is)
     return {
         "teacher": table["teacher"],
         "pruned": table["pruned"],

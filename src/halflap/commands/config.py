@@ -21,6 +21,7 @@ from halflap.commands.sections import (
 from halflap.compress.axes import Sizes
 from halflap.compress.space import SearchSpace
 from halflap.recipe import (
+    COMMON,
     SIZES,
     SPACE,
     SWITCH,
@@ -33,6 +34,7 @@ from halflap.recipe import (
     Positives,
     Shape,
     StudyName,
+    flat,
     section,
 )
 from halflap.train.config import Fit
@@ -64,17 +66,27 @@ class ImportRecipe:
     common: Common = Common()
 
 
+@flat(COMMON)
+@dataclass(frozen=True, kw_only=True)
+class ExportCommon(Common):
+    """The common fields, with a type of numbers that only files have."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights written; auto keeps the stored ones."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportRecipe:
     """Write a checkpoint in the form that stock tools load."""
 
     model: Model = field(kw_only=False)
     """Hugging Face directory or run directory."""
-    format: Literal["hf", "megatron"] = "hf"
-    """Target form; megatron (names and fused QKV of Megatron and NeMo) is for Nemotron-4."""
+    format: Literal["hf", "gguf", "megatron"] = "hf"
+    """Target form: stock classes of transformers; one file for llama.cpp; names and fused QKV of Megatron and NeMo (for
+    Nemotron-4)."""
     pad_to_stock: Annotated[bool, SWITCH] = False
     """Pad unequal blocks with zeros to equal widths, so that stock classes load them with the same logits."""
-    common: Common = Common()
+    common: ExportCommon = ExportCommon()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, write_checkpoint
-from halflap.checkpoints.config import Lineage, find_directory, lineage_step, read_lineage
+from halflap.checkpoints.config import Lineage, find_directory, lineage_step, read_json, read_lineage
+from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.corpora import Corpora, tokenizer_place
 from halflap.commands.device import choose_device
 from halflap.commands.sections import Budgets, LossSettings, ScoreSettings
@@ -53,7 +54,6 @@ DEPTH_SHARE = 8
 text that widths need suffices in the papers."""
 CERTIFIED_AT_ONCE = 300_000_000
 """Parameters up to which a student is certified as soon as it is written: teacher and student are then in memory."""
-PLAN, CERTIFICATE = "pruning_plan.json", "certificate.json"
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def write_student(
     cut = {"parameters": count_parameters(plan.student), "norm_correction": plan.norm_correction}
     where = {"teacher_path": str(source.path.resolve())}
     lineage = [*source.lineage, lineage_step("prune", {"teacher": teacher.digest, "plan": plan.digest}, **cut, **where)]
-    return write_checkpoint(
+    written = write_checkpoint(
         directory,
         plan.student,
         tensors,
@@ -220,6 +220,8 @@ def write_student(
         lineage=lineage,
         extra_files={PLAN: json.dumps(plan.to_json()) + "\n"},
     )
+    write_card(directory)
+    return written
 
 
 def is_complete(directory: Path, plan: PruningPlan) -> bool:
@@ -240,7 +242,7 @@ def save_trained(
     """
     cut = Checkpoint.open(source)
     keeps_plan = lineage is None and (source / PLAN).exists()
-    return write_checkpoint(
+    written = write_checkpoint(
         directory,
         student.config,
         student.cpu().state_dict().items(),
@@ -249,6 +251,9 @@ def save_trained(
         lineage=[*(cut.lineage if lineage is None else lineage), step],
         extra_files={PLAN: (source / PLAN).read_text("utf-8")} if keeps_plan else None,
     )
+    certificate = source / CERTIFICATE
+    write_card(directory, certificate=read_json(certificate) if keeps_plan and certificate.exists() else None)
+    return written
 
 
 def certify(
@@ -260,6 +265,7 @@ def certify(
     ids = torch.randint(0, teacher.config.vocab_size, shape, generator=generator)
     certificate = verify(Checkpoint.open(directory), teacher, plan, ids)
     write_json(directory / CERTIFICATE, certificate)
+    write_card(directory)
     return certificate
 
 

@@ -1,0 +1,100 @@
+"""README.md of a checkpoint: what it is, how large, how it came to be, under which licence, and how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from halflap import __version__
+from halflap.checkpoints import gguf_metadata
+from halflap.checkpoints.config import family_of
+from halflap.models.config import ModelConfig
+from halflap.models.count import count_non_embedding_parameters, count_parameters
+
+CARD = "README.md"
+
+
+def license_of(directory: str | Path) -> str | None:
+    """The licence that the card of a checkpoint or run directory names; None without a card, or where it is unknown."""
+    for card in (Path(directory) / CARD, Path(directory) / "checkpoint" / CARD):
+        if card.is_file():
+            head = card.read_text("utf-8").partition("\n---")[0]
+            found = re.search(r"^license:[ \t]*['\"]?([^'\"\n]+?)['\"]?[ \t]*$", head, re.MULTILINE)
+            return None if found is None or found[1] == "unknown" else found[1]
+    return None
+
+
+def model_card(
+    name: str,
+    config: ModelConfig,
+    lineage: Sequence[Mapping[str, Any]],
+    license: str | None,
+    more: str = "",
+) -> str:
+    """The text of the card; `more` is Markdown between the table and the lineage, as for a student what was cut."""
+    family = family_of(config)
+    reason = family.cannot_write(config)
+    opens = (
+        f"stock transformers (`{family.architecture}`) and halflap"
+        if reason is None
+        else f"halflap, and transformers by `import halflap.hf`: {reason}"
+    )
+    steps = "\n".join(f"{i}. {_step(step)}" for i, step in enumerate(lineage, 1)) or "Not recorded."
+    return f"""---
+library_name: transformers
+license: {license or "unknown"}
+tags: [halflap, {family.name}]
+---
+
+# {name}
+
+| | |
+|---|---|
+| family | {family.name} |
+| pattern | `{config.pattern()}` |
+| parameters | {count_parameters(config):,} |
+| without embeddings | {count_non_embedding_parameters(config):,} |
+| hidden size | {config.hidden_size} |
+| vocabulary | {config.vocab_size} |
+| opens in | {opens} |
+
+{more}## How it came to be
+
+{steps}
+
+## How to load it
+
+{_loading(name, config, stock=reason is None)}
+
+Written by halflap {__version__}; `lineage.json` has the digests.
+"""
+
+
+def _loading(name: str, config: ModelConfig, *, stock: bool) -> str:
+    """Code for halflap and transformers, and the way to llama.cpp or what bars it."""
+    ours = "" if stock else "import halflap.hf\n"
+    bar = gguf_metadata.cannot_write(config)
+    llama_cpp = (
+        f"llama.cpp: `halflap export {name} --format gguf --out gguf`, then `llama-cli -m gguf/model.gguf`."
+        if bar is None
+        else f"llama.cpp does not run it as it is: {bar}."
+    )
+    return f"""```python
+import halflap
+model = halflap.load("{name}")
+
+{ours}from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+{llama_cpp}"""
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    numbers = ", ".join(
+        f"{key} {value}" for key, value in step.items() if isinstance(value, (int, float, str)) and key != "verb"
+    )
+    return f"{step.get('verb', 'step')}{': ' + numbers if numbers else ''}"

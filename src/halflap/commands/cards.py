@@ -1,0 +1,103 @@
+"""The model card of a student: what was cut, whether that is certified, and how it was judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halflap.checkpoints.card import CARD, license_of, model_card
+from halflap.checkpoints.config import find_directory, read_config, read_json, read_lineage
+from halflap.compress.plan import PruningPlan
+from halflap.files import atomic_write
+from halflap.models.count import count_parameters
+from halflap.report.shapes import size_rows
+
+PLAN, CERTIFICATE = "pruning_plan.json", "certificate.json"
+
+
+def write_card(
+    directory: Path,
+    *,
+    certificate: Mapping[str, Any] | None = None,
+    rows: Mapping[str, Mapping[str, Any]] | None = None,
+    judged_on: str = "",
+) -> None:
+    """Write README.md of a student anew, with everything that is known of it.
+
+    rows: judgement by arm, as `scores.json` has them; judged_on: which text that was, in words.
+    """
+    directory = find_directory(directory)
+    if certificate is None and (directory / CERTIFICATE).exists():
+        certificate = read_json(directory / CERTIFICATE)
+    parts = []
+    if (directory / PLAN).exists():
+        parts.append(_cut(PruningPlan.load(directory / PLAN)))
+        parts.append(_certificate(certificate))
+    if rows:
+        parts.append(_judgement(rows, judged_on))
+    text = model_card(
+        _name(directory.resolve()),
+        read_config(directory),
+        read_lineage(directory),
+        license_of(directory),
+        "".join(parts),
+    )
+    with atomic_write(directory / CARD, "w") as file:
+        file.write(text)
+
+
+def _name(directory: Path) -> str:
+    """What a user calls it: a run by its own name."""
+    if directory.name == "checkpoint":
+        return directory.parent.name
+    return f"{directory.parent.name}/pruned" if directory.name == "pruned" else directory.name
+
+
+def _cut(plan: PruningPlan) -> str:
+    """What of which axis is left, and which blocks went."""
+    before, after = count_parameters(plan.teacher_config), count_parameters(plan.student)
+    lines = [
+        f"| {name} | {was} | {now} |" for name, was, now in size_rows(plan.teacher_config, plan.student) if was != now
+    ]
+    dropped = [str(i) for i in range(len(plan.teacher_config.blocks)) if i not in plan.keep_blocks]
+    gone = f"\nDropped blocks of the teacher: {', '.join(dropped)}.\n" if dropped else ""
+    return f"""## What was cut
+
+{after:,} of the teacher's {before:,} parameters are left ({after / before:.1%}); `{PLAN}` has the indices.
+
+| | teacher | student |
+|---|---|---|
+{chr(10).join(lines) or "| nothing | | |"}
+{gone}
+"""
+
+
+def _certificate(certificate: Mapping[str, Any] | None) -> str:
+    if certificate is None:
+        return "Not certified; `halflap verify` compares a student as cut with its masked teacher.\n\n"
+    verdict = "equals" if certificate["passed"] else "DIFFERS from"
+    return (
+        f"Certificate: as cut, before any training, it {verdict} {certificate['reference']}: logits of up to "
+        f"{certificate['logit_scale']:.3g} differ by at most {certificate['exact_max_abs_error']:.2g} in "
+        f"{certificate['arithmetic']} and {certificate['max_abs_error']:.2g} as stored ({certificate['stored']}).\n\n"
+    )
+
+
+def _judgement(rows: Mapping[str, Mapping[str, Any]], judged_on: str) -> str:
+    lines = []
+    for name, row in rows.items():
+        low, high = row.get("loss_interval") or (None, None)
+        span = "" if low is None else f" ({low:.4f} to {high:.4f})"
+        trained = f"{row['tokens_trained']:,}" if row.get("tokens_trained") else ""
+        numbers = f"{row['loss']:.4f}{span} | {row['perplexity']:.2f} | {row['bits_per_byte']:.4f}"
+        lines.append(f"| {name.replace('_', '-')} | {row['parameters']:,} | {trained} | {numbers} |")
+    return f"""## How it does
+
+| | parameters | tokens trained | loss (95 % interval) | perplexity | bits a byte |
+|---|---|---|---|---|---|
+{chr(10).join(lines)}
+
+Judged on {judged_on or "held-out text"}.
+
+"""

@@ -1,0 +1,59 @@
+"""The README of a student: licence of its parent, what was cut, its certificate, its judgement, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from halflap.checkpoints.card import license_of
+from halflap.checkpoints.checkpoint import Checkpoint, save_model
+from halflap.commands.cards import write_card
+from halflap.commands.students import certify, write_student
+from halflap.commands.students import open_teacher as open_
+from halflap.compress.plan import PruningPlan
+from halflap.compress.prune import apply_plan
+from halflap.models.model import HybridModel, initialize
+from halflap.models.presets import preset
+from halflap.recipe import Common
+
+ROW = {"parameters": 1234567, "loss": 2.5, "loss_interval": [2.4, 2.6], "perplexity": 12.18, "bits_per_byte": 1.1}
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    """A Nemotron-H of Apache licence without its last block and without some of its hidden channels."""
+    model = HybridModel(preset("nemotron-h-tiny"))
+    initialize(model, 0)
+    save_model(model, tmp_path / "teacher")
+    card = tmp_path / "teacher" / "README.md"
+    card.write_text(card.read_text().replace("license: unknown", "license: apache-2.0"))
+    teacher = open_(tmp_path / "teacher", Common())
+    count = len(teacher.config.blocks)
+    plan = PruningPlan(teacher.digest, teacher.config, tuple(range(count - 1)), {"hidden": tuple(range(64))})
+    directory = tmp_path / "small" / "checkpoint"
+    write_student(directory, teacher, plan, apply_plan(plan, teacher.checkpoint.tensors()))
+    certify(directory, teacher.checkpoint, plan, tokens=32)
+    return directory
+
+
+def test_a_students_card(student: Path) -> None:
+    digest = Checkpoint.open(student).digest
+    write_card(student, rows={"teacher": ROW, "group_blind": {**ROW, "tokens_trained": 5000}}, judged_on="ten pages")
+    text = (student / "README.md").read_text()
+    assert "# small\n" in text and "license: apache-2.0" in text and license_of(student) == "apache-2.0"
+    assert "| hidden size | 96 | 64 |" in text and "Dropped blocks of the teacher: " in text
+    assert "as cut, before any training, it equals the teacher" in text
+    assert "| group-blind | 1,234,567 | 5,000 | 2.5000 (2.4000 to 2.6000) | 12.18 | 1.1000 |" in text
+    assert "Judged on ten pages." in text and 'AutoModelForCausalLM.from_pretrained("small")' in text
+    assert "halflap export small --format gguf" in text and "prune: parameters" in text
+    assert Checkpoint.open(student).digest == digest
+
+
+def test_a_card_without_more_is_whole(tmp_path: Path) -> None:
+    model = HybridModel(preset("hymba-tiny"))
+    initialize(model, 0)
+    save_model(model, tmp_path / "model")
+    text = (tmp_path / "model" / "README.md").read_text()
+    assert "## What was cut" not in text and "## How to load it" in text and "llama.cpp does not run it" in text
+    assert license_of(tmp_path / "model") is None and license_of(tmp_path) is None
