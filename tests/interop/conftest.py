@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def make_checkpoint(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) ->
         return made[name, unequal]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_model(tokenizer: Any) -> Callable[[Any, Path], Path]:
+    """write_model(config, directory) writes a small model of any shape and returns its directory."""
+    return lambda config, directory: write(config, tokenizer, directory)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
