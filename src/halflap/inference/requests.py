@@ -191,12 +191,20 @@ class EngineSettings:
     queue: int | None = None
 
     def __post_init__(self) -> None:
-        lows = {"max_batch": 1, "max_context": 1, "memory": 0, "prefill_chunk": 1, "prefix_cache": 0, "max_draft": 1}
-        for name, low in {**lows, "queue": 0}.items():
-            if (value := getattr(self, name)) is None and name in ("max_context", "memory", "queue"):
+        limits = (
+            ("max_batch", self.max_batch, 1),
+            ("max_context", self.max_context, 1),
+            ("memory", self.memory, 0),
+            ("prefill_chunk", self.prefill_chunk, 1),
+            ("prefix_cache", self.prefix_cache, 0),
+            ("max_draft", self.max_draft, 1),
+            ("queue", self.queue, 0),
+        )
+        for name, value, low in limits:
+            if value is None and name in ("max_context", "memory", "queue"):
                 continue
             require_number(name, value, whole=True)
-            if value < low:
+            if value is None or value < low:
                 raise HalflapError(f"{name} is {value}; it must be at least {low}: choose another value")
         if isinstance(self.speculate, str) and self.speculate != "lookup":
             raise HalflapError(

@@ -17,5 +17,6 @@ mlp.py        MLP mixer
 linear.py     the linear map of every mixer
 norm.py       the norms of blocks: RMSNorm, LayerNorm1P
 cache.py      what a decoded sequence keeps: keys and values, convolution tails, SSM states
+slots.py      a cache whose rows come and go
 model.py      Block, HybridModel, initialisation
 """

@@ -4,7 +4,8 @@ Rows of a batch may have unequal lengths: row b's next token goes to position `m
 meta tokens that stand before every row. Their part of the state is the same for all rows and computed once a model
 (`HybridModel.meta_state`). A windowed block holds the meta tokens, its window and the newest token, and no more at any
 time. SSM states are float32 whatever the model's dtype (section 4.7 of the Nemotron-H notes). Recurrent state cannot be
-cropped: to go back, clone.
+cropped: to go back, clone, or `hold` a pass and `commit` as many of its tokens as turned out right. Rows of a batch
+that come and go: slots.py.
 """
 
 from __future__ import annotations
@@ -51,27 +52,27 @@ class KeyValueState:
                 held.scatter_(2, positions[:, None, :, None].expand_as(new), new.to(held.dtype))
         return self.keys[:, :, :used], self.values[:, :, :used]
 
-    def append_many(
-        self, key: Tensor, value: Tensor, before: Tensor, counts: Tensor | int, past: int, used: int
-    ) -> tuple[Tensor, Tensor]:
-        """Of a windowed block: row b's new tokens start at position before[b], and its first counts[b] count.
+    def look_back(self, key: Tensor, value: Tensor, before: Tensor, past: int, used: int) -> tuple[Tensor, Tensor]:
+        """Of a windowed block: keys and values of the meta tokens, the `past` positions before the new ones, the new.
 
-        Returns the keys and values of the meta tokens, of the `past` positions before the new ones (where a row has
-        not so many, something that must be masked) and of the new ones, in this order. Then keeps what a window needs.
+        Where a row has not so many, there is something that must be masked. Nothing is kept of the new ones.
         """
         assert self.window is not None
         self._reserve(min(used, self.meta + self.window + 1))
         slots = self._slots(before[:, None] + torch.arange(-past, 0, device=key.device))
         slots = slots.clamp(max=self.keys.shape[2] - 1)[:, None, :, None]
-        newest, index = self._newest(before, counts)
         views = []
         for held, new in ((self.keys, key), (self.values, value)):
-            new = new.to(held.dtype)
             earlier = held.gather(2, slots.expand(-1, held.shape[1], -1, held.shape[3]))
-            views.append(torch.cat([held[:, :, : self.meta], earlier, new], 2))
-            taken = new.gather(2, index.clamp(0, new.shape[2] - 1).expand(-1, new.shape[1], -1, new.shape[3]))
-            held[:, :, self.meta :] = torch.where(newest, taken, held[:, :, self.meta :])
+            views.append(torch.cat([held[:, :, : self.meta], earlier, new.to(held.dtype)], 2))
         return views[0], views[1]
+
+    def keep(self, key: Tensor, value: Tensor, before: Tensor, counts: Tensor | int) -> None:
+        """Of a windowed block: keep what its window needs of the first counts[b] new tokens of row b."""
+        newest, index = self._newest(before, counts)
+        for held, new in ((self.keys, key), (self.values, value)):
+            taken = new.gather(2, index.clamp(0, new.shape[2] - 1).expand(-1, new.shape[1], -1, new.shape[3]))
+            held[:, :, self.meta :] = torch.where(newest, taken.to(held.dtype), held[:, :, self.meta :])
 
     def start_from(self, other: KeyValueState) -> None:
         """Take the meta tokens of a state of one row for all rows."""
@@ -132,6 +133,7 @@ class HybridState:
 
 
 BlockState = KeyValueState | ConvSSMState | HybridState
+Held = list[Callable[[Tensor], None]]  # what each block does once it is known how many tokens of each row count
 
 
 @dataclass
@@ -145,6 +147,7 @@ class Cache:
     meta: int = 0  # meta tokens before every row
     started: bool = False  # the meta tokens' state is in
     decode_window_compat: bool = False
+    held: Held | None = None
 
     @staticmethod
     def create(
@@ -180,6 +183,23 @@ class Cache:
                 state.start_from(other)  # type: ignore[arg-type]
         self.started = True
 
+    def hold(self) -> None:
+        """Let the next pass over several tokens leave every state as it is; `commit` then says how many count."""
+        self.held = []
+
+    def commit(self, counts: Tensor) -> None:
+        """Advance by the first counts[b] tokens of row b in the pass that was held: no projection is computed again."""
+        for advance in self.held or ():
+            advance(counts)
+        self.held = None
+        self.advance(counts)
+
+    def advance(self, counts: Tensor) -> None:
+        """Count the tokens (B,) just read."""
+        self.lengths = self.lengths + counts
+        self.used = int(self.lengths.max())
+        self.uniform = bool((self.lengths == self.lengths[0]).all())
+
     @property
     def dtype(self) -> torch.dtype:
         """Of keys, values and convolution tails."""
@@ -191,7 +211,9 @@ class Cache:
         blocks = [_map(state, lambda tensor: tensor.index_select(0, index)) for state in self.blocks]
         lengths = self.lengths[index]
         uniform = bool((lengths == lengths[0]).all())
-        return dataclasses.replace(self, blocks=blocks, lengths=lengths, used=int(lengths.max()), uniform=uniform)
+        return dataclasses.replace(
+            self, blocks=blocks, lengths=lengths, used=int(lengths.max()), uniform=uniform, held=None
+        )
 
     def row(self, index: int) -> Cache:
         return self.select([index])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from halflap.models.cache import KeyValueState
+from halflap.models.cache import Held, KeyValueState
 from halflap.models.config import RopeConfig
 from halflap.models.rope import inverse_frequencies, rotary_tables
 from halflap.ops.attention import cached_mask, packed_mask, within_window
@@ -51,6 +51,7 @@ class SequenceContext:
     meta: int = 0  # meta tokens that every document begins with
     decode_window_compat: bool = False
     readers: Mapping[int, int] = field(default_factory=dict)  # block to the last that reads its keys and values
+    held: Held | None = None  # takes what states are to do later; None: they advance at once
     block: int = 0  # the one that runs
     _shared: dict[int, KeyValues] = field(default_factory=dict)
     _masks: dict[object, Tensor | None] = field(default_factory=dict)
@@ -94,8 +95,11 @@ class SequenceContext:
             return KeyValues(keys, values, lambda: self.attention_mask(count), offset=offset)
         before = self.positions[:, 0]
         past = min(self.used - self.time - self.meta, window)
-        counts = self.time if self.lengths is None else self.lengths
-        keys, values = state.append_many(key, value, before, counts, past, self.used)
+        keys, values = state.look_back(key, value, before, past, self.used)
+        if self.held is None:
+            state.keep(key, value, before, self.time if self.lengths is None else self.lengths)
+        else:
+            self.held.append(lambda counts: state.keep(key, value, before, counts))
         whole = self.uniform or bool((before >= self.meta + past).all())  # every row has `past` tokens behind it
         return KeyValues(
             keys,

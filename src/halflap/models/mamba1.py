@@ -49,20 +49,30 @@ class Mamba1Inner(nn.Module):
         if c.inner_norms:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         dt, A = self.dt_proj(dt), -torch.exp(self.A_log)
-        if state is not None and x.shape[1] == 1 and context.lengths is None:
+        if state is not None and x.shape[1] == 1 and context.lengths is None and context.held is None:
             y, state.ssm = select.selective_step(
                 u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, state.ssm, dt_bias=self.dt_bias, gate=z[:, 0]
             )
-            y = y[:, None]
-        else:
-            y, final = select.selective_scan(
+            state.conv = final_conv_state(x, c.conv_kernel, tail, None).to(state.conv.dtype)
+            return y[:, None]
+
+        def scan(lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+            return select.selective_scan(
                 u, dt, A, B, C, self.D,
-                state=ssm, runs=context.runs, lengths=context.lengths, dt_bias=self.dt_bias, gate=z,
+                state=ssm, runs=context.runs, lengths=lengths, dt_bias=self.dt_bias, gate=z,
             )  # fmt: skip
-            if state is not None:
-                state.ssm = final.to(state.ssm.dtype)
-        if state is not None:
-            state.conv = final_conv_state(x, c.conv_kernel, tail, context.lengths).to(state.conv.dtype)
+
+        def leave(state: ConvSSMState, final: Tensor, lengths: Tensor | None) -> None:
+            state.ssm = final.to(state.ssm.dtype)
+            state.conv = final_conv_state(x, c.conv_kernel, tail, lengths).to(state.conv.dtype)
+
+        if state is None or context.held is None:
+            y, final = scan(context.lengths)
+        else:  # the scan alone runs again once it is known how many tokens count
+            (y, final), kept = scan(None), state
+            context.held.append(lambda counts: leave(kept, scan(counts)[1], counts))
+        if state is not None and context.held is None:
+            leave(state, final, context.lengths)
         return y
 
 

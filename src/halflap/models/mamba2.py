@@ -43,24 +43,33 @@ class Mamba2Inner(nn.Module):
 
     def mix(self, projected: Tensor, context: SequenceContext, state: ConvSSMState | None = None) -> Tensor:
         """projected (B, T, 2I + 2GN + H) to (B, T, I); with a state, both parts of it are advanced in place."""
-        if state is not None and projected.shape[1] == 1 and context.lengths is None:
+        if state is not None and projected.shape[1] == 1 and context.lengths is None and context.held is None:
             mixed, state.conv, state.ssm = select.mamba2_step(projected[:, 0], *self._inner(), state.conv, state.ssm)
             return mixed[:, None]
-        conv_state, ssm_state = (state.conv, state.ssm) if state is not None and context.past else (None, None)
-        mixed, final = select.mamba2_mix(
-            projected,
-            *self._inner(),
-            conv_state=conv_state,
-            ssm_state=ssm_state,
-            runs=context.runs,
-            lengths=context.lengths,
-        )
-        if state is not None:
-            c = self.config
-            xBC = projected[..., c.inner_size : c.inner_size + c.conv_size]
-            state.conv = final_conv_state(xBC, c.conv_kernel, conv_state, context.lengths).to(state.conv.dtype)
-            state.ssm = final.to(state.ssm.dtype)
+        past = (state.conv, state.ssm) if state is not None and context.past else (None, None)
+
+        def scan(lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+            return select.mamba2_mix(
+                projected, *self._inner(), conv_state=past[0], ssm_state=past[1], runs=context.runs, lengths=lengths
+            )
+
+        if state is None or context.held is None:
+            mixed, final = scan(context.lengths)
+        else:  # the scan alone runs again once it is known how many tokens count
+            (mixed, final), kept = scan(None), state
+            context.held.append(lambda counts: self._leave(kept, projected, past[0], scan(counts)[1], counts))
+        if state is not None and context.held is None:
+            self._leave(state, projected, past[0], final, context.lengths)
         return mixed
+
+    def _leave(
+        self, state: ConvSSMState, projected: Tensor, tail: Tensor | None, final: Tensor, lengths: Tensor | None
+    ) -> None:
+        """Put both parts of the state to where they are after `lengths` tokens of projected, `tail` before them."""
+        c = self.config
+        xBC = projected[..., c.inner_size : c.inner_size + c.conv_size]
+        state.conv = final_conv_state(xBC, c.conv_kernel, tail, lengths).to(state.conv.dtype)
+        state.ssm = final.to(state.ssm.dtype)
 
     def _inner(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Mamba2Config]:
         """What lies between the two projections."""

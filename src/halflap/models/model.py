@@ -138,7 +138,8 @@ class HybridModel(nn.Module):
         if self.meta_tokens is not None and not cache.started:
             cache.start_from(self.meta_state(cache.dtype, tokens.device))
         hidden = self._run(self.embedding(tokens), self._cached_context(_steps(tokens), cache, lengths), cache)
-        _advance(cache, tokens, lengths)
+        if cache.held is None:
+            _advance(cache, tokens, lengths)
         return self.norm(hidden)
 
     def _run(self, hidden: Tensor, context: SequenceContext, cache: Cache | None = None) -> Tensor:
@@ -174,6 +175,7 @@ class HybridModel(nn.Module):
             meta=cache.meta,
             decode_window_compat=cache.decode_window_compat,
             readers=self.readers,
+            held=cache.held,
         )
 
     @torch.no_grad()
@@ -214,9 +216,7 @@ def _advance(cache: Cache, tokens: Tensor, lengths: Tensor | None) -> None:
         cache.lengths = cache.lengths + tokens.shape[1]
         cache.used += tokens.shape[1]
     else:
-        cache.lengths = cache.lengths + lengths
-        cache.used = int(cache.lengths.max())
-        cache.uniform = bool((cache.lengths == cache.lengths[0]).all())
+        cache.advance(lengths)
 
 
 @torch.no_grad()
