@@ -57,3 +57,18 @@ def test_a_card_without_more_is_whole(tmp_path: Path) -> None:
     text = (tmp_path / "model" / "README.md").read_text()
     assert "## What was cut" not in text and "## How to load it" in text and "llama.cpp does not run it" in text
     assert license_of(tmp_path / "model") is None and license_of(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("---\nlicense: mit\n---\n# x\nlicense: other\n", "mit"),
+        ("---\nlicense: 'apache-2.0' \ntags: []\n---\n", "apache-2.0"),
+        ("---\nlicense: unknown\n---\n", None),
+        ("# x\nlicense: mit\n---\n", None),
+        ("", None),
+    ],
+)
+def test_the_licence_is_read_from_the_head_of_a_card(tmp_path: Path, text: str, found: str | None) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert license_of(tmp_path) == found

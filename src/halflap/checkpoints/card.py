@@ -20,7 +20,8 @@ def license_of(directory: str | Path) -> str | None:
     """The licence that the card of a checkpoint or run directory names; None without a card, or where it is unknown."""
     for card in (Path(directory) / CARD, Path(directory) / "checkpoint" / CARD):
         if card.is_file():
-            head = card.read_text("utf-8").partition("\n---")[0]
+            start, _, rest = card.read_text("utf-8").partition("---\n")
+            head = rest.partition("\n---")[0] if not start else ""
             found = re.search(r"^license:[ \t]*['\"]?([^'\"\n]+?)['\"]?[ \t]*$", head, re.MULTILINE)
             return None if found is None or found[1] == "unknown" else found[1]
     return None

@@ -50,17 +50,29 @@ def export(recipe: ExportRecipe, run: Run) -> dict[str, Any]:
     source, form = _source(recipe), FORMS[recipe.format]
     path, written = form.write(source, run.path)
     before = source.checkpoint.config
-    widened = widened_norms(before, source.config)
+    error, scale = _largest_difference(source.checkpoint, written, recipe.common.seed)
     return {
         "format": recipe.format,
         "path": str(path),
         "parameters": count_parameters(source.config),
         "padded": source.config != before,
-        "max_abs_error": _largest_difference(source.checkpoint, written, recipe.common.seed),
-        "remark": f"{widened} gated norms of Mamba blocks were padded; they are equal but for their eps"
-        if widened
-        else None,
+        "max_abs_error": error,
+        "logit_scale": scale,
+        "remark": _remark(source, recipe.format),
     }
+
+
+def _remark(source: Source, form: str) -> str | None:
+    """What a user must know of a product that is not all it could be."""
+    remarks = []
+    if widened := widened_norms(source.checkpoint.config, source.config):
+        remarks.append(
+            f"the gated norms of {widened} Mamba blocks were padded and are equal but for their eps, of which stock "
+            "classes have one for all norms; look at max_abs_error"
+        )
+    if form == "gguf" and not (source.checkpoint.path / "tokenizer.json").exists():
+        remarks.append("there is no tokenizer, so llama.cpp's library loads the file and its server does not")
+    return "; ".join(remarks) or None
 
 
 def _source(recipe: ExportRecipe) -> Source:
@@ -143,8 +155,8 @@ FORMS: dict[str, Form] = {
 }
 
 
-def _largest_difference(one: Any, other: Any, seed: int) -> float:
-    """Largest difference of the logits of two opened checkpoints on random tokens, in float32."""
+def _largest_difference(one: Any, other: Any, seed: int) -> tuple[float, float]:
+    """Largest difference of the logits of two checkpoints on random tokens, in float32, and the largest logit."""
     logits = []
     for opened in (one, other):
         model = fill_model(opened.config, opened.tensors(), torch.float32)
@@ -153,4 +165,4 @@ def _largest_difference(one: Any, other: Any, seed: int) -> float:
         with torch.inference_mode():
             logits.append(model(tokens))
         del model  # one at a time: a large one may fill the memory
-    return float((logits[0] - logits[1]).abs().max())
+    return float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())
