@@ -101,6 +101,7 @@ def test_distill_goes_on_from_the_lineage(
     result = halflap("distill", tmp_path / "pruned", *text, "--out", tmp_path / "run", "--json").json
     assert result["tokens"] >= 1000 and result["held_out_loss"] > 0
     assert [step["verb"] for step in read_lineage(tmp_path / "run" / "checkpoint")] == ["prune", "distill"]
+    assert "as cut, before any training, it equals" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
     outcome = halflap("verify", tmp_path / "run")
     assert outcome.status == 1 and "trained or changed after pruning" in outcome.err
     stored = halflap("distill", tmp_path / "pruned", *text, "--top-k", 8, "--out", tmp_path / "stored", "--json").json
@@ -123,6 +124,8 @@ def test_compress_does_it_all(halflap: Callable[..., Any], place: Path, tmp_path
         assert (out / name).exists(), name
     card = (out / "checkpoint" / "README.md").read_text()
     assert all(f"## {part}" in card for part in ("What was cut", "How it does", "How to load it"))
+    control = (out / "arms" / "random" / "checkpoint" / "README.md").read_text()
+    assert "it equals" in card and "it equals" not in control
     student = load_model(out / "checkpoint")
     assert sum(p.numel() for p in student.parameters()) == result["student"]["parameters"]
     assert read_lineage(out / "checkpoint")[-1]["continues_short_distillation"]

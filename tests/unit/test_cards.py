@@ -45,8 +45,8 @@ def test_a_students_card(student: Path) -> None:
     assert "| hidden size | 96 | 64 |" in text and "Dropped blocks of the teacher: " in text
     assert "as cut, before any training, it equals the teacher" in text
     assert "| group-blind | 1,234,567 | 5,000 | 2.5000 (2.4000 to 2.6000) | 12.18 | 1.1000 |" in text
-    assert "Judged on ten pages." in text and 'AutoModelForCausalLM.from_pretrained("small")' in text
-    assert "halflap export small --format gguf" in text and "prune: parameters" in text
+    assert "Judged on ten pages." in text and 'AutoModelForCausalLM.from_pretrained("small/checkpoint")' in text
+    assert "halflap export small/checkpoint --format gguf" in text and "prune: parameters" in text
     assert Checkpoint.open(student).digest == digest
 
 

@@ -28,13 +28,17 @@ def license_of(directory: str | Path) -> str | None:
 
 
 def model_card(
-    name: str,
+    directory: Path,
     config: ModelConfig,
     lineage: Sequence[Mapping[str, Any]],
     license: str | None,
     more: str = "",
 ) -> str:
-    """The text of the card; `more` is Markdown between the table and the lineage, as for a student what was cut."""
+    """The text of the card of what lies, or will lie, in `directory`.
+
+    more: Markdown between the table and the lineage, as for a student what was cut.
+    """
+    name, place = _names(directory.resolve())
     family = family_of(config)
     reason = family.cannot_write(config)
     opens = (
@@ -67,28 +71,36 @@ tags: [halflap, {family.name}]
 
 ## How to load it
 
-{_loading(name, config, stock=reason is None)}
+{_loading(place, config, stock=reason is None)}
 
 Written by halflap {__version__}; `lineage.json` has the digests.
 """
 
 
-def _loading(name: str, config: ModelConfig, *, stock: bool) -> str:
+def _names(directory: Path) -> tuple[str, str]:
+    """What a user calls a checkpoint, and how to get there: those of a run go by the run's name."""
+    if directory.name not in ("checkpoint", "pruned"):
+        return directory.name, directory.name
+    place = f"{directory.parent.name}/{directory.name}"
+    return directory.parent.name if directory.name == "checkpoint" else place, place
+
+
+def _loading(place: str, config: ModelConfig, *, stock: bool) -> str:
     """Code for halflap and transformers, and the way to llama.cpp or what bars it."""
     ours = "" if stock else "import halflap.hf\n"
     bar = gguf_metadata.cannot_write(config)
     llama_cpp = (
-        f"llama.cpp: `halflap export {name} --format gguf --out gguf`, then `llama-cli -m gguf/model.gguf`."
+        f"llama.cpp: `halflap export {place} --format gguf --out gguf`, then `llama-cli -m gguf/model.gguf`."
         if bar is None
         else f"llama.cpp does not run it as it is: {bar}."
     )
     return f"""```python
 import halflap
-model = halflap.load("{name}")
+model = halflap.load("{place}")
 
 {ours}from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```
 
 {llama_cpp}"""

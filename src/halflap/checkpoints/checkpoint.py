@@ -255,7 +255,7 @@ def write_checkpoint(
     most = max(specs.values(), key=lambda spec: spec.nbytes)
     small = dict(extra_files or {})
     license = license or (license_of(tokenizer_from) if tokenizer_from is not None else None)
-    small.setdefault(CARD, model_card(directory.resolve().name, config, lineage, license))
+    small.setdefault(CARD, model_card(directory, config, lineage, license))
     with files.full_disk_named(directory):
         write_config(directory, config, _name(DTYPES[most.code]), __version__)
         write_json(directory / "lineage.json", {"steps": [dict(step) for step in lineage]})

@@ -36,22 +36,9 @@ def write_card(
         parts.append(_certificate(certificate))
     if rows:
         parts.append(_judgement(rows, judged_on))
-    text = model_card(
-        _name(directory.resolve()),
-        read_config(directory),
-        read_lineage(directory),
-        license_of(directory),
-        "".join(parts),
-    )
+    text = model_card(directory, read_config(directory), read_lineage(directory), license_of(directory), "".join(parts))
     with atomic_write(directory / CARD, "w") as file:
         file.write(text)
-
-
-def _name(directory: Path) -> str:
-    """What a user calls it: a run by its own name."""
-    if directory.name == "checkpoint":
-        return directory.parent.name
-    return f"{directory.parent.name}/pruned" if directory.name == "pruned" else directory.name
 
 
 def _cut(plan: PruningPlan) -> str:

@@ -138,6 +138,8 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
     if mesh.is_main():
         step = lineage_step("distill", {"teacher": teacher.digest}, tokens=result["tokens"], loss=result["loss"])
         students.save_trained(run.checkpoint_dir, student, directory, step)
+        if (directory / CERTIFICATE).exists():
+            write_card(run.checkpoint_dir, certificate=read_json(directory / CERTIFICATE))
     return result | {"held_out": corpora.held_out_is, "parameters": count_parameters(student.config)}
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, write_checkpoint
-from halflap.checkpoints.config import Lineage, find_directory, lineage_step, read_json, read_lineage
+from halflap.checkpoints.config import Lineage, find_directory, lineage_step, read_lineage
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.corpora import Corpora, tokenizer_place
 from halflap.commands.device import choose_device
@@ -251,8 +251,7 @@ def save_trained(
         lineage=[*(cut.lineage if lineage is None else lineage), step],
         extra_files={PLAN: (source / PLAN).read_text("utf-8")} if keeps_plan else None,
     )
-    certificate = source / CERTIFICATE
-    write_card(directory, certificate=read_json(certificate) if keeps_plan and certificate.exists() else None)
+    write_card(directory)
     return written
 
 
