@@ -191,7 +191,7 @@ def _own_config(fields: Fields) -> ModelConfig | None:
         config = ModelConfig.from_json(json.loads(fields[OWN_CONFIG]))
         expected = {"general.architecture": architecture_of(config), **metadata(config)}
         same = all(_equal(fields[key], value) for key, value in expected.items())
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, StopIteration):
         return None
     return config if same else None
 
