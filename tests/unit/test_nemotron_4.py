@@ -131,19 +131,35 @@ def test_squared_relu() -> None:
 
 
 def test_fresh_weights() -> None:
-    """Gains are one (stored as 0). Matrices have the config's deviation, and those that write into the residual stream
-    that over the square root of the number of blocks, as in Megatron."""
+    """Gains are one (stored as 0), biases 0, and every matrix has the config's deviation."""
     config = nemotron_4(4, hidden=256, mlp=1024, attention=(4, 2, 64), vocab=2048)
     model = HybridModel(config)
     initialize(model, 0)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert not parameter.any()
-            continue
-        writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-        assert parameter.std().item() == pytest.approx(0.0134 / (8**0.5 if writes else 1), rel=0.02), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.0134, rel=0.02), name
     assert model.head is not None
     assert model.head.weight.data_ptr() != model.embedding.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "name, layers, blocks",
+    [("nemotron-h-8m", "M-M-M*-M-M-M*-", 14), ("llama-tiny", "*-*-*-*-", 8), ("hymba-tiny", "H-" * 8, 1)],
+)
+def test_only_some_families_shrink_what_writes_into_the_residual_stream(name: str, layers: str, blocks: int) -> None:
+    """By the square root of the number of blocks, as their pre-training does; all in one, for their small matrices."""
+    config = preset(name)
+    assert config.pattern() == layers
+    model = HybridModel(config)
+    initialize(model, 0)
+    found: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for key, parameter in model.named_parameters():
+        if key.endswith("proj.weight"):
+            found[key.split(".")[-2] in ("out_proj", "o_proj", "down_proj")].append(parameter.detach().flatten())
+    assert torch.cat(found[False]).std().item() == pytest.approx(0.02, rel=0.02)
+    assert torch.cat(found[True]).std().item() == pytest.approx(0.02 / blocks**0.5, rel=0.02)
 
 
 def test_json_says_the_norm_only_where_it_is_another() -> None:

@@ -42,6 +42,11 @@ MIXERS: dict[type, type[nn.Module]] = {
     HybridConfig: HybridMixer,
 }
 
+# Families whose fresh output projections (those that write into the residual stream) are divided by sqrt(blocks), as
+# Megatron does and Nemotron-H's `rescale_prenorm_residual` says. Nemotron-4 and Hymba have one deviation for all.
+SHRINK_OUTPUT_PROJECTIONS = ("nemotron_h", "llama")
+OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj")
+
 
 class Block(nn.Module):
     """x + mixer(norm(x)): x (B, T, D) to (B, T, D)."""
@@ -221,13 +226,14 @@ def _advance(cache: Cache, tokens: Tensor, lengths: Tensor | None) -> None:
 
 @torch.no_grad()
 def initialize(model: HybridModel, seed: int) -> None:
-    """Random weights as Nemotron-H was trained from (Megatron): normal, output projections shrunk by sqrt(blocks).
+    """Random weights: normal of deviation `initializer_range`, output projections smaller in some families (the table).
 
     A is uniform in 1..16 a head, of Mamba-1 1, 2, .. over a channel's states; dt is log-uniform in 0.001..0.1; D and
     the norms' gains are one (stored as 0 where the stored weight is the distance from one).
     """
     generator = torch.Generator().manual_seed(seed)
-    std, shrink = model.config.initializer_range, math.sqrt(len(model.blocks))
+    std = model.config.initializer_range
+    shrink = math.sqrt(len(model.blocks)) if model.config.family in SHRINK_OUTPUT_PROJECTIONS else 1.0
 
     def uniform(tensor: Tensor, low: float, high: float) -> Tensor:
         return torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low
@@ -251,7 +257,7 @@ def initialize(model: HybridModel, seed: int) -> None:
         elif leaf[-1] == "bias":
             value = torch.zeros(parameter.shape)
         else:
-            scale = std / shrink if leaf[0] in ("out_proj", "o_proj", "down_proj") else std
+            scale = std / shrink if leaf[0] in OUTPUT_PROJECTIONS else std
             value = torch.randn(parameter.shape, generator=generator) * scale
         parameter.copy_(value)
 
