@@ -11,7 +11,7 @@ from typing import Any
 
 from halflap.checkpoints.names import NameRow
 from halflap.errors import HalflapError
-from halflap.models.config import HybridConfig, Mamba1Config, ModelConfig, NTKScaling
+from halflap.models.config import AttentionConfig, HybridConfig, Mamba1Config, MLPConfig, ModelConfig, NTKScaling
 
 Json = Mapping[str, Any]
 
@@ -74,6 +74,21 @@ def read_float(value: Any) -> float:
         raise HalflapError(f"config.json has {value!r} where a number is needed: correct it") from None
 
 
+def layer_sizes(data: Json, hidden: int, heads: int, layers: int) -> tuple[int, int, int]:
+    """hidden_size, num_attention_heads and num_hidden_layers of a Transformer, or these defaults.
+
+    Raises HalflapError when one is not a whole number of at least 1.
+    """
+    defaults = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": layers}
+    sizes = {key: pick(data, default, key) for key, default in defaults.items()}
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes.values()):
+        raise HalflapError(
+            f"config.json has {', '.join(f'{key}={value!r}' for key, value in sizes.items())}; "
+            "each must be a whole number of at least 1: correct it"
+        )
+    return sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_hidden_layers"]
+
+
 def token_ids(data: Json, defaults: Mapping[str, int | None]) -> dict[str, Any]:
     """bos, eos and pad token ids; an absent key takes the class default, an explicit null stays None."""
     ids = {key: data.get(key, default) for key, default in defaults.items()}
@@ -115,3 +130,53 @@ def beyond_stock(config: ModelConfig) -> str | None:
         if attention.rope is not None and isinstance(attention.rope.scaling, NTKScaling):
             return "its rotary embedding is stretched (NTK), which the stock class's is not"
     return None
+
+
+def beyond_transformer(
+    config: ModelConfig, own: Callable[[list[AttentionConfig], list[MLPConfig]], str | None]
+) -> str | None:
+    """Why no stock Transformer, of pairs of attention and MLP that are all alike, is this model, or None.
+
+    own(attention, mlp) gives what the family's class alone has not.
+    """
+    attention = [b for b in config.blocks[::2] if isinstance(b, AttentionConfig)]
+    mlp = [b for b in config.blocks[1::2] if isinstance(b, MLPConfig)]
+    if len(attention) != len(mlp) or len(attention) + len(mlp) != len(config.blocks):
+        return f"its blocks are not pairs of attention and MLP ({config.pattern()})"
+    residual = "its residual is kept in float32, which the stock class does not do" if config.residual_in_fp32 else None
+    return (
+        beyond_stock(config)
+        or residual
+        or own(attention, mlp)
+        or only({b.intermediate_size for b in mlp}, "intermediate_size")
+        or only({b.activation for b in mlp}, "hidden_act")
+        or only({b.bias for b in mlp}, "mlp_bias")
+        or only({b.num_attention_heads for b in attention}, "num_attention_heads")
+        or only({b.num_key_value_heads for b in attention}, "num_key_value_heads")
+        or only({b.head_dim for b in attention}, "head_dim")
+        or only({b.bias for b in attention}, "attention_bias")
+        or only({b.rope for b in attention}, "rotary embedding")
+    )
+
+
+def write_transformer(config: ModelConfig) -> dict[str, Any]:
+    """The keys of `config.json` that stock Transformers share; only of a model they can express."""
+    attention, mlp = config.blocks[:2]
+    assert isinstance(attention, AttentionConfig) and isinstance(mlp, MLPConfig)
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": mlp.intermediate_size,
+        "num_hidden_layers": len(config.blocks) // 2,
+        "num_attention_heads": attention.num_attention_heads,
+        "num_key_value_heads": attention.num_key_value_heads,
+        "head_dim": attention.head_dim,
+        "hidden_act": mlp.activation,
+        "attention_bias": attention.bias,
+        "mlp_bias": mlp.bias,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        "use_cache": True,
+        **write_token_ids(config),
+    }

@@ -6,22 +6,23 @@ Both spellings of its settings are read: `rope_theta` with `rope_scaling`, and t
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from halflap.checkpoints.family import (
     Family,
     Json,
-    beyond_stock,
-    only,
+    beyond_transformer,
+    layer_sizes,
     pick,
     read_float,
     refuse,
     token_ids,
-    write_token_ids,
+    write_transformer,
 )
 from halflap.checkpoints.names import NameRow
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, NTKScaling, RopeConfig, RopeScaling
+from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, RopeConfig, RopeScaling
 
 ALLOWED: dict[str, tuple[Any, ...]] = {"partial_rotary_factor": (1, 1.0), "sliding_window": ()}
 
@@ -29,14 +30,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {"partial_rotary_factor": (1, 1.0), "slidi
 def read_config(data: Json) -> ModelConfig:
     """The model of a Llama `config.json`; absent keys take the defaults of transformers' class."""
     refuse(data, "Llama", ALLOWED)
-    hidden = pick(data, 4096, "hidden_size")
-    heads = pick(data, 32, "num_attention_heads")
-    layers = pick(data, 32, "num_hidden_layers")
-    if not all(isinstance(n, int) and n > 0 for n in (hidden, heads, layers)):
-        raise HalflapError(
-            f"config.json has hidden_size={hidden!r}, num_attention_heads={heads!r}, num_hidden_layers={layers!r}; "
-            "each must be a whole number of at least 1: correct it"
-        )
+    hidden, heads, layers = layer_sizes(data, hidden=4096, heads=32, layers=32)
     attention = AttentionConfig(
         num_attention_heads=heads,
         num_key_value_heads=pick(data, heads, "num_key_value_heads"),
@@ -90,73 +84,38 @@ def read_rope(data: Json) -> RopeConfig:
 
 def cannot_write(config: ModelConfig) -> str | None:
     """Why no stock `config.json` can express this model, or None: it has pairs of attention and MLP, all alike."""
-    pairs = config.blocks[::2], config.blocks[1::2]
-    attention = [b for b in pairs[0] if isinstance(b, AttentionConfig)]
-    mlp = [b for b in pairs[1] if isinstance(b, MLPConfig)]
-    if len(attention) != len(mlp) or len(attention) + len(mlp) != len(config.blocks):
-        return f"its blocks are not pairs of attention and MLP ({config.pattern()})"
-    if reason := beyond_stock(config):
-        return reason
-    if config.residual_in_fp32:
-        return "its residual is kept in float32, which the stock class does not do"
-    if config.norm != "rms":
-        return "its norms are LayerNorms, and the stock class has RMSNorms"
-    for block in attention:
-        if block.rope is None or block.rope.fraction != 1:
-            return "its attention has no full rotary embedding"
-        if config.hidden_size % block.num_attention_heads:
-            return (
-                f"its hidden size {config.hidden_size} is not a multiple of its {block.num_attention_heads} attention "
-                "heads, which the stock class demands"
-            )
-    if not all(block.gated for block in mlp):
-        return "its MLPs are not gated"
-    return (
-        only({b.intermediate_size for b in mlp}, "intermediate_size")
-        or only({b.activation for b in mlp}, "hidden_act")
-        or only({b.bias for b in mlp}, "mlp_bias")
-        or only({b.num_attention_heads for b in attention}, "num_attention_heads")
-        or only({b.num_key_value_heads for b in attention}, "num_key_value_heads")
-        or only({b.head_dim for b in attention}, "head_dim")
-        or only({b.bias for b in attention}, "attention_bias")
-        or only({b.rope for b in attention}, "rotary embedding")
-    )
+
+    def own(attention: list[AttentionConfig], mlp: list[MLPConfig]) -> str | None:
+        if config.norm != "rms":
+            return "its norms are LayerNorms, and the stock class has RMSNorms"
+        for block in attention:
+            if block.rope is None or block.rope.fraction != 1:
+                return "its attention has no full rotary embedding"
+            if config.hidden_size % block.num_attention_heads:
+                return (
+                    f"its hidden size {config.hidden_size} is not a multiple of its {block.num_attention_heads} "
+                    "attention heads, which the stock class demands"
+                )
+        return None if all(block.gated for block in mlp) else "its MLPs are not gated"
+
+    return beyond_transformer(config, own)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """A `config.json` that stock loaders, old and new, and `read_config` read; only when `cannot_write` is None."""
-    attention, mlp = config.blocks[:2]
-    assert isinstance(attention, AttentionConfig) and isinstance(mlp, MLPConfig) and attention.rope is not None
-    scaling = attention.rope.scaling
-    assert not isinstance(scaling, NTKScaling)
+    attention = config.blocks[0]
+    assert isinstance(attention, AttentionConfig) and attention.rope is not None
     return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": mlp.intermediate_size,
-        "num_hidden_layers": len(config.blocks) // 2,
-        "num_attention_heads": attention.num_attention_heads,
-        "num_key_value_heads": attention.num_key_value_heads,
-        "head_dim": attention.head_dim,
-        "hidden_act": mlp.activation,
-        "attention_bias": attention.bias,
-        "mlp_bias": mlp.bias,
+        **write_transformer(config),
         "rms_norm_eps": config.norm_eps,
         "rope_theta": attention.rope.theta,
-        "rope_scaling": None
-        if scaling is None
-        else {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        },
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.initializer_range,
-        "use_cache": True,
-        **write_token_ids(config),
+        "rope_scaling": write_rope_scaling(attention.rope),
     }
+
+
+def write_rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    """`rope_scaling` as `read_rope` reads it."""
+    return None if rope.scaling is None else {"rope_type": "llama3", **dataclasses.asdict(rope.scaling)}
 
 
 def _rows(part: str, names: tuple[str, ...], offset: int) -> tuple[NameRow, ...]:

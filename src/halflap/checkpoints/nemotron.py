@@ -14,15 +14,15 @@ from typing import Any
 from halflap.checkpoints.family import (
     Family,
     Json,
-    beyond_stock,
-    only,
+    beyond_transformer,
+    layer_sizes,
     pick,
     read_float,
     refuse,
     token_ids,
-    write_token_ids,
+    write_transformer,
 )
-from halflap.checkpoints.llama import read_rope
+from halflap.checkpoints.llama import read_rope, write_rope_scaling
 from halflap.checkpoints.names import NameRow
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, RopeConfig
@@ -38,14 +38,7 @@ def read_config(data: Json) -> ModelConfig:
     number.
     """
     refuse(data, "Nemotron", ALLOWED)
-    hidden = pick(data, 6144, "hidden_size")
-    heads = pick(data, 48, "num_attention_heads")
-    layers = pick(data, 32, "num_hidden_layers")
-    if not all(isinstance(n, int) and n > 0 for n in (hidden, heads, layers)):
-        raise HalflapError(
-            f"config.json has hidden_size={hidden!r}, num_attention_heads={heads!r}, num_hidden_layers={layers!r}; "
-            "each must be a whole number of at least 1: correct it"
-        )
+    hidden, heads, layers = layer_sizes(data, hidden=6144, heads=48, layers=32)
     head_dim = _head_dim(data, hidden, heads)
     attention = AttentionConfig(
         num_attention_heads=heads,
@@ -103,33 +96,19 @@ def turned_channels(head_dim: int, fraction: float) -> int:
 
 def cannot_write(config: ModelConfig) -> str | None:
     """Why no stock `config.json` can express this model, or None: it has pairs of attention and MLP, all alike."""
-    attention = [b for b in config.blocks[::2] if isinstance(b, AttentionConfig)]
-    mlp = [b for b in config.blocks[1::2] if isinstance(b, MLPConfig)]
-    if len(attention) != len(mlp) or len(attention) + len(mlp) != len(config.blocks):
-        return f"its blocks are not pairs of attention and MLP ({config.pattern()})"
-    if reason := beyond_stock(config):
-        return reason
-    if config.norm != "layer1p":
-        return "its norms are RMSNorms, and the stock class has LayerNorms"
-    if config.residual_in_fp32:
-        return "its residual is kept in float32, which the stock class does not do"
-    for block in attention:
-        if block.rope is None:
-            return "its attention has no rotary embedding, which the stock class always has"
-        if round(block.head_dim * block.rope.fraction) != turned_channels(block.head_dim, block.rope.fraction):
-            return f"{block.rope.fraction:g} of its {block.head_dim} channels turn, which the stock class rounds down"
-    if any(block.gated for block in mlp):
-        return "its MLPs are gated, which the stock class's are not"
-    return (
-        only({b.intermediate_size for b in mlp}, "intermediate_size")
-        or only({b.activation for b in mlp}, "hidden_act")
-        or only({b.bias for b in mlp}, "mlp_bias")
-        or only({b.num_attention_heads for b in attention}, "num_attention_heads")
-        or only({b.num_key_value_heads for b in attention}, "num_key_value_heads")
-        or only({b.head_dim for b in attention}, "head_dim")
-        or only({b.bias for b in attention}, "attention_bias")
-        or only({b.rope for b in attention}, "rotary embedding")
-    )
+
+    def own(attention: list[AttentionConfig], mlp: list[MLPConfig]) -> str | None:
+        if config.norm != "layer1p":
+            return "its norms are RMSNorms, and the stock class has LayerNorms"
+        for block in attention:
+            if block.rope is None:
+                return "its attention has no rotary embedding, which the stock class always has"
+            size, fraction = block.head_dim, block.rope.fraction
+            if round(size * fraction) != turned_channels(size, fraction):
+                return f"{fraction:g} of its {size} channels turn, which the stock class rounds down"
+        return "its MLPs are gated, which the stock class's are not" if any(block.gated for block in mlp) else None
+
+    return beyond_transformer(config, own)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -137,31 +116,15 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
     `kv_channels`, which serving engines of the first releases read, says what `head_dim` says.
     """
-    attention, mlp = config.blocks[:2]
-    assert isinstance(attention, AttentionConfig) and isinstance(mlp, MLPConfig) and attention.rope is not None
-    rope = attention.rope
-    scaling = None if rope.scaling is None else {"rope_type": "llama3", **dataclasses.asdict(rope.scaling)}
+    attention = config.blocks[0]
+    assert isinstance(attention, AttentionConfig) and attention.rope is not None
     return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": mlp.intermediate_size,
-        "num_hidden_layers": len(config.blocks) // 2,
-        "num_attention_heads": attention.num_attention_heads,
-        "num_key_value_heads": attention.num_key_value_heads,
-        "head_dim": attention.head_dim,
+        **write_transformer(config),
         "kv_channels": attention.head_dim,
-        "hidden_act": mlp.activation,
-        "attention_bias": attention.bias,
-        "mlp_bias": mlp.bias,
         "norm_eps": config.norm_eps,
-        "rope_theta": rope.theta,
-        "partial_rotary_factor": rope.fraction,
-        "rope_scaling": scaling,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.initializer_range,
-        "use_cache": True,
-        **write_token_ids(config),
+        "rope_theta": attention.rope.theta,
+        "partial_rotary_factor": attention.rope.fraction,
+        "rope_scaling": write_rope_scaling(attention.rope),
     }
 
 
