@@ -56,9 +56,16 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token a row (B,) from softmax(logits (B, V)); float64 sums keep removed tokens at exactly no mass."""
+    """One token a row (B,) from softmax(logits (B, V)), at the next number of each row's generator."""
+    return draw_at(logits, torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]))
+
+
+def draw_at(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The tokens (B,) at which softmax(logits (B, V)), summed up, passes uniform (B,) float64.
+
+    float64 sums keep removed tokens at exactly no mass.
+    """
     total = logits.double().softmax(-1).cumsum(-1)
-    uniform = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
     target = uniform.to(logits.device)[:, None] * total[:, -1:]
     # right=True: the first token whose cumulative mass exceeds the target, so that a token without mass is never drawn
     return torch.searchsorted(total, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -18,6 +18,8 @@ from halflap.models.cache import BlockState, Cache, ConvSSMState, HybridState, K
 from halflap.models.config import ModelConfig
 
 State = KeyValueState | ConvSSMState
+GROW = 128  # tokens that room is made for at once
+UNLIMITED = 1 << 60
 
 
 def parts(cache: Cache) -> Iterator[State]:
@@ -31,6 +33,12 @@ def parts(cache: Cache) -> Iterator[State]:
 
 def fields(state: State) -> dict[str, Tensor]:
     return {name: value for name, value in vars(state).items() if isinstance(value, Tensor)}
+
+
+def trimmed(state: State, tokens: int) -> dict[str, Tensor]:
+    """Its tensors, without key/value slots beyond those of `tokens` tokens."""
+    slots = _slots(state, tokens)
+    return {name: t if slots is None else t[:, :, :slots] for name, t in fields(state).items()}
 
 
 def empty(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Cache:
@@ -59,11 +67,27 @@ def resize(cache: Cache, rows: int, tokens: int) -> None:
     cache.lengths = lengths
 
 
+def capacity(cache: Cache) -> tuple[int, int]:
+    """Rows, and the tokens that each has room for; UNLIMITED where none of its states grows any more."""
+    tokens = UNLIMITED
+    for state in parts(cache):
+        if isinstance(state, KeyValueState):
+            have = state.keys.shape[2] - state.meta
+            tokens = min(tokens, have if state.window is None or have <= state.window else UNLIMITED)
+    return len(cache.lengths), tokens
+
+
+def rounded(cache: Cache, tokens: int) -> int:
+    """A row length to `resize` to so that `tokens` tokens fit: what is there, or a little more than asked."""
+    have = capacity(cache)[1]
+    return have if tokens <= have else -(-tokens // GROW) * GROW
+
+
 def view(cache: Cache, rows: int) -> Cache:
     """The first `rows` rows: its tensors are parts of the cache's own."""
     lengths = cache.lengths[:rows]
     used, uniform = int(lengths.max()), bool((lengths == lengths[0]).all())
-    blocks = [_mapped(state, lambda _, tensor: tensor[:rows]) for state in cache.blocks]
+    blocks = [mapped(state, lambda _, tensor: tensor[:rows]) for state in cache.blocks]
     return dataclasses.replace(cache, blocks=blocks, lengths=lengths, used=used, uniform=uniform, held=None)
 
 
@@ -109,7 +133,7 @@ def take(cache: Cache, slot: int) -> Cache:
         row, held = tensor[slot : slot + 1], _slots(state, length)
         return (row if held is None else row[:, :, :held]).clone()
 
-    blocks, lengths = [_mapped(state, taken) for state in cache.blocks], cache.lengths[slot : slot + 1].clone()
+    blocks, lengths = [mapped(state, taken) for state in cache.blocks], cache.lengths[slot : slot + 1].clone()
     return dataclasses.replace(cache, blocks=blocks, lengths=lengths, used=length, uniform=True, held=None)
 
 
@@ -122,7 +146,7 @@ def fork(cache: Cache) -> Cache:
     def forked(state: State, tensor: Tensor) -> Tensor:
         return tensor if isinstance(state, KeyValueState) and state.window is None else tensor.clone()
 
-    blocks = [_mapped(state, forked) for state in cache.blocks]
+    blocks = [mapped(state, forked) for state in cache.blocks]
     return dataclasses.replace(cache, blocks=blocks, lengths=cache.lengths.clone(), held=None)
 
 
@@ -141,10 +165,10 @@ def _copy(target: Tensor, source: Tensor, slots: int | None) -> None:
     target.copy_(source)
 
 
-def _mapped(state: BlockState | None, function: Callable[[State, Tensor], Tensor]) -> Any:
+def mapped(state: BlockState | None, function: Callable[[State, Tensor], Tensor]) -> Any:
     """The state with a function applied to its tensors."""
     if isinstance(state, HybridState):
-        return HybridState(_mapped(state.attention, function), _mapped(state.ssm, function))
+        return HybridState(mapped(state.attention, function), mapped(state.ssm, function))
     if state is None:
         return None
     return dataclasses.replace(state, **{name: function(state, tensor) for name, tensor in fields(state).items()})

@@ -1,0 +1,113 @@
+"""How the tokens of replies are chosen when every row has parameters of its own.
+
+A reply draws one uniform number a token from its own generator, and a number is tied to the token's place. So what it
+gets depends neither on the batch nor on guesses: a draft model that guesses the token at a place draws at the number
+that the model will draw at, and a guess is right when both choose the same token. Output under speculation is thus the
+very output without it. Legend: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from halflap.inference.requests import SamplingParams
+from halflap.inference.sampling import draw_at, filtered, penalise
+
+SEEDS = 1 << 63
+
+
+class Matcher(Protocol):
+    """A grammar and how far a reply has come in it."""
+
+    def allowed(self) -> Tensor: ...
+
+    def take(self, token: int) -> None: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+    @property
+    def error(self) -> str | None: ...
+
+
+class Chooser:
+    """Of one reply: parameters, uniform numbers, what it and its prompt have said, its grammar."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        choice: int,
+        prompt: Sequence[int],
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        matcher: Matcher | None = None,
+    ) -> None:
+        self.params, self.matcher = params, matcher
+        self._generator = torch.Generator().manual_seed((params.seed + choice) % SEEDS)
+        self._uniforms: list[float] = []  # of the next tokens
+        self._seen = self._counts = self._bias = None
+        if params.repetition_penalty != 1:
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._seen[torch.tensor(prompt, device=device)] = True
+        if params.frequency_penalty or params.presence_penalty:
+            self._counts = torch.zeros(vocab_size, device=device)
+        if params.logit_bias:
+            self._bias = torch.zeros(vocab_size, device=device)
+            for token, bias in params.logit_bias.items():
+                self._bias[token] = bias
+
+    @property
+    def adjusts(self) -> bool:
+        return not (self._seen is self._counts is self._bias is self.matcher is None)
+
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """Logits (V,) after penalties, bias and grammar."""
+        if self._seen is not None:
+            logits = penalise(logits, self._seen, self.params.repetition_penalty)
+        if self._counts is not None:
+            logits = logits - self.params.frequency_penalty * self._counts
+            logits = logits - self.params.presence_penalty * (self._counts > 0)
+        if self._bias is not None:
+            logits = logits + self._bias
+        if self.matcher is not None:
+            logits = logits.masked_fill(~self.matcher.allowed().to(logits.device), -torch.inf)
+        return logits
+
+    def uniform(self, ahead: int = 0) -> float:
+        """The number that belongs to the token `ahead` of the next."""
+        while len(self._uniforms) <= ahead:
+            self._uniforms.append(torch.rand(1, generator=self._generator, dtype=torch.float64).item())
+        return self._uniforms[ahead]
+
+    def take(self, token: int) -> None:
+        """The token that came."""
+        del self._uniforms[:1]
+        if self._seen is not None:
+            self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
+        if self.matcher is not None:
+            self.matcher.take(token)
+
+
+def choose_rows(logits: Tensor, choosers: Sequence[Chooser], ahead: int = 0) -> list[int]:
+    """The token of each row of logits (B, V) float32, `ahead` of its next."""
+    adjusting = [row for row, chooser in enumerate(choosers) if chooser.adjusts]
+    if adjusting:
+        logits = logits.clone()
+        for row in adjusting:
+            logits[row] = choosers[row].adjusted(logits[row])
+    tokens = logits.argmax(-1)
+    alike: dict[tuple[float, int, float, float], list[int]] = {}
+    for row, chooser in enumerate(choosers):
+        if not (p := chooser.params).greedy:
+            alike.setdefault((p.temperature, p.top_k, p.top_p, p.min_p), []).append(row)
+    for rows in alike.values():
+        params = choosers[rows[0]].params
+        uniform = torch.tensor([choosers[row].uniform(ahead) for row in rows], dtype=torch.float64)
+        tokens[rows] = draw_at(filtered(logits[rows] / params.temperature, params), uniform)
+    return tokens.tolist()

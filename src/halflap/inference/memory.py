@@ -1,0 +1,57 @@
+"""Whether decode state fits: rows of one length each, counted from the config, against a number of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from halflap.models import slots
+from halflap.models.cache import Cache
+from halflap.models.config import ModelConfig
+from halflap.models.count import cache_bytes, cache_parts
+
+
+class Budget:
+    """`configs` are the models that keep state for every row, a draft model included; bytes None is no limit."""
+
+    def __init__(self, configs: Sequence[ModelConfig], dtype: torch.dtype, bytes_: int | None) -> None:
+        self.configs, self.bytes = tuple(configs), bytes_
+        self._bits = 8 * dtype.itemsize
+        self._wide = 8 * torch.promote_types(dtype, torch.float32).itemsize
+
+    def row(self, tokens: int) -> int:
+        """Bytes of one sequence of so many tokens."""
+        return sum(
+            cache_bytes(config, tokens, kv_bits=self._bits, ssm_bits=self._wide, conv_bits=self._bits)
+            for config in self.configs
+        )
+
+    def kinds(self, lengths: Sequence[int]) -> dict[str, int]:
+        """Bytes that sequences of these lengths need of the model itself, by what they hold."""
+        total: dict[str, float] = {}
+        for length in lengths:
+            parts = cache_parts(self.configs[0], length, kv_bits=self._bits, ssm_bits=self._wide, conv_bits=self._bits)
+            for name, value in parts.items():
+                total[name] = total.get(name, 0) + value
+        return {name: round(value) for name, value in total.items()}
+
+    def fits(self, rows: int, tokens: int, beside: int = 0) -> bool:
+        """Rows with room for so many tokens each, and `beside` bytes besides."""
+        return self.bytes is None or rows * self.row(tokens) + beside <= self.bytes
+
+    def make_room(self, cache: Cache, rows: int, tokens: int, most: int, beside: int = 0) -> bool:
+        """Give a cache room for `rows` rows, its first ones kept, of `tokens` tokens, or say that it does not fit.
+
+        A little more is taken where that fits: twice the rows, up to `most`, and some tokens.
+        """
+        have, room = slots.capacity(cache)
+        if rows <= have and tokens <= room:
+            return True
+        many = have if rows <= have else min(most, max(rows, 2 * have))
+        longer = slots.rounded(cache, tokens)
+        for wanted in ((many, longer), (rows, longer), (rows, tokens)):
+            if self.fits(*wanted, beside):
+                slots.resize(cache, *wanted)
+                return True
+        return False

@@ -1,0 +1,72 @@
+"""Replies that wait outside the slots: just read, or put aside when memory ran out.
+
+What is put aside leaves the device whole and comes back bit for bit: from a GPU to the machine's memory, and from
+there, which is what ran out on a CPU, to a file of the temporary folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halflap.inference.replies import Reply
+from halflap.models import slots
+from halflap.models.cache import Cache
+
+
+class Parked:
+    """A reply and its state, a cache of one row that several replies may share. `nbytes`: what it holds in memory."""
+
+    def __init__(self, reply: Reply, cache: Cache) -> None:
+        self.reply, self.cache = reply, cache
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes()
+
+    def bring(self) -> Cache:
+        """The state, back on its device."""
+        return self.cache
+
+    def drop(self) -> None:
+        """It is no longer needed."""
+
+
+class SwappedOut(Parked):
+    """The same, elsewhere."""
+
+    def __init__(self, reply: Reply, cache: Cache) -> None:
+        self._device = cache.lengths.device
+        self.swapped = cache.nbytes()
+        tensors = [tensor for state in slots.parts(cache) for tensor in slots.fields(state).values()]
+        self._tensors: list[Tensor] = []
+        self._file: Path | None = None
+        if self._device.type == "cpu":
+            with tempfile.NamedTemporaryFile(prefix="halflap-", suffix=".state", delete=False) as file:
+                torch.save(tensors, file)
+            self._file = Path(file.name)
+        else:
+            self._tensors = [tensor.cpu() for tensor in tensors]
+        hollow = [slots.mapped(state, lambda _, tensor: tensor.new_empty(0)) for state in cache.blocks]
+        super().__init__(reply, dataclasses.replace(cache, blocks=hollow))
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def bring(self) -> Cache:
+        tensors = self._tensors if self._file is None else torch.load(self._file, weights_only=True)
+        waiting = iter(tensors)
+        for state in slots.parts(self.cache):
+            for name in slots.fields(state):
+                setattr(state, name, next(waiting).to(self._device))
+        return self.cache
+
+    def drop(self) -> None:
+        self._tensors = []
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)

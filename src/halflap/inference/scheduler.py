@@ -1,0 +1,350 @@
+"""Continuous batching: which requests are read, which replies decode, and what waits, one step at a time.
+
+A step reads about one pass of prompt tokens for the requests that wait longest, puts replies into free slots, and
+decodes one token (with guesses several) of every reply that has a slot. Replies lie in the first rows of one cache
+(models/slots.py). A request is begun when a slot and its memory are free; when running replies outgrow the memory, the
+youngest is put aside whole and comes back first. What is done in a step depends on nothing but what was asked for and,
+where tokens are guessed, on measured times, which change no token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from halflap.inference.chooser import Chooser, choose_rows
+from halflap.inference.generate import end_tokens
+from halflap.inference.grammar import GrammarMatcher
+from halflap.inference.memory import Budget
+from halflap.inference.parked import Parked, SwappedOut
+from halflap.inference.prefix_cache import PrefixCache
+from halflap.inference.reading import Job, Reader
+from halflap.inference.replies import Reply, Texts
+from halflap.inference.requests import EngineSettings, FinishReason
+from halflap.inference.speculate import Draft, Lookup, Pace, Speculator, observe
+from halflap.inference.stream import Stream
+from halflap.models import slots
+from halflap.models.cache import Cache
+from halflap.models.model import HybridModel
+
+if TYPE_CHECKING:
+    from halflap.data.tokenizer import Tokenizer
+
+
+class Scheduler:
+    """Everything that runs or waits; not thread-safe."""
+
+    def __init__(self, model: HybridModel, tokenizer: Tokenizer | None, settings: EngineSettings) -> None:
+        weight = model.head_weight
+        self.model, self.settings, self.device = model, settings, weight.device
+        self.texts, self.ends = Texts(tokenizer), end_tokens(model.config, tokenizer)
+        draft = settings.speculate if isinstance(settings.speculate, HybridModel) else None
+        configs = [model.config] if draft is None else [model.config, draft.config]
+        self.budget = Budget(configs, weight.dtype, settings.memory)
+        self.prefix = PrefixCache(settings.prefix_cache, self.one_row) if settings.prefix_cache else None
+        self.reader = Reader(model, settings.prefill_chunk, self.prefix, self.one_row, self.texts)
+        self.speculator: Speculator | None = Lookup() if settings.speculate == "lookup" else None
+        if draft is not None:
+            self.speculator = Draft(draft, model.config, settings.prefill_chunk)
+        self.pace = Pace()
+        self.cache = slots.empty(model.config, weight.dtype, weight.device)
+        self.waiting: deque[Job] = deque()
+        self.reading: Job | None = None
+        self.parked: list[Parked] = []
+        self.rows: list[Reply] = []
+        self.jobs: dict[int, Job] = {}  # by order: those begun or waiting
+        self.waiting_for: str | None = None
+        self.counts = dict.fromkeys(("requests", "prompt_tokens", "new_tokens", "preempted", "guessed", "right"), 0)
+        self._order = 0
+
+    def one_row(self, tokens: int) -> Cache:
+        """A cache of one row, its meta tokens read, with room for so many tokens."""
+        weight = self.model.head_weight
+        cache = Cache.create(self.model.config, 1, tokens, weight.dtype, weight.device)
+        if self.model.meta_tokens is not None:
+            cache.start_from(self.model.meta_state(cache.dtype, weight.device))
+        return cache
+
+    def add(self, stream: Stream, matcher: GrammarMatcher | None = None) -> None:
+        """Queue a request that `Engine.check` found fit, with its compiled grammar."""
+        job = Job(stream, self._order, matcher)
+        self._order += 1
+        self.counts["requests"] += 1
+        self.jobs[job.order] = job
+        self.waiting.append(job)
+
+    @property
+    def free_slots(self) -> int:
+        return self.settings.max_batch - len(self.rows) - len(self.parked) - (self.reading is not None)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.jobs)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        self._sweep()
+        self._read()
+        if self.rows:
+            self._decode()
+
+    def abandon(self, reason: FinishReason, error: str | None = None) -> None:
+        """End every request."""
+        for job in list(self.jobs.values()):
+            self._end_job(job, reason, error)
+        for parked in self.parked:
+            parked.drop()
+        self.parked, self.rows, self.reading = [], [], None
+        self.waiting.clear()
+        while self.speculator is not None and self.speculator.rows:
+            self.speculator.remove(self.speculator.rows - 1)
+        slots.resize(self.cache, 0, 0)
+
+    # ---- ends
+
+    def _sweep(self) -> None:
+        """What its reader gave up."""
+        for job in [job for job in self.jobs.values() if job.stream.cancelled]:
+            for index in reversed(range(len(self.rows))):
+                if self.rows[index].order == job.order:
+                    self._remove(index)
+            for parked in [parked for parked in self.parked if parked.reply.order == job.order]:
+                parked.drop()
+                self.parked.remove(parked)
+            if job in self.waiting:
+                self.waiting.remove(job)
+            self.reading = None if self.reading is job else self.reading
+            self._end_job(job, "cancelled")
+
+    def _end_job(self, job: Job, reason: FinishReason, error: str | None = None) -> None:
+        """End whatever of a request has not ended."""
+        job.abort(reason)
+        job.stream.end(job.usage(), error)
+        self.jobs.pop(job.order, None)
+
+    def _finished(self, reply: Reply) -> None:
+        """A reply said its last piece."""
+        job = self.jobs.get(reply.order)
+        if job is None:
+            return
+        job.error = reply.error or job.error
+        if job.done:
+            job.stream.end(job.usage(), job.error)
+            del self.jobs[job.order]
+
+    def _remove(self, index: int) -> None:
+        """Free a slot: the last row moves there."""
+        last = len(self.rows) - 1
+        slots.move(self.cache, last, index)
+        self.rows[index] = self.rows[last]
+        self.rows.pop()
+        if self.speculator is not None:
+            self.speculator.remove(index)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Return memory of which most is idle."""
+        have, room = slots.capacity(self.cache)
+        if not self.rows:
+            slots.resize(self.cache, 0, 0)
+        elif 4 * len(self.rows) <= have or (room < slots.UNLIMITED and 4 * self._longest() + slots.GROW <= room):
+            slots.resize(self.cache, 2 * len(self.rows), min(room, 2 * self._longest() + slots.GROW))
+
+    # ---- prompts
+
+    def _read(self) -> None:
+        """About one pass of prompt tokens."""
+        spent = 0
+        self._place()
+        while spent < self.settings.prefill_chunk:
+            if self.reading is None:
+                if not self._may_begin():
+                    return
+                self.reading = self.waiting.popleft()
+                self.reader.begin(self.reading)
+            job = self.reading
+            before = job.place
+            logits = self.reader.read(job)
+            self.counts["prompt_tokens"] += job.place - before
+            spent += job.place - before
+            if logits is not None:
+                self.reading = None
+                self._begin_replies(job, logits)
+                self._place()
+
+    def _may_begin(self) -> bool:
+        """Whether the request that waits longest gets a slot now; why not is in `waiting_for`."""
+        self.waiting_for = None
+        if not self.waiting:
+            return False
+        if self.free_slots <= 0:
+            self.waiting_for = f"a slot: all {self.settings.max_batch} are taken"
+            return False
+        if not self.rows and not self.parked:
+            return True
+        length = len(self.waiting[0].prompt)
+        tokens, beside = max(length + slots.GROW, self._longest()), self._beside() + self.budget.row(length)
+        if not self.parked and self.budget.fits(len(self.rows) + 1, tokens, beside):
+            return True
+        self.waiting_for = f"memory: {len(self.rows) + 1} rows of {tokens} tokens do not fit {self.budget.bytes} bytes"
+        return False
+
+    def _begin_replies(self, job: Job, logits: Tensor) -> None:
+        """First tokens, from logits (V,); those that go on are parked until they get a slot."""
+        request = job.request
+        for choice in range(request.n):
+            matcher = None if job.matcher is None else job.matcher.copy()
+            chooser = Chooser(
+                request.sampling, choice, request.prompt, self.model.config.vocab_size, self.device, matcher
+            )
+            ends = frozenset() if request.ignore_eos else self.ends
+            job.replies.append(Reply(job.stream, choice, job.order, chooser, self.texts, ends))
+        for reply in job.replies:
+            if request.max_new_tokens:
+                self._take(reply, choose_rows(logits[None], [reply.chooser])[0], logits)
+                reply.flush(job.prompt_tokens)
+            else:
+                reply.finish("length", job.prompt_tokens)
+            if reply.finish_reason is None:
+                assert job.cache is not None
+                self.parked.append(Parked(reply, job.cache))
+            else:
+                self._finished(reply)
+        job.cache = None
+
+    # ---- slots
+
+    def _place(self) -> None:
+        """Fill free slots with what is parked, the oldest first."""
+        self.parked.sort(key=lambda parked: (parked.reply.order, parked.reply.choice))
+        while self.parked and len(self.rows) < self.settings.max_batch:
+            reply = self.parked[0].reply
+            tokens = max(self._longest(), reply.length) + 1
+            if not self._make_room(len(self.rows) + 1, tokens) and self.rows:
+                return
+            parked = self.parked.pop(0)
+            slots.insert(self.cache, parked.bring(), len(self.rows))
+            parked.drop()
+            self.rows.append(reply)
+            if self.speculator is not None:
+                self.speculator.add(reply)
+
+    def _make_room(self, rows: int, tokens: int) -> bool:
+        """Room in the cache, against the memory unless only one row runs, which was found fit when it was asked for."""
+        most = self.settings.max_batch
+        if self.budget.make_room(self.cache, rows, tokens, most, self._beside()):
+            return True
+        if rows > 1:
+            return False
+        slots.resize(self.cache, 1, tokens)
+        return True
+
+    def _beside(self) -> int:
+        """Bytes of states outside the slots."""
+        held = {id(parked.cache): parked.nbytes for parked in self.parked}
+        if self.reading is not None:
+            held[0] = self.budget.row(len(self.reading.prompt))
+        return sum(held.values())
+
+    def _longest(self) -> int:
+        return max((reply.length for reply in self.rows), default=0)
+
+    def _put_aside(self) -> None:
+        """The youngest reply gives up its slot."""
+        index = max(range(len(self.rows)), key=lambda i: (self.rows[i].order, self.rows[i].choice))
+        self.parked.append(SwappedOut(self.rows[index], slots.take(self.cache, index)))
+        self.counts["preempted"] += 1
+        self._remove(index)
+
+    # ---- tokens
+
+    def _decode(self) -> None:
+        """One pass over all rows."""
+        guesses = self._guess()
+        width = 1 + max(map(len, guesses))
+        if width > 1 and not self._make_room(len(self.rows), self._longest() + width):
+            guesses, width = [[] for _ in self.rows], 1
+        while not self._make_room(len(self.rows), self._longest() + width):
+            self._put_aside()
+            guesses = [[] for _ in self.rows]
+        started, count = time.perf_counter(), len(self.rows)
+        tokens = [
+            [reply.tokens[-1], *guess, *[0] * (width - 1 - len(guess))]
+            for reply, guess in zip(self.rows, guesses, strict=True)
+        ]
+        part = slots.view(self.cache, count)
+        if width > 1:
+            part.hold()
+        logits = self.model(torch.tensor(tokens, device=self.device), cache=part)
+        taken = self._choose(logits, guesses)
+        if width > 1:
+            part.commit(torch.tensor(taken, device=self.device))
+        slots.absorb(self.cache, part)
+        if self.speculator is not None:
+            self.pace.measured(count, width, time.perf_counter() - started)
+        for reply, guess, got in zip(self.rows, guesses, taken, strict=True):
+            observe(reply, len(guess), got - 1)
+            reply.flush()
+        for index in reversed(range(count)):
+            reply = self.rows[index]
+            if reply.finish_reason is not None:
+                if self.prefix is not None:
+                    self.prefix.store([*reply.prompt, *reply.tokens[:-1]], self.cache, index)
+                self._remove(index)
+                self._finished(reply)
+
+    def _choose(self, logits: Tensor, guesses: Sequence[Sequence[int]]) -> list[int]:
+        """How many tokens each row gets from logits (B, T, V): up to the first that was not guessed, or its end."""
+        taken = [0] * len(guesses)
+        alive = list(range(len(guesses)))
+        for place in range(logits.shape[1]):
+            here = logits[:, place] if len(alive) == len(guesses) else logits[alive, place]
+            chosen = choose_rows(here, [self.rows[row].chooser for row in alive])
+            going = []
+            for row, token, scores in zip(alive, chosen, here, strict=True):
+                self._take(self.rows[row], token, scores)
+                taken[row] += 1
+                guess = guesses[row]
+                if self.rows[row].finish_reason is None and place < len(guess) and guess[place] == token:
+                    going.append(row)
+            if not (alive := going):
+                break
+        self.counts["guessed"] += sum(map(len, guesses))
+        self.counts["right"] += sum(taken) - len(taken)
+        return taken
+
+    def _take(self, reply: Reply, token: int, logits: Tensor) -> None:
+        reply.add(token, logits)
+        self.counts["new_tokens"] += 1
+
+    def _guess(self) -> list[list[int]]:
+        if self.speculator is None:
+            return [[] for _ in self.rows]
+        cost = self.speculator.cost()
+        most = [
+            0
+            if reply.chooser.matcher is not None
+            else self.pace.reach(len(self.rows), reply.acceptance, min(self.settings.max_draft, reply.left - 1), cost)
+            for reply in self.rows
+        ]
+        return self.speculator.guess(self.rows, most)
+
+    def stats(self) -> dict[str, Any]:
+        """Plain numbers; see `Engine.stats`."""
+        held = sum(parked.nbytes for parked in {id(p.cache): p for p in self.parked}.values())
+        swapped = sum(parked.swapped for parked in self.parked if isinstance(parked, SwappedOut))
+        return {
+            "running": len(self.rows),
+            "waiting": len(self.waiting) + len(self.parked) + (self.reading is not None),
+            "waiting_for": self.waiting_for,
+            "slots": self.settings.max_batch,
+            "cache_bytes": {"slots": self.cache.nbytes(), "beside": held, "swapped_out": swapped},
+            "cache_kinds": self.budget.kinds([reply.length for reply in self.rows]),
+            **self.counts,
+            "prefix_cache": None if self.prefix is None else self.prefix.stats(),
+        }

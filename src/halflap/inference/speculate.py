@@ -1,0 +1,229 @@
+"""Guessing tokens ahead, to have several checked in one pass: from the text itself, or by a smaller model.
+
+A guess costs nothing but time: the model chooses every token as it would without (chooser.py), and a held pass advances
+states by what came true alone. How far to guess follows from what guesses lately came to and from how long passes of
+each width took, down to not at all. Legend: B batch, T time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from halflap.errors import HalflapError
+from halflap.inference.chooser import choose_rows
+from halflap.inference.replies import Reply
+from halflap.models import slots
+from halflap.models.cache import Cache
+from halflap.models.config import ModelConfig
+from halflap.models.model import HybridModel
+
+LOOKUP = (4, 3, 2)  # tokens that must recur, the longest tried first
+MEMORY = 0.9  # what an old guess counts against a new one
+HOPE = 0.5  # what the rate of guesses that come true drifts back to while there are none
+DRIFT = 0.005
+WIDER = 0.06  # an unmeasured pass is taken to be so much slower a token
+REMEASURE = 64  # passes after which one goes without guesses, to know what that takes
+
+
+class Speculator(Protocol):
+    """Follows the rows of the scheduler: `add` at the end, `remove` as a swap with the last."""
+
+    def add(self, reply: Reply) -> None: ...
+
+    def remove(self, index: int) -> None: ...
+
+    def guess(self, replies: Sequence[Reply], most: Sequence[int]) -> list[list[int]]:
+        """At most `most[i]` tokens that may follow reply i."""
+        ...
+
+    def cost(self) -> float:
+        """Seconds a guessed token takes."""
+        ...
+
+    @property
+    def rows(self) -> int: ...
+
+
+class Lookup:
+    """What followed the last tokens when they last stood in prompt or reply (prompt lookup decoding)."""
+
+    def __init__(self) -> None:
+        self._rows: list[_Index] = []
+
+    def add(self, reply: Reply) -> None:
+        self._rows.append(_Index())
+
+    def remove(self, index: int) -> None:
+        self._rows[index] = self._rows[-1]
+        self._rows.pop()
+
+    def guess(self, replies: Sequence[Reply], most: Sequence[int]) -> list[list[int]]:
+        rows = zip(self._rows, replies, most, strict=True)
+        return [index.follow(reply, count) if count > 0 else [] for index, reply, count in rows]
+
+    def cost(self) -> float:
+        return 0.0
+
+    @property
+    def rows(self) -> int:
+        return len(self._rows)
+
+
+class _Index:
+    """Where each run of tokens last ended."""
+
+    def __init__(self) -> None:
+        self._text: list[int] = []
+        self._known = 0  # of the reply
+        self._ends: dict[tuple[int, ...], int] = {}
+
+    def follow(self, reply: Reply, count: int) -> list[int]:
+        if not self._text:
+            self._extend(reply.prompt)
+        self._extend(reply.tokens[self._known :])
+        self._known = len(reply.tokens)
+        for size in LOOKUP:
+            if (end := self._ends.get(tuple(self._text[-size:]))) is not None:
+                return self._text[end : end + count]
+        return []
+
+    def _extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:  # a run is entered once something follows it, so that the text's own end is never found
+            for size in LOOKUP:
+                if len(self._text) >= size:
+                    self._ends[tuple(self._text[-size:])] = len(self._text)
+            self._text.append(token)
+
+
+class Draft:
+    """A smaller model with the same tokenizer writes ahead; its rows lie as the scheduler's do."""
+
+    def __init__(self, model: HybridModel, config: ModelConfig, prefill_chunk: int) -> None:
+        if model.config.vocab_size != config.vocab_size:
+            raise HalflapError(
+                f"the draft model has {model.config.vocab_size} tokens and the model {config.vocab_size}; both must "
+                "share one tokenizer: use a draft of the same family of checkpoints"
+            )
+        weight = model.head_weight
+        self._model, self._chunk = model, prefill_chunk
+        self._dtype, self._device = weight.dtype, weight.device
+        self._cache = slots.empty(model.config, weight.dtype, weight.device)
+        self._read: list[int] = []  # tokens in the cache
+        self._seconds = Average()
+
+    def add(self, reply: Reply) -> None:
+        text = [*reply.prompt, *reply.tokens[:-1]]
+        row = Cache.create(self._model.config, 1, len(text), self._dtype, self._device)
+        for start in range(0, len(text), self._chunk):
+            self._model.hidden_states(torch.tensor([text[start : start + self._chunk]], device=self._device), cache=row)
+        self._room(len(self._read) + 1, len(text))
+        slots.insert(self._cache, row, len(self._read))
+        self._read.append(len(text))
+
+    def remove(self, index: int) -> None:
+        slots.move(self._cache, len(self._read) - 1, index)
+        self._read[index] = self._read[-1]
+        self._read.pop()
+        if not self._read:
+            slots.resize(self._cache, 0, 0)
+
+    def guess(self, replies: Sequence[Reply], most: Sequence[int]) -> list[list[int]]:
+        started, furthest = time.perf_counter(), max(most, default=0)
+        if furthest <= 0:
+            return [[] for _ in replies]
+        logits = self._catch_up(replies, furthest)
+        guesses: list[list[int]] = [[] for _ in replies]
+        ahead = slots.fork(slots.view(self._cache, len(replies)))
+        for step in range(furthest):
+            writing = [row for row, count in enumerate(most) if count > step]
+            chosen = choose_rows(logits[writing], [replies[row].chooser for row in writing], step)
+            for row, token in zip(writing, chosen, strict=True):
+                guesses[row].append(token)
+            if step + 1 < furthest:
+                last = torch.tensor([[row[-1] if row else 0] for row in guesses], device=self._device)
+                logits = self._model(last, cache=ahead)[:, 0]
+        self._seconds.add((time.perf_counter() - started) / furthest)
+        return guesses
+
+    def cost(self) -> float:
+        return self._seconds.value or 0.0
+
+    @property
+    def rows(self) -> int:
+        return len(self._read)
+
+    def _catch_up(self, replies: Sequence[Reply], ahead: int) -> Tensor:
+        """Read what replies grew by; the logits (B, V) of what comes next."""
+        rows = zip(replies, self._read, strict=True)
+        texts = [reply.tokens[read - len(reply.prompt) :] for reply, read in rows]
+        longest = max(len(text) for text in texts)
+        self._read = [len(reply.prompt) + len(reply.tokens) for reply in replies]
+        self._room(len(replies), max(self._read) + longest + ahead)
+        tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=self._device)
+        lengths = torch.tensor([len(text) for text in texts], device=self._device)
+        part = slots.view(self._cache, len(replies))
+        ragged = any(len(text) < longest for text in texts)
+        hidden = self._model.hidden_states(tokens, cache=part, lengths=lengths if ragged else None)
+        slots.absorb(self._cache, part)
+        last = hidden[torch.arange(len(texts), device=self._device), lengths - 1]
+        return torch.nn.functional.linear(last, self._model.head_weight).float()
+
+    def _room(self, rows: int, tokens: int) -> None:
+        slots.resize(self._cache, max(rows, len(self._cache.lengths)), slots.rounded(self._cache, tokens))
+
+
+class Average:
+    """Of measurements, the latest counting most; None before the first."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+    def add(self, value: float) -> None:
+        self.value = value if self.value is None else MEMORY * self.value + (1 - MEMORY) * value
+
+
+class Pace:
+    """How far it pays to guess."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self._seconds: dict[tuple[int, int], Average] = {}  # of passes by rows and width
+        self._since = 0
+
+    def measured(self, rows: int, width: int, seconds: float) -> None:
+        self._seconds.setdefault((rows, width), Average()).add(seconds)
+        self._since = 0 if width == 1 else self._since + 1
+
+    def reach(self, rows: int, acceptance: float, most: int, cost: float) -> int:
+        """The number of guesses with the most tokens a second: k of them yield 1 + a + .. + a^k tokens."""
+        if self._since >= REMEASURE:
+            return 0
+        base = self._known(rows, 1)
+        best, best_rate = 0, 0.0
+        expected = 0.0
+        for count in range(most + 1):
+            expected += acceptance**count
+            seconds = self._known(rows, 1 + count)
+            if seconds is None:
+                seconds = (1.0 if base is None else base) * (1 + WIDER * count)
+            rate = expected / (seconds + cost * count)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best
+
+    def _known(self, rows: int, width: int) -> float | None:
+        found = self._seconds.get((rows, width))
+        return None if found is None else found.value
+
+
+def observe(reply: Reply, guessed: int, right: int) -> None:
+    """Note how many of a reply's guesses came true."""
+    if not guessed:
+        reply.acceptance += DRIFT * (HOPE - reply.acceptance)
+    for outcome in [1.0] * right + [0.0] * (right < guessed):
+        reply.acceptance = MEMORY * reply.acceptance + (1 - MEMORY) * outcome

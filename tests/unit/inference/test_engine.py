@@ -1,0 +1,246 @@
+"""Whatever else runs, a reply is what its prompt alone gives."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from halflap.data.tokenizer import Tokenizer
+from halflap.errors import HalflapError
+from halflap.inference.engine import Engine, QueueFull
+from halflap.inference.generate import generate
+from halflap.inference.requests import EngineSettings, Piece, Request, SamplingParams
+from halflap.inference.scheduler import Scheduler
+from halflap.inference.stream import Stream, joined
+from halflap.models.model import HybridModel
+
+PROMPTS = [(5,), tuple(range(7, 25)), (200, 3, 17, 250, 9, 1, 1, 42), (299, 0), tuple(range(50, 61))]
+
+
+def run(scheduler: Scheduler, requests: list[Request], together: bool = True) -> list[list[Piece]]:
+    """Replies of each request, run to the end without a thread."""
+    streams = []
+    for request in requests:
+        streams.append(Stream(request))
+        scheduler.add(streams[-1])
+        while not together and scheduler.busy:
+            scheduler.step()
+    while scheduler.busy:
+        scheduler.step()
+    return [stream.result() for stream in streams]
+
+
+def ids(piece: Piece) -> list[int]:
+    return [token.id for token in piece.tokens]
+
+
+def alone(model: HybridModel, request: Request, choice: int = 0) -> list[int]:
+    s = request.sampling
+    options: dict[str, Any] = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p}
+    options |= {"repetition_penalty": s.repetition_penalty, "seed": s.seed + choice}
+    return generate(model, [request.prompt], request.max_new_tokens, **options)[0].tokens
+
+
+@pytest.mark.parametrize("settings", [{"max_batch": 8}, {"max_batch": 2, "prefill_chunk": 4}], ids=["wide", "narrow"])
+def test_slots_equal_one_at_a_time(model: HybridModel, settings: dict[str, Any]) -> None:
+    sampled = SamplingParams(0.8, top_k=50, seed=3)
+    requests = [
+        Request(prompt, 5 + 3 * i, SamplingParams() if i % 2 else sampled, n=1 + i % 3 // 2)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    scheduler = Scheduler(model, None, EngineSettings(**settings))
+    for request, pieces in zip(requests, run(scheduler, requests), strict=True):
+        for choice, piece in enumerate(pieces):
+            assert ids(piece) == alone(model, request, choice)
+            assert piece.finish_reason == "length"
+    assert not scheduler.rows and scheduler.cache.nbytes() == 0
+
+
+def test_log_probs_are_the_models(model: HybridModel) -> None:
+    request = Request(PROMPTS[2], 4, SamplingParams(0.9, seed=1), logprobs=2, prompt_logprobs=3)
+    scheduler = Scheduler(model, None, EngineSettings(prefill_chunk=3))
+    other = Request(PROMPTS[1], 9, prompt_logprobs=0)
+    (piece,), (second,) = run(scheduler, [request, other])
+    for got, prompt, count in ((piece, PROMPTS[2], 3), (second, PROMPTS[1], 0)):
+        assert got.prompt is not None and [token.id for token in got.prompt] == list(prompt)
+        text = [*prompt, *ids(got)]
+        with torch.inference_mode():
+            expected = F.log_softmax(model(torch.tensor([text]))[0], -1)
+        for place, token in enumerate([*got.prompt[1:], *got.tokens]):
+            if token.log_prob is not None:
+                assert token.log_prob == pytest.approx(expected[place, token.id].item(), abs=1e-4)
+                best = expected[place].topk(count if place + 1 < len(prompt) else 2)
+                assert [top.id for top in token.top] == best.indices.tolist()[: len(token.top)]
+        assert got.prompt[0].log_prob is None and all(len(token.top) == count for token in got.prompt[1:])
+    assert all(token.log_prob is None for token in second.tokens) and len(piece.tokens[0].top) == 2
+
+
+def test_scoring_a_prompt_needs_no_new_token(model: HybridModel) -> None:
+    (pieces,) = run(Scheduler(model, None, EngineSettings()), [Request(PROMPTS[1], 0, prompt_logprobs=0, n=2)])
+    assert [piece.finish_reason for piece in pieces] == ["length"] * 2 and not pieces[0].tokens
+    assert pieces[0].prompt is not None and len(pieces[0].prompt) == len(PROMPTS[1])
+
+
+def test_preempted_replies_are_undisturbed(model: HybridModel) -> None:
+    requests = [Request(prompt, 24, SamplingParams(0.9, seed=i)) for i, prompt in enumerate(PROMPTS)]
+    scheduler = Scheduler(model, None, EngineSettings())
+    scheduler.budget.bytes = int(2.6 * scheduler.budget.row(45))
+    expected = [alone(model, request) for request in requests]
+    assert [ids(piece) for (piece,) in run(scheduler, requests)] == expected
+    scheduler.budget.bytes = None
+    put_aside, step = scheduler._put_aside, scheduler.step
+
+    def disturbed() -> None:
+        if len(scheduler.rows) > 1:
+            put_aside()
+        step()
+
+    scheduler.step = disturbed  # type: ignore[method-assign]
+    assert [ids(piece) for (piece,) in run(scheduler, requests)] == expected
+    assert scheduler.counts["preempted"] > 5
+
+
+def test_memory_is_kept(make: Callable[..., HybridModel]) -> None:
+    model = make("llama")
+    scheduler = Scheduler(model, None, EngineSettings())
+    limit = scheduler.budget.bytes = scheduler.budget.row(400)
+    streams = [Stream(Request(prompt, 150)) for prompt in PROMPTS]
+    for stream in streams:
+        scheduler.add(stream)
+    reasons = set()
+    while scheduler.busy:
+        scheduler.step()
+        stats = scheduler.stats()
+        assert sum(stats["cache_bytes"][kind] for kind in ("slots", "beside")) <= limit
+        assert scheduler.cache.nbytes() == stats["cache_bytes"]["slots"]
+        reasons.add(stats["waiting_for"])
+    assert any(reason and reason.startswith("memory") for reason in reasons)
+    assert [len(stream.result()[0].tokens) for stream in streams] == [150] * len(PROMPTS)
+
+
+def test_cancel_frees_the_slot(model: HybridModel) -> None:
+    scheduler = Scheduler(model, None, EngineSettings(max_batch=3, prefill_chunk=4))
+    streams = [Stream(Request(prompt, 30, n=2)) for prompt in PROMPTS]
+    for stream in streams:
+        scheduler.add(stream)
+    for _ in range(4):
+        scheduler.step()
+    for stream in (streams[0], streams[2], streams[4]):
+        stream.cancel()
+    scheduler.step()
+    while scheduler.busy:
+        scheduler.step()
+    reasons = [{piece.finish_reason for piece in stream.result()} for stream in streams]
+    assert reasons == [{"cancelled"}, {"length"}, {"cancelled"}, {"length"}, {"cancelled"}]
+    assert not scheduler.rows and not scheduler.parked
+    assert ids(Scheduled(model, PROMPTS[1], 30).piece) == alone(model, Request(PROMPTS[1], 30))
+
+
+class Scheduled:
+    """One reply, through an engine with its thread."""
+
+    def __init__(self, model: HybridModel, prompt: tuple[int, ...], count: int) -> None:
+        with Engine(model) as engine:
+            (self.piece,) = engine.submit(Request(prompt, count)).result()
+
+
+def test_end_tokens_and_stop_strings(make: Callable[..., HybridModel], tokenizer: Tokenizer) -> None:
+    model = make("nemotron_h")
+    prompt = tuple(tokenizer.encode("the cat sat"))
+    free = generate(model, [prompt], 30, tokenizer=tokenizer)[0]
+    stop = free.text[7:10]
+    expected = generate(model, [prompt], 30, tokenizer=tokenizer, stop=[stop])[0]
+    with Engine(model, tokenizer) as engine:
+        pieces = list(engine.submit(Request(prompt, 30, stop=(stop,))))
+        assert len(pieces) > 1 and not any(stop in piece.text for piece in pieces)
+        whole = joined(pieces)
+        assert (whole.text, ids(whole), whole.finish_reason) == (expected.text, expected.tokens, "stop")
+        end = free.tokens[4]
+        ending = make("nemotron_h", eos_token_id=end)
+    with Engine(ending, tokenizer) as engine:
+        (piece,) = engine.submit(Request(prompt, 30)).result()
+        assert ids(piece) == free.tokens[: free.tokens.index(end) + 1] and piece.finish_reason == "stop"
+        (piece,) = engine.submit(Request(prompt, 30, ignore_eos=True)).result()
+        assert ids(piece) == free.tokens
+
+
+def test_streams_from_threads_and_event_loops(make: Callable[..., HybridModel], tokenizer: Tokenizer) -> None:
+    model = make("hymba")
+    requests = [Request(prompt, 12) for prompt in PROMPTS]
+    with Engine(model, tokenizer, EngineSettings(max_batch=2)) as engine:
+
+        async def read(request: Request) -> list[int]:
+            return [token.id async for piece in engine.submit(request) for token in piece.tokens]
+
+        async def all_of_them() -> list[list[int]]:
+            return await asyncio.gather(*map(read, requests))
+
+        assert asyncio.run(all_of_them()) == [alone(model, request) for request in requests]
+
+        async def hang_up() -> None:
+            stream = engine.submit(Request((5,), 4000))
+            pieces = aiter(stream)
+            await anext(pieces)
+            await pieces.aclose()  # what an event loop does to a task that is cancelled
+            assert stream.cancelled and stream.result()[0].finish_reason == "cancelled"
+
+        asyncio.run(hang_up())
+        stream = engine.submit(Request((5,), 4000))
+        next(iter(stream))
+        stream.cancel()
+        assert stream.result()[0].finish_reason == "cancelled"
+        assert stream.usage is not None and stream.usage.prompt_tokens == 1 <= stream.usage.completion_tokens
+        stats = engine.stats()
+        assert stats["running"] == 0 and stats["requests"] == len(PROMPTS) + 2
+
+
+def test_penalties_and_bias(make: Callable[..., HybridModel]) -> None:
+    scheduler = Scheduler(make("llama"), None, EngineSettings())
+    presence = SamplingParams(presence_penalty=1e6)
+    banned = SamplingParams(logit_bias={token: -float("inf") for token in range(299)})
+    wanted = SamplingParams(logit_bias={17: 1e6}, frequency_penalty=3e5)
+    (one,), (two,), (three,) = run(scheduler, [Request((5, 6), 40, s) for s in (presence, banned, wanted)])
+    assert len(set(ids(one))) == 40
+    assert set(ids(two)) == {299}
+    assert ids(three)[:3] == [17] * 3 and set(ids(three)[5:]) != {17}
+
+
+def test_a_failed_step_is_said_and_the_engine_goes_on(make: Callable[..., HybridModel]) -> None:
+    model = make("llama")
+    with Engine(model) as engine:
+        step = engine._scheduler._decode
+        engine._scheduler._decode = lambda: 1 / 0  # type: ignore[method-assign]
+        stream = engine.submit(Request((5, 6), 4))
+        with pytest.raises(HalflapError, match="ZeroDivisionError"):
+            stream.result()
+        engine._scheduler._decode = step  # type: ignore[method-assign]
+        assert len(engine.submit(Request((5, 6), 4)).result()[0].tokens) == 4
+
+
+def test_what_can_never_run_is_refused(make: Callable[..., HybridModel]) -> None:
+    model = make("llama", max_position_embeddings=64)
+    with Engine(model, settings=EngineSettings(memory=12000, max_context=60, max_batch=1, queue=1)) as engine:
+        for request, said in (
+            (Request((5, 300), 4), "token id 300"),
+            (Request((5,), 60), "may be 60"),
+            (Request((5,) * 40, 10), "bytes of cache"),
+            (Request((5,), 4, stop=("a",)), "tokenizer"),
+            (Request((5,), 4, SamplingParams(logit_bias={300: 1.0})), "logit_bias"),
+        ):
+            with pytest.raises(HalflapError, match=said):
+                engine.submit(request)
+        engine._scheduler._decode = lambda: time.sleep(0.01)  # type: ignore[method-assign]
+        with pytest.raises(QueueFull):
+            for _ in range(4):
+                engine.submit(Request((5,), 4))
+    with pytest.raises(HalflapError, match="closed"):
+        engine.submit(Request((5,), 4))
+    for values in ({"n": 0}, {"max_new_tokens": 0}, {"logprobs": -1}, {"stop": ("",)}, {"prompt": ()}):
+        with pytest.raises(HalflapError):
+            Request(**{"prompt": (1,), **values})  # type: ignore[arg-type]
