@@ -4,6 +4,7 @@ config.py     the recipe section that names text, blend and row length (no torch
 text.py       files and folders of text to documents; what is held out
 tokenizer.py  tokenizer.json: load, save, train; special tokens and digest
 chat.py       chat templates
+sandbox.py    chat templates in a process of their own, with bounds
 distinct.py   each kept document once, with a count of those left out
 shards.py     one file of token ids
 corpus.py     documents to memory-mapped token shards with a manifest

@@ -2,7 +2,8 @@
 
 Templates come with checkpoints and are other people's code, so they run in jinja2's sandbox. The environment is the
 one of Hugging Face's `apply_chat_template` (trimmed blocks, loop controls, `raise_exception`, `strftime_now`, a
-`tojson` that escapes nothing, and `{% generation %}` blocks, which only mark the assistant's text).
+`tojson` that escapes nothing, and `{% generation %}` blocks, which only mark the assistant's text). The sandbox
+keeps a template from reading what it was not given; `data/sandbox.py` bounds its time and memory, too.
 """
 
 from __future__ import annotations
@@ -16,9 +17,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from halflap.errors import HalflapError
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = Mapping[str, Any]
+MOST_CHARACTERS = 32_000_000  # of a rendered conversation: more than any model reads
+
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""For models that come without a template; a reply ends where its writer would go on as the user."""
+PLAIN_STOP = ("\n\nUser:", "\n\nSystem:")
 
 
 def render(template: str, messages: Sequence[Message], **variables: object) -> str:
@@ -27,18 +37,27 @@ def render(template: str, messages: Sequence[Message], **variables: object) -> s
     `variables` are what the template may ask for: `add_generation_prompt`, `bos_token`, `tools`, ...
     Raises HalflapError when the template is broken or refuses the messages.
     """
-    import jinja2
-
     for message in messages:
         if "role" not in message or "content" not in message:
             raise HalflapError(f"chat message {dict(message)!r} lacks a role or content; each message needs both")
+    parts, length = [], 0
     try:
-        compiled = _environment().from_string(template)
-        return compiled.render(messages=list(messages), **variables)
-    except (jinja2.TemplateError, TypeError) as error:
+        for part in _compiled(template).generate(messages=list(messages), **variables):
+            parts.append(part)
+            length += len(part)
+            if length > MOST_CHARACTERS:
+                raise ValueError(f"it writes more than {MOST_CHARACTERS} characters")
+    except Exception as error:  # a template is a program of somebody else's: it may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise HalflapError(
-            f"the chat template refuses these messages: {error}; change the messages or the template"
+            f"the chat template refuses these messages: {reason}; change the messages or the template"
         ) from error
+    return "".join(parts)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> Template:
+    return _environment().from_string(template)
 
 
 @functools.cache

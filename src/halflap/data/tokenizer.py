@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,9 +135,17 @@ class Tokenizer:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
     def render_chat(
-        self, messages: Sequence[chat.Message], *, add_generation_prompt: bool = True, **variables: object
+        self,
+        messages: Sequence[chat.Message],
+        *,
+        add_generation_prompt: bool = True,
+        render: Callable[..., str] = chat.render,
+        **variables: object,
     ) -> str:
-        """The text of a conversation under the chat template; encode it with `parse_special=True`."""
+        """The text of a conversation under the chat template; encode it with `parse_special=True`.
+
+        `render` is where templates run: `chat.render` here, a `TemplateWorker.render` where nobody vouches for them.
+        """
         if self.chat_template is None:
             raise HalflapError(
                 "this tokenizer has no chat template; use a chat model or put chat_template.jinja beside tokenizer.json"
@@ -145,7 +153,7 @@ class Tokenizer:
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         special = {name: text for name in names if (text := self._special_text(name)) is not None}
         options = {**special, "add_generation_prompt": add_generation_prompt, **variables}
-        return chat.render(self.chat_template, messages, **options)
+        return render(self.chat_template, messages, **options)
 
     def _special_text(self, name: str) -> str | None:
         value = self.config.get(name) or self.special_tokens.get(name)
