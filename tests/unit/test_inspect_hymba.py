@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
-from halflap.compress.axes import Sizes, check_sizes
-from halflap.errors import HalflapError
-from halflap.models.presets import preset
-
 
 def test_inspect_as_json(halflap):
     found = halflap("inspect", "hymba-1.5b", "--context", "8000", "--json").json
@@ -28,8 +22,3 @@ def test_inspect_for_people(halflap):
     shown = halflap("inspect", "hymba-1.5b", "--context", "8000").out
     for said in ("meta tokens", "window 1,024", "8,000 tokens, all in float16, MB of 10^6 bytes", "36 of 32"):
         assert said in " ".join(shown.split())
-
-
-def test_what_cannot_be_cut_yet_says_so():
-    with pytest.raises(HalflapError, match="a block of kind hybrid cannot be cut yet"):
-        check_sizes(preset("hymba-tiny"), Sizes(hidden_size=48))

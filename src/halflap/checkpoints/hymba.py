@@ -249,9 +249,7 @@ def cannot_write(config: ModelConfig) -> str | None:
 def _cannot_write_layer(config: ModelConfig, hybrid: HybridConfig, mlp: MLPConfig) -> str | None:
     """The same for models whose layers are alike."""
     attention, hidden = hybrid.attention, config.hidden_size
-    if attention.num_attention_heads * attention.head_dim != hidden:
-        return f"its query heads are {attention.num_attention_heads} of {attention.head_dim}, not {hidden} in all"
-    if hybrid.ssm.inner_size % hidden:
+    if hybrid.ssm.inner_size % hidden:  # mamba_expand is their ratio, a whole number
         return f"its SSM's inner size {hybrid.ssm.inner_size} is not a multiple of its hidden size {hidden}"
     if (mlp.activation, mlp.gated, mlp.bias) not in (("silu", True, False), ("relu2", False, False)):
         return "its MLPs are neither gated SiLU nor plain squared ReLU without biases"
@@ -275,6 +273,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     count, rope = len(layers), attention.rope
     stretched = rope.scaling if rope is not None and isinstance(rope.scaling, NTKScaling) else None
     windows = [b.attention.window for b in layers if b.attention.window is not None]
+    queries = attention.num_attention_heads * attention.head_dim
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -282,7 +281,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": count,
         "num_attention_heads": attention.num_attention_heads,
         "num_key_value_heads": attention.num_key_value_heads,
-        "attn_hidden_size": -1,
+        "attn_hidden_size": -1 if queries == config.hidden_size else queries,
         "kq_head_dim": -1,
         "v_head_dim": attention.value_dim,
         "kq_norm": "none",

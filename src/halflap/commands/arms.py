@@ -21,9 +21,10 @@ from halflap.commands.config import CompressRecipe, SearchRecipe
 from halflap.commands.corpora import Corpora, held_out_batches
 from halflap.commands.sections import LossSettings
 from halflap.commands.students import Teacher
-from halflap.compress.axes import Sizes, block_sizes
+from halflap.compress.axes import Sizes
 from halflap.compress.controls import blind_heads, blind_tensors
 from halflap.compress.importance import Importance
+from halflap.compress.kinds import block_sizes
 from halflap.compress.metrics import collect
 from halflap.compress.plan import PruningPlan
 from halflap.compress.ranking import plan_for

@@ -245,6 +245,7 @@ SIZE_WORDS = {
     "hidden_size": "hidden",
     "intermediate_size": "neurons",
     "mamba_num_heads": "Mamba heads",
+    "mamba_intermediate_size": "Mamba channels",
     "mamba_head_dim": "channels",
     "ssm_state_size": "states",
     "num_attention_heads": "query heads",

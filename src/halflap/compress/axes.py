@@ -1,24 +1,20 @@
 """Which axes may be cut, what people call their sizes, and the config that remains.
 
 An axis is named as in `models/layout.py` (`hidden`, `blocks.3.head`); its short name is the last part. A size is
-named as in Hugging Face configs (`mamba_num_heads`) and is what recipes speak of. Counts of an axis with a parent
-are per index of the parent: 112 Mamba heads in 8 groups are a count of 14. Pure data: no torch.
+named as in Hugging Face configs (`mamba_num_heads`) and is what recipes speak of; which axis it asks for in which kind
+of block says `kinds.py`. Pure data: no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from halflap.compress.kinds import KINDS, PRUNABLE, block_counts, block_sizes, owner, resize_block
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, ModelConfig
+from halflap.models.config import BlockConfig, ModelConfig
 from halflap.models.layout import Axis, layout
 from halflap.models.sharing import keep_blocks as left_blocks
-
-Counts = Mapping[str, int]
-"""Indices of each axis by short name, per index of the parent."""
 
 
 @dataclass(frozen=True)
@@ -30,41 +26,31 @@ class Sizes:
     intermediate_size: int | None = None
     """Neurons of each MLP."""
     mamba_num_heads: int | None = None
-    """Heads of each Mamba block, a multiple of its groups."""
+    """Heads of each Mamba-2 block, a multiple of its groups."""
     mamba_head_dim: int | None = None
-    """Channels of a Mamba head."""
+    """Channels of a Mamba-2 head; of hybrid blocks, of an attention head's values and the SSM beside them."""
     ssm_state_size: int | None = None
     """State size of a Mamba block."""
     num_attention_heads: int | None = None
-    """Query heads of each attention block, a multiple of its key/value heads."""
+    """Query heads of each attention or hybrid block, a multiple of its key/value heads."""
     num_key_value_heads: int | None = None
-    """Key/value heads of each attention block."""
+    """Key/value heads of each attention or hybrid block."""
+    mamba_intermediate_size: int | None = None
+    """Channels of each Mamba-1 block."""
     num_blocks: int | None = None
     """How many blocks stay; the least important go."""
     drop_blocks: tuple[int, ...] = ()
     """Blocks that go, by index."""
 
 
-class WidthAxis(NamedTuple):
-    """A size, the axis that is cut to reach it, and the kind of block that has it (None: the whole model)."""
-
-    size: str
-    axis: str
-    block: type | None
+def _axes_by_size() -> dict[str, tuple[str, ...]]:
+    rows = {(row.size, row.axis) for kind in KINDS.values() for row in kind.sizes} | {("hidden_size", "hidden")}
+    names = [field.name for field in dataclasses.fields(Sizes)]
+    return {name: axes for name in names if (axes := tuple(sorted(axis for size, axis in rows if size == name)))}
 
 
-AXES: tuple[WidthAxis, ...] = (
-    WidthAxis("hidden_size", "hidden", None),
-    WidthAxis("intermediate_size", "neuron", MLPConfig),
-    WidthAxis("mamba_num_heads", "head", Mamba2Config),
-    WidthAxis("mamba_head_dim", "channel", Mamba2Config),
-    WidthAxis("ssm_state_size", "state", Mamba2Config),
-    WidthAxis("num_attention_heads", "query", AttentionConfig),
-    WidthAxis("num_key_value_heads", "kv", AttentionConfig),
-)
-
-# A group keeps its own B, C and norm, so it can only go or move whole; no size asks for it, but a plan may say it.
-PRUNABLE = frozenset(axis.axis for axis in AXES) | {"group"}
+AXES: dict[str, tuple[str, ...]] = _axes_by_size()
+"""Short names of the axes that a size cuts, by the names of `Sizes`."""
 
 # Blocks that leave together, for families whose stock classes count several of our blocks as one layer.
 DEPTH_UNITS: dict[str, int] = {"llama": 2, "nemotron": 2, "hymba": 2}
@@ -100,75 +86,6 @@ def depth_units(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
 
 
 # ---- sizes, counts and configs
-
-
-def last_kind(block: BlockConfig) -> MLPConfig:
-    """The MLP that a block is when it is neither Mamba-2 nor attention. Raises HalflapError for other kinds."""
-    if not isinstance(block, MLPConfig):
-        raise HalflapError(
-            f"a block of kind {block.kind} cannot be cut yet; prune models of attention, Mamba-2 and MLP blocks"
-        )
-    return block
-
-
-def block_counts(block: BlockConfig) -> dict[str, int]:
-    """How many indices each axis of a block has."""
-    if isinstance(block, Mamba2Config):
-        return {
-            "group": block.num_groups,
-            "head": block.heads_per_group,
-            "channel": block.head_dim,
-            "state": block.state_size,
-        }
-    if isinstance(block, AttentionConfig):
-        return {"kv": block.num_key_value_heads, "query": block.queries_per_key_value_head}
-    return {"neuron": last_kind(block).intermediate_size}
-
-
-def _resize_mamba2(block: Mamba2Config, count: Counts) -> Mamba2Config:
-    return dataclasses.replace(
-        block,
-        num_heads=count["group"] * count["head"],
-        head_dim=count["channel"],
-        num_groups=count["group"],
-        state_size=count["state"],
-    )
-
-
-def _resize_attention(block: AttentionConfig, count: Counts) -> AttentionConfig:
-    return dataclasses.replace(block, num_attention_heads=count["kv"] * count["query"], num_key_value_heads=count["kv"])
-
-
-def _resize_mlp(block: MLPConfig, count: Counts) -> MLPConfig:
-    return dataclasses.replace(block, intermediate_size=count["neuron"])
-
-
-RESIZE: dict[type, Callable[..., BlockConfig]] = {
-    Mamba2Config: _resize_mamba2,
-    AttentionConfig: _resize_attention,
-    MLPConfig: _resize_mlp,
-}
-
-
-def resize_block(block: BlockConfig, count: Counts) -> BlockConfig:
-    """The block with these counts; the inverse of `block_counts`."""
-    return RESIZE[type(block)](block, count)
-
-
-def block_sizes(block: BlockConfig) -> dict[str, int]:
-    """The sizes of a block, by the names of `Sizes`."""
-    if isinstance(block, Mamba2Config):
-        return {
-            "mamba_num_heads": block.num_heads,
-            "mamba_head_dim": block.head_dim,
-            "ssm_state_size": block.state_size,
-        }
-    if isinstance(block, AttentionConfig):
-        return {
-            "num_attention_heads": block.num_attention_heads,
-            "num_key_value_heads": block.num_key_value_heads,
-        }
-    return {"intermediate_size": last_kind(block).intermediate_size}
 
 
 def largest_sizes(config: ModelConfig) -> dict[str, int]:
@@ -221,6 +138,7 @@ def _check_depth(config: ModelConfig, sizes: Sizes) -> None:
                 f"sizes.drop_blocks splits blocks {', '.join(map(str, unit))}, which are one layer of a "
                 f"{config.family} model; drop all of them or none"
             )
+    _check_sharing(config, dropped)
     if sizes.num_blocks is not None and sizes.num_blocks % len(units[0]):
         raise HalflapError(
             f"sizes.num_blocks is {sizes.num_blocks}; a {config.family} layer is {len(units[0])} blocks: "
@@ -228,21 +146,38 @@ def _check_depth(config: ModelConfig, sizes: Sizes) -> None:
         )
 
 
+def readers_of(config: ModelConfig) -> dict[int, tuple[int, ...]]:
+    """Blocks that read another's keys and values, by that other."""
+    found: dict[int, tuple[int, ...]] = {}
+    for index, block in enumerate(config.blocks):
+        if (source := owner(block, index)) != index:
+            found[source] = (*found.get(source, ()), index)
+    return found
+
+
+def _check_sharing(config: ModelConfig, dropped: set[int]) -> None:
+    for source, readers in readers_of(config).items():
+        left = [index for index in readers if index not in dropped]
+        if source in dropped and left:
+            more = sorted(index for unit in depth_units(config) if set(unit) & set(left) for index in unit)
+            raise HalflapError(
+                f"sizes.drop_blocks has block {source}, whose keys and values blocks {', '.join(map(str, left))} read; "
+                f"add {', '.join(map(str, more))} to the list, or keep block {source}"
+            )
+
+
 def target_counts(block: BlockConfig, sizes: Sizes) -> dict[str, int]:
     """Counts of a block's axes that reach the sizes; raises HalflapError when heads cannot be shared out evenly."""
-    own = block_counts(block)
-    if isinstance(block, Mamba2Config):
-        heads = _smaller(sizes.mamba_num_heads, block.num_heads)
-        return own | {
-            "head": _per_parent("mamba_num_heads", heads, own["group"], own["head"], "groups of shared B and C"),
-            "channel": _smaller(sizes.mamba_head_dim, block.head_dim),
-            "state": _smaller(sizes.ssm_state_size, block.state_size),
-        }
-    if isinstance(block, AttentionConfig):
-        kv = _smaller(sizes.num_key_value_heads, block.num_key_value_heads)
-        heads = _smaller(sizes.num_attention_heads, kv * own["query"])
-        return {"kv": kv, "query": _per_parent("num_attention_heads", heads, kv, own["query"], "key/value heads")}
-    return {"neuron": _smaller(sizes.intermediate_size, last_kind(block).intermediate_size)}
+    count = block_counts(block)
+    for row in KINDS[type(block)].sizes:
+        wanted, own = getattr(sizes, row.size), count[row.axis]
+        if row.parent is None:
+            count[row.axis] = _smaller(wanted, own)
+        else:
+            parents = count[row.parent]
+            total = _smaller(wanted, parents * own)
+            count[row.axis] = _per_parent(row.size, total, parents, own, row.parents)
+    return count
 
 
 def _smaller(wanted: int | None, own: int) -> int:

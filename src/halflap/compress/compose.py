@@ -8,7 +8,7 @@ from halflap.compress.axes import axes_of, block_of
 from halflap.compress.correction import Dropped
 from halflap.compress.plan import Kept, PruningPlan, kept_indices
 from halflap.errors import HalflapError
-from halflap.models.layout import Axis
+from halflap.models.layout import Axis, layout
 
 
 def compose(second: PruningPlan, first: PruningPlan) -> PruningPlan:
@@ -54,7 +54,7 @@ def _compose_axis(first: PruningPlan, second: PruningPlan, axis: Axis, axes: dic
 
 def _compose_dropped(first: PruningPlan, second: PruningPlan) -> Dropped:
     """Of the share 1 - f that the first cut leaves, the second leaves 1 - g; means add up."""
-    axes = axes_of(first.student)
+    table = layout(first.student)
     found: dict[str, tuple[float, ...]] = {}
     for name in dict.fromkeys([*first.dropped, *map(first.teacher_name, second.dropped)]):
         middle = first.student_name(name)
@@ -63,7 +63,7 @@ def _compose_dropped(first: PruningPlan, second: PruningPlan) -> Dropped:
         before: tuple[float, ...] | None = first.dropped.get(name)
         after: tuple[float, ...] | None = second.dropped.get(middle)
         if before is not None and len(before) > 1:  # one a group: those of the groups that stay
-            groups: Any = kept_indices(axes[f"blocks.{block_of(middle)}.group"], second.keep)
+            groups: Any = kept_indices(table[middle][0][0][0], second.keep)
             before = tuple(before[group] for group in groups)
         if before is None or after is None:
             found[name] = before or after or ()

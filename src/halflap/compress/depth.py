@@ -1,7 +1,8 @@
 """What the removal of one block does to the model: scores (L,) of whole blocks, one metric at a time.
 
-A block is removed by letting the residual stream pass it by. Blocks before it are not run again: the stream is
-carried forward once and every removal continues from there, so L scores cost about L / 2 passes.
+A block is removed by letting the residual stream pass it by; those that read its keys and values still do, and meta
+tokens, which have no targets, count nowhere. Blocks before it are not run again: the stream is carried forward once and
+every removal continues from there, so L scores cost about L / 2 passes.
 
     kl           mean over tokens of KL(p_full || p_without)                    Taghibakhshi et al. 2025
     loss         loss without the block minus loss with it                      Muralidharan et al. 2024
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
+from halflap.models.meta import text_places
 from halflap.models.model import HybridModel
 from halflap.ops.vocabulary_loss import cross_entropy_sum, kl_divergence_sum
 from halflap.progress import Progress
@@ -44,10 +46,13 @@ def depth_scores(model: HybridModel, batches: Iterable[Batch], metric: str = "kl
     with torch.inference_mode(), progress:
         for batch in batches:
             full, stream, context = _full_pass(model, batch)
+            meta = model.config.num_meta_tokens
+            places = text_places(batch.tokens, batch.segments, meta) if meta else None
             for index, block in enumerate(model.blocks):
-                without = _counted(_finish(model, stream, context, index + 1), batch)
+                with_it = block(stream, context)  # first, for the keys and values that later blocks read
+                without = _counted(_finish(model, stream, context, index + 1, places), batch)
                 totals[index] += DEPTH_METRICS[metric](_counted(full, batch), without, model.head_weight, batch)
-                stream = block(stream, context)
+                stream = with_it
                 progress.advance()
             count += float(batch.weights.sum())
     if not count:
@@ -66,9 +71,12 @@ def _full_pass(model: HybridModel, batch: Batch) -> tuple[Tensor, Tensor, Any]:
     return full, given[0], given[1]
 
 
-def _finish(model: HybridModel, stream: Tensor, context: Any, start: int) -> Tensor:
+def _finish(model: HybridModel, stream: Tensor, context: Any, start: int, places: Tensor | None) -> Tensor:
+    """Final hidden states (B, T, D) from the stream into block `start`; places: of the tokens between meta tokens."""
     for block in list(model.blocks)[start:]:
         stream = block(stream, context)
+    if places is not None:
+        stream = stream.gather(1, places[..., None].expand(-1, -1, stream.shape[2]))
     return model.norm(stream).to(model.norm.weight.dtype)
 
 

@@ -1,10 +1,11 @@
 """Importance: a non-negative score for every index of every axis of one teacher; higher is kept.
 
 Scores by name: `hidden` (L, D), a row a block's norm; `blocks.i.neuron` (F,); `blocks.i.query` (K, H/K);
-`blocks.i.inner` (G, H/G, P), heads and channels of Mamba together; `blocks.i.state` (G, N). `depth` holds scores (L,)
-of whole blocks by metric. `energy` holds mean squares of what a norm divides by its root mean square, by the name of
-its gain: (D,) or (G, H/G, P). `mean` holds means of the same, of LayerNorms, by the name of their bias: (D,). On disk:
-safetensors with a JSON header.
+`blocks.i.inner`, what goes into out_proj, heads and channels together: (G, H/G, P) of Mamba-2, (I,) of Mamba-1,
+(K, H/K, P) of hybrid heads; `blocks.i.state` (G, N) or, of Mamba-1, (N,). `depth` holds scores (L,) of whole blocks by
+metric. `energy` holds mean squares of what a norm divides by its root mean square, by the name of its gain, in the grid
+of its channels: (D,) or (G, H/G, P), say. `mean` holds means of the same, of LayerNorms, by the name of their bias:
+(D,). On disk: safetensors with a JSON header.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from halflap.compress.axes import last_kind
+from halflap.compress.kinds import block_counts
 from halflap.errors import HalflapError
 from halflap.files import atomic_write
-from halflap.models.config import AttentionConfig, Mamba2Config, ModelConfig
+from halflap.models.config import AttentionConfig, HybridConfig, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
 
 FORMAT = "halflap-importance-1"
 
@@ -87,12 +88,19 @@ def score_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all width scores."""
     shapes: dict[str, tuple[int, ...]] = {"hidden": (len(config.blocks), config.hidden_size)}
     for index, block in enumerate(config.blocks):
-        prefix = f"blocks.{index}"
-        if isinstance(block, Mamba2Config):
-            shapes[f"{prefix}.inner"] = (block.num_groups, block.heads_per_group, block.head_dim)
-            shapes[f"{prefix}.state"] = (block.num_groups, block.state_size)
-        elif isinstance(block, AttentionConfig):
-            shapes[f"{prefix}.query"] = (block.num_key_value_heads, block.queries_per_key_value_head)
-        else:
-            shapes[f"{prefix}.neuron"] = (last_kind(block).intermediate_size,)
+        count = block_counts(block)
+        for score, axes in SCORES[type(block)].items():
+            shapes[f"blocks.{index}.{score}"] = tuple(count[axis] for axis in axes)
+        if isinstance(block.ssm, Mamba2Config):  # every group has states of its own
+            shapes[f"blocks.{index}.state"] = (block.ssm.num_groups, block.ssm.state_size)
     return shapes
+
+
+# Scores of a block, and the axes they are on.
+SCORES: dict[type, dict[str, tuple[str, ...]]] = {
+    MLPConfig: {"neuron": ("neuron",)},
+    AttentionConfig: {"query": ("kv", "query")},
+    Mamba1Config: {"inner": ("inner",), "state": ("state",)},
+    Mamba2Config: {"inner": ("group", "head", "channel"), "state": ("group", "state")},
+    HybridConfig: {"inner": ("kv", "query", "value_channel"), "state": ("state",)},
+}

@@ -1,7 +1,8 @@
 """The teacher with the cut indices masked: what a student must equal.
 
-Made from the mixers' equations, by setting parameters to zero so that the cut indices carry nothing; it knows nothing
-of layouts or of how a plan is applied. Its norms divide by all channels, the zeros included, which is what the
+Made from the mixers' equations, by setting parameters to zero so that the cut indices carry nothing (where a hybrid
+block normalises its attention, which no parameter silences, a hook does); it knows nothing of layouts or of how a plan
+is applied. Its norms divide by all channels, the zeros included, which is what the
 `masked` correction reproduces; for `none` and `calibrated` its gains and eps say that the mean is over the kept ones.
 Where norms are LayerNorms, what carries nothing is not zero but the mean of the kept channels (`correction.py`).
 """
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halflap.compress.axes import block_of, short_name
+from halflap.compress.axes import block_of
 from halflap.compress.correction import norms
+from halflap.compress.kinds import axis_name, block_counts
 from halflap.compress.plan import PruningPlan
-from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig
+from halflap.models.config import AttentionConfig, HybridConfig, Mamba1Config, Mamba2Config, MLPConfig
 from halflap.models.model import HybridModel
 
 
@@ -30,17 +32,25 @@ def masked_teacher(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
         hidden = _mask(teacher.config.hidden_size, plan.keep.get("hidden"))
         centred = teacher.config.norm == "layer1p"
         _silence(model.embedding.weight.T, hidden, centred)
+        if model.meta_tokens is not None:
+            _silence(model.meta_tokens.T, hidden, centred)
         for norm in [model.norm, *(block.norm for block in model.blocks)] if centred else []:
             norm.weight[~hidden], norm.bias[~hidden] = -1, 0  # type: ignore[index]
         for index, block in enumerate(model.blocks):
-            kept: dict[str, Any] = {short_name(n): k for n, k in plan.keep.items() if block_of(n) == index}
             mixer: Any = block.mixer
-            output = MASKS[type(teacher.config.blocks[index])](mixer, kept)
+            output = MASKS[type(teacher.config.blocks[index])](mixer, _kept(plan, index))
             heard = hidden if index in plan.keep_blocks else torch.zeros_like(hidden)
             _silence(output.weight, heard, centred)
             if output.bias is not None:
                 _silence(output.bias, heard, centred)
     return model
+
+
+def _kept(plan: PruningPlan, index: int) -> dict[str, Any]:
+    """What the plan keeps of a block's axes, by short name; axes kept whole are left out."""
+    block = plan.teacher_config.blocks[index]
+    names = {axis: axis_name(block, index, axis) for axis in block_counts(block)}
+    return {axis: plan.keep[name] for axis, name in names.items() if name in plan.keep}
 
 
 def _silence(rows: Tensor, kept: Tensor, centred: bool) -> None:
@@ -68,22 +78,23 @@ def _with_eps(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
         else:
             module.bias.data += (1 + module.weight.data) * plan.dropped.get(norm.bias, (0.0,))[0]
             module.weight.data = (1 + module.weight.data) * gain - 1
-        if norm.name.endswith("mixer.norm.weight"):
-            mixer: Any = modules[norm.name.removesuffix(".norm.weight")]
-            mixer.config = dataclasses.replace(mixer.config, norm_eps=mixer.config.norm_eps * norm.kept / norm.total)
-        else:
+        if hasattr(module, "eps"):
             module.eps = module.eps * norm.kept / norm.total
+        else:  # a gated group norm, whose eps its Mamba-2 has
+            ssm: Any = modules[norm.name.removesuffix(".norm.weight")]
+            ssm.config = dataclasses.replace(ssm.config, norm_eps=ssm.config.norm_eps * norm.kept / norm.total)
     return model
 
 
 def _spread(plan: PruningPlan, name: str, factors: tuple[float, ...], size: int) -> Tensor:
     """Factors of the kept groups at the places of their channels; channels of other groups carry nothing anyway."""
-    block = block_of(name)
-    config = None if block is None else plan.teacher_config.blocks[block]
-    if len(factors) == 1 or not isinstance(config, Mamba2Config):
+    index = block_of(name)
+    if len(factors) == 1 or index is None:
         return torch.full((size,), factors[0], dtype=torch.float64)
-    spread = torch.ones(config.num_groups, size // config.num_groups, dtype=torch.float64)
-    groups: Any = plan.keep.get(f"blocks.{block}.group", tuple(range(config.num_groups)))
+    config, kept = plan.teacher_config.blocks[index], _kept(plan, index)
+    assert isinstance(config.ssm, Mamba2Config)
+    spread = torch.ones(config.ssm.num_groups, size // config.ssm.num_groups, dtype=torch.float64)
+    groups = kept.get("group", kept.get("kv", range(len(spread))))
     spread[list(groups)] = torch.tensor(factors, dtype=torch.float64)[:, None]
     return spread.flatten()
 
@@ -104,24 +115,66 @@ def _nested_mask(parents: int, size: int, kept_parents: Any, table: Any) -> Tens
 
 
 def _mask_mamba2(mixer: Any, kept: Mapping[str, Any]) -> Any:
-    """A zero gate z makes a channel zero before the norm; a zero kernel and bias make C zero after the convolution."""
-    c: Mamba2Config = mixer.config
-    heads = _nested_mask(c.num_groups, c.heads_per_group, kept.get("group"), kept.get("head"))
-    inner = heads[..., None] & _mask(c.head_dim, kept.get("channel"))
-    mixer.in_proj.weight[: c.inner_size][~inner.flatten()] = 0
-    states = _nested_mask(c.num_groups, c.state_size, kept.get("group"), kept.get("state"))
-    gone = torch.cat([torch.zeros(c.conv_size - states.numel(), dtype=torch.bool), ~states.flatten()])
-    mixer.conv1d.weight[gone] = 0
-    if mixer.conv1d.bias is not None:
-        mixer.conv1d.bias[gone] = 0
+    _silence_mamba2(mixer, mixer.in_proj.weight, kept)
     return mixer.out_proj
 
 
+def _silence_mamba2(inner: Any, rows: Tensor, kept: Mapping[str, Any]) -> None:
+    """A zero gate z makes a channel zero before the norm; a zero kernel and bias make C zero after the convolution.
+
+    rows: of the projection, from the first of z.
+    """
+    c: Mamba2Config = inner.config
+    heads = _nested_mask(c.num_groups, c.heads_per_group, kept.get("group"), kept.get("head"))
+    channels = heads[..., None] & _mask(c.head_dim, kept.get("channel"))
+    rows[: c.inner_size][~channels.flatten()] = 0
+    states = _nested_mask(c.num_groups, c.state_size, kept.get("group"), kept.get("state"))
+    gone = torch.cat([torch.zeros(c.conv_size - states.numel(), dtype=torch.bool), ~states.flatten()])
+    inner.conv1d.weight[gone] = 0
+    if inner.conv1d.bias is not None:
+        inner.conv1d.bias[gone] = 0
+
+
+def _mask_mamba1(mixer: Any, kept: Mapping[str, Any]) -> Any:
+    _silence_mamba1(mixer, mixer.in_proj.weight, _mask(mixer.config.inner_size, kept.get("inner")), kept)
+    return mixer.out_proj
+
+
+def _silence_mamba1(inner: Any, rows: Tensor, channels: Tensor, kept: Mapping[str, Any]) -> None:
+    """A zero gate z makes a channel zero, and what time steps, B and C read of it is zero; so are B and C of a state.
+
+    rows: of the projection, from the first of x.
+    """
+    c: Mamba1Config = inner.config
+    rows[c.inner_size :][~channels] = 0
+    inner.x_proj.weight[:, ~channels] = 0
+    states = ~_mask(c.state_size, kept.get("state"))
+    inner.x_proj.weight[torch.cat([torch.zeros(c.dt_rank, dtype=torch.bool), states, states])] = 0
+
+
 def _mask_attention(mixer: Any, kept: Mapping[str, Any]) -> Any:
-    c: AttentionConfig = mixer.config
-    heads = _nested_mask(c.num_key_value_heads, c.queries_per_key_value_head, kept.get("kv"), kept.get("query"))
-    mixer.o_proj.weight[:, ~heads.flatten().repeat_interleave(c.head_dim)] = 0
+    mixer.o_proj.weight[:, ~_attended(mixer.config, kept)] = 0
     return mixer.o_proj
+
+
+def _attended(c: AttentionConfig, kept: Mapping[str, Any]) -> Tensor:
+    """(H * value_dim,) True at the outputs of kept heads and value channels."""
+    heads = _nested_mask(c.num_key_value_heads, c.queries_per_key_value_head, kept.get("kv"), kept.get("query"))
+    return (heads[..., None] & _mask(c.value_dim, kept.get("value_channel"))).flatten()
+
+
+def _mask_hybrid(mixer: Any, kept: Mapping[str, Any]) -> Any:
+    """Channels are cut in both branches, before their norms."""
+    c: HybridConfig = mixer.config
+    channels = _attended(c.attention, kept)
+    mixer.attention_norm.register_forward_pre_hook(lambda _, args: (args[0] * channels,))
+    rows = mixer.in_proj.weight[sum(mixer.widths[:-1]) :]
+    if isinstance(c.ssm, Mamba1Config):
+        _silence_mamba1(mixer.ssm, rows, channels, kept)
+    else:
+        names = {"kv": "group", "query": "head", "value_channel": "channel"}
+        _silence_mamba2(mixer.ssm, rows, {names.get(axis, axis): row for axis, row in kept.items()})
+    return mixer.out_proj
 
 
 def _mask_mlp(mixer: Any, kept: Mapping[str, Any]) -> Any:
@@ -131,6 +184,8 @@ def _mask_mlp(mixer: Any, kept: Mapping[str, Any]) -> Any:
 
 MASKS: dict[type, Callable[[Any, Mapping[str, Any]], Any]] = {
     Mamba2Config: _mask_mamba2,
+    Mamba1Config: _mask_mamba1,
     AttentionConfig: _mask_attention,
+    HybridConfig: _mask_hybrid,
     MLPConfig: _mask_mlp,
 }

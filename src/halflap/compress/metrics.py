@@ -31,7 +31,7 @@ def weight_norm(model: HybridModel, batches: Iterable[Batch], sources: Sources, 
         for dimension, dim in enumerate(dims):
             along = square.movedim(dimension, 0).reshape(square.shape[dimension], -1).sum(1)
             for span, part in zip(dim, along.split([dim_size((span,)) for span in dim]), strict=True):
-                _add_span(squares, [axis.name for axis in span], part.reshape([axis.size for axis in span]))
+                _add_span(squares, block_of(name), [axis.name for axis in span], part.reshape([a.size for a in span]))
     return Importance(
         "weight_norm", {n: s.sqrt().float() for n, s in squares.items()}, {"weight_norm": depth.sqrt().float()}
     )
@@ -45,21 +45,34 @@ def random(model: HybridModel, batches: Iterable[Batch], sources: Sources, seed:
     return Importance("random", widths, {"random": torch.rand(len(model.config.blocks), generator=generator)})
 
 
-# Scores by the axes of the spans that belong to them; later axes (a query head's channels) are summed over.
-_SPANS: dict[tuple[str, ...], str] = {
-    ("neuron",): "neuron",
-    ("kv", "query", "head_dim"): "query",
-    ("group", "head", "channel"): "inner",
-    ("group", "state"): "state",
+# Scores by the axes of the spans that belong to them, each the first that the block has.
+_SPANS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("neuron",): ("neuron",),
+    ("inner",): ("inner",),
+    ("state",): ("state",),
+    ("kv", "query", "head_dim"): ("query", "inner"),
+    ("kv", "query", "value_channel"): ("query", "inner"),
+    ("kv", "state"): ("state",),
+    ("group", "head", "channel"): ("inner",),
+    ("group", "state"): ("state",),
 }
 
 
-def _add_span(squares: dict[str, Tensor], axes: list[str], part: Tensor) -> None:
+def _add_span(squares: dict[str, Tensor], block: int | None, axes: list[str], part: Tensor) -> None:
     if axes == ["hidden"]:
         squares["hidden"] += part / len(squares["hidden"])
-    elif name := _SPANS.get(tuple(short_name(axis) for axis in axes)):
-        target = squares[f"blocks.{block_of(axes[0])}.{name}"]
-        target += part.reshape(*target.shape, -1).sum(-1)
+        return
+    short = tuple(short_name(axis) for axis in axes)
+    target = next((squares[n] for s in _SPANS.get(short, ()) if (n := f"blocks.{block}.{s}") in squares), None)
+    if target is None:
+        return
+    if (
+        short[-1] == "head_dim" and target.dim() == 3
+    ):  # channels of a query, which all channels of its head's output need
+        part = part.sum(-1, keepdim=True) / target.shape[-1]
+    elif target.dim() < part.dim():
+        part = part.sum(-1)
+    target += part
 
 
 Metric = Callable[[HybridModel, Iterable[Batch], Sources, int], Importance]

@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halflap.compress.axes import axes_of, block_counts, block_of, depth_units, resize_block, short_name
+from halflap.compress.axes import axes_of, block_of, depth_units, short_name
 from halflap.compress.correction import Dropped, Scales, correct_norms
+from halflap.compress.kinds import axis_name, block_counts, resize_block
 from halflap.errors import HalflapError
 from halflap.files import write_json
 from halflap.models.config import ModelConfig
 from halflap.models.layout import Axis
+from halflap.models.sharing import keep_blocks as left_blocks
 
 FORMAT = "halflap-pruning-plan-1"
 
@@ -179,11 +181,11 @@ def _shape(config: ModelConfig, keep_blocks: Row, keep: Mapping[str, Kept]) -> M
     def count(name: str) -> int:
         return kept_count(axes[name], keep)
 
-    blocks = tuple(
-        resize_block(config.blocks[i], {axis: count(f"blocks.{i}.{axis}") for axis in block_counts(config.blocks[i])})
-        for i in keep_blocks
-    )
-    return dataclasses.replace(config, hidden_size=count("hidden"), blocks=blocks)
+    blocks = []
+    for index, left in zip(keep_blocks, left_blocks(config.blocks, keep_blocks), strict=True):
+        own = config.blocks[index]
+        blocks.append(resize_block(left, {a: count(axis_name(own, index, a)) for a in block_counts(own)}))
+    return dataclasses.replace(config, hidden_size=count("hidden"), blocks=tuple(blocks))
 
 
 def _without_whole_axes(config: ModelConfig, keep: Mapping[str, Kept]) -> dict[str, Kept]:

@@ -33,7 +33,7 @@ def cut(
     plan: PruningPlan, source: Layout, keep: Mapping[str, Kept], tensors: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """`apply_plan` by another reading of the teacher's dimensions (see `controls.py`)."""
-    missing = {name: shape(dims) for name, dims in layout(plan.student).items()}
+    missing = layout(plan.student)
     gains: dict[str, Tensor] = {}
     for name, tensor in tensors:
         _check_source(name, tensor, source)
@@ -41,9 +41,10 @@ def cut(
         if student_name is None:
             continue
         selected = select(tensor, source[name], keep)
-        student = _corrected(plan, name, selected, gains, owned=selected is not tensor)
+        dims = missing.pop(student_name)
+        student = _corrected(plan, name, selected, dims[0], gains, owned=selected is not tensor)
         del selected, tensor  # not held while the caller writes
-        expected = missing.pop(student_name, None)
+        expected = shape(dims)
         assert tuple(student.shape) == expected, f"{name} became {student_name} {tuple(student.shape)}, not {expected}"
         yield student_name, student
     if missing:
@@ -53,10 +54,12 @@ def cut(
         )
 
 
-def _corrected(plan: PruningPlan, name: str, tensor: Tensor, gains: dict[str, Tensor], *, owned: bool) -> Tensor:
-    """A selected tensor with its factor and, for the bias of a LayerNorm, with its gain times the measured mean.
+def _corrected(
+    plan: PruningPlan, name: str, tensor: Tensor, rows: Dim, gains: dict[str, Tensor], *, owned: bool
+) -> Tensor:
+    """A selected tensor with its factors and, for the bias of a LayerNorm, with its gain times the measured mean.
 
-    gains: of the norms met so far, which the biases after them need.
+    rows: its first dimension. gains: of the norms met so far, which the biases after them need.
     """
     factors = plan.scales.get(name)
     if is_offset_gain(plan.teacher_config, name):
@@ -70,7 +73,7 @@ def _corrected(plan: PruningPlan, name: str, tensor: Tensor, gains: dict[str, Te
                 "order of the layout"
             )
         return (tensor + gains.pop(name) * mean[0]).to(tensor.dtype)
-    return scale(tensor, factors, in_place=owned)
+    return scale(tensor, factors, rows, in_place=owned)
 
 
 def select(tensor: Tensor, dims: tuple[Dim, ...], keep: Mapping[str, Kept]) -> Tensor:
@@ -112,16 +115,20 @@ def _span_indices(span: Span, keep: Mapping[str, Kept]) -> Tensor:
     return positions.flatten()
 
 
-def scale(tensor: Tensor, factors: tuple[float, ...] | None, *, in_place: bool = False) -> Tensor:
-    """Times one factor, or one for each equal part of the first dimension; rounded once, to the tensor's own dtype."""
+def scale(tensor: Tensor, factors: tuple[float, ...] | None, rows: Dim = (), *, in_place: bool = False) -> Tensor:
+    """Times one factor, or one for each span or equal part of the first dimension (see `correction.Scales`).
+
+    Rounded once, to the tensor's own dtype.
+    """
     if factors is None:
         return tensor
     if len(factors) == 1:  # torch multiplies narrow floats in float32
         return tensor.mul_(factors[0]) if in_place else tensor * factors[0]
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    parts = tensor.to(wide).unflatten(0, (len(factors), -1))
-    factor = torch.tensor(factors, dtype=wide, device=tensor.device).reshape(-1, *[1] * (parts.dim() - 1))
-    return (parts * factor).flatten(0, 1).to(tensor.dtype)
+    parts = len(factors)
+    sizes = [dim_size((span,)) for span in rows] if len(rows) > 1 else [len(tensor) // parts] * parts
+    factor = torch.tensor(factors, dtype=wide).repeat_interleave(torch.tensor(sizes)).to(tensor.device)
+    return (tensor.to(wide) * factor.reshape(-1, *[1] * (tensor.dim() - 1))).to(tensor.dtype)
 
 
 def _take(tensor: Tensor, dimension: int, index: Tensor) -> Tensor:

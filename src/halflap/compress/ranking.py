@@ -2,22 +2,35 @@
 
 Mamba heads are bound to their group (its B, C and norm), so they are ranked within it, and all heads of a block share
 one set of channels. Nested (Taghibakhshi et al. 2025, section 3): channels are ranked over all heads first, and
-heads then by their kept channels only.
+heads then by their kept channels only. So are hybrid heads, where query heads stand in the group of their key/value
+head. Key/value heads and value channels that several blocks read are ranked by the sum over these blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halflap.compress.axes import Sizes, block_counts, check_sizes, depth_units, target_counts
+from halflap.compress.axes import Sizes, check_sizes, depth_units, readers_of, target_counts
+from halflap.compress.correction import norms
 from halflap.compress.importance import Importance
-from halflap.compress.plan import Kept, PruningPlan, Row
+from halflap.compress.kinds import axis_name, block_counts, owner
+from halflap.compress.plan import Kept, PruningPlan, Row, kept_indices
+from halflap.compress.prune import dim_indices
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, ModelConfig
+from halflap.models.config import (
+    AttentionConfig,
+    BlockConfig,
+    HybridConfig,
+    Mamba1Config,
+    Mamba2Config,
+    MLPConfig,
+    ModelConfig,
+)
+from halflap.models.layout import layout
 
 # Of several depth scores in a file, the first of these is used: removal says more than influence (spec section 2.2).
 DEPTH_ORDER: tuple[str, ...] = ("kl", "loss", "logit_mse", "hidden_mse", "block_influence", "weight_norm", "random")
@@ -33,10 +46,13 @@ def plan_for(
     hidden = sizes.hidden_size or config.hidden_size
     if hidden < config.hidden_size:
         keep["hidden"] = _row(top(importance.widths["hidden"].sum(0), hidden))
+    keep |= _rank_shared(importance.widths, config, blocks, sizes)
     for index in blocks:
         block = config.blocks[index]
-        keep |= RANKERS[type(block)](importance.widths, f"blocks.{index}", block, target_counts(block, sizes))
-    dropped = dropped_energy(importance, config, blocks, keep) if norm_correction == "calibrated" else {}
+        keep |= RANKERS[type(block)](importance.widths, index, block, target_counts(block, sizes), keep)
+    dropped = {}
+    if norm_correction == "calibrated":
+        dropped = dropped_energy(importance, config, blocks, keep)
     return PruningPlan(teacher, config, blocks, keep, norm_correction, dropped, importance.digest)
 
 
@@ -63,7 +79,7 @@ def drop_order(importance: Importance, config: ModelConfig) -> Row:
     """All blocks, the least important first; blocks of one layer together, by the sum of their scores.
 
     The best of every kind goes last of all: without any attention, say, a model is another kind of model, which stock
-    transformers cannot decode with a cache.
+    transformers cannot decode with a cache. A block whose keys and values others read goes after them.
     """
     metric = next((name for name in DEPTH_ORDER if name in importance.depth), None)
     if metric is None:
@@ -75,7 +91,19 @@ def drop_order(importance: Importance, config: ModelConfig) -> Row:
     units = sorted(depth_units(config), key=lambda unit: sum(scores[index] for index in unit))
     best = {type(config.blocks[index]): unit for unit in units for index in unit}
     units.sort(key=lambda unit: unit in best.values())  # stable
-    return tuple(index for unit in units for index in unit)
+    return tuple(index for unit in _readers_first(units, config) for index in unit)
+
+
+def _readers_first(units: Sequence[Row], config: ModelConfig) -> list[Row]:
+    """In this order, but that a unit waits for those that read its keys and values."""
+    readers, waiting = readers_of(config), list(units)
+    ordered: list[Row] = []
+    while waiting:
+        gone = {index for unit in ordered for index in unit}
+        unit = next(u for u in waiting if all({*readers.get(index, ())} <= gone | {*u} for index in u))
+        waiting.remove(unit)
+        ordered.append(unit)
+    return ordered
 
 
 # ---- width
@@ -88,47 +116,90 @@ def nested_ranking(scores: Tensor, heads: int, channels: int) -> tuple[Tensor, T
     return top(by_head, heads), kept_channels
 
 
+Widths = Mapping[str, Tensor]
+
+
 def _rank_mamba2(
-    widths: Mapping[str, Tensor], prefix: str, block: BlockConfig, count: Mapping[str, int]
+    widths: Widths, index: int, block: Mamba2Config, count: Mapping[str, int], keep: Mapping[str, Kept]
 ) -> dict[str, Kept]:
-    assert isinstance(block, Mamba2Config)
-    keep: dict[str, Kept] = {}
+    del keep
+    prefix, found = f"blocks.{index}", dict[str, Kept]()
     if count["head"] < block.heads_per_group or count["channel"] < block.head_dim:
         heads, channels = nested_ranking(widths[f"{prefix}.inner"], count["head"], count["channel"])
-        keep = {f"{prefix}.head": _table(heads), f"{prefix}.channel": _row(channels)}
+        found = {f"{prefix}.head": _table(heads), f"{prefix}.channel": _row(channels)}
     if count["state"] < block.state_size:
-        keep[f"{prefix}.state"] = _table(top(widths[f"{prefix}.state"], count["state"]))
+        found[f"{prefix}.state"] = _table(top(widths[f"{prefix}.state"], count["state"]))
+    return found
+
+
+def _rank_shared(widths: Widths, config: ModelConfig, blocks: Row, sizes: Sizes) -> dict[str, Kept]:
+    """Key/value heads and value channels, the latter first, of every block that has its own."""
+    keep: dict[str, Kept] = {}
+    for index in blocks:
+        block = config.blocks[index]
+        if block.attention is None or owner(block, index) != index:
+            continue
+        readers = [other for other in blocks if owner(config.blocks[other], other) == index]
+        scores = [_head_channels(widths, other).double() for other in readers]
+        own, count = block_counts(block), target_counts(block, sizes)
+        if count.get("value_channel", 0) < own.get("value_channel", 0):
+            total = torch.stack([torch.linalg.vector_norm(score, dim=(0, 1)) for score in scores]).sum(0)
+            keep[f"blocks.{index}.value_channel"] = _row(channels := top(total, count["value_channel"]))
+            scores = [score[..., channels] for score in scores]
+        if count["kv"] < own["kv"]:
+            total = torch.stack([torch.linalg.vector_norm(score, dim=(1, 2)) for score in scores]).sum(0)
+            keep[f"blocks.{index}.kv"] = _row(top(total, count["kv"]))
     return keep
 
 
-def _rank_attention(
-    widths: Mapping[str, Tensor], prefix: str, block: BlockConfig, count: Mapping[str, int]
-) -> dict[str, Kept]:
-    assert isinstance(block, AttentionConfig)
-    if count == block_counts(block):
-        return {}
-    scores, keep = widths[f"{prefix}.query"], dict[str, Kept]()
-    if count["kv"] < block.num_key_value_heads:
-        kv = top(torch.linalg.vector_norm(scores.double(), dim=-1), count["kv"])
-        scores, keep[f"{prefix}.kv"] = scores[kv], _row(kv)
-    if count["query"] < block.queries_per_key_value_head:
-        keep[f"{prefix}.query"] = _table(top(scores, count["query"]))
-    return keep
+def _head_channels(widths: Widths, index: int) -> Tensor:
+    """Scores (K, H/K, P) of query heads by output channel; of plain attention (K, H/K, 1)."""
+    hybrid = widths.get(f"blocks.{index}.inner")
+    return widths[f"blocks.{index}.query"][..., None] if hybrid is None else hybrid
 
 
-def _rank_mlp(
-    widths: Mapping[str, Tensor], prefix: str, block: BlockConfig, count: Mapping[str, int]
+def _rank_queries(
+    widths: Widths, index: int, block: BlockConfig, count: Mapping[str, int], keep: Mapping[str, Kept]
 ) -> dict[str, Kept]:
-    assert isinstance(block, MLPConfig)
-    if count["neuron"] == block.intermediate_size:
+    """By the kept channels, within the kept key/value heads."""
+    if count["query"] == block_counts(block)["query"]:
         return {}
-    return {f"{prefix}.neuron": _row(top(widths[f"{prefix}.neuron"], count["neuron"]))}
+    scores = _head_channels(widths, index).double()
+    for dim, axis in enumerate(("kv", "query", "value_channel")):
+        if axis != "query" and (kept := keep.get(axis_name(block, index, axis))) is not None:
+            scores = scores.index_select(dim, torch.tensor(kept))
+    return {f"blocks.{index}.query": _table(top(torch.linalg.vector_norm(scores, dim=-1), count["query"]))}
+
+
+def _rank_hybrid(
+    widths: Widths, index: int, block: HybridConfig, count: Mapping[str, int], keep: Mapping[str, Kept]
+) -> dict[str, Kept]:
+    found = _rank_queries(widths, index, block, count, keep)
+    if count["state"] < block.ssm.state_size:
+        scores = widths[f"blocks.{index}.state"]
+        if isinstance(block.ssm, Mamba1Config):
+            found[f"blocks.{index}.state"] = _row(top(scores, count["state"]))
+        else:
+            groups: Any = keep.get(axis_name(block, index, "kv"), range(len(scores)))
+            found[f"blocks.{index}.state"] = _table(top(scores[list(groups)], count["state"]))
+    return found
+
+
+def _rank_rows(
+    widths: Widths, index: int, block: BlockConfig, count: Mapping[str, int], keep: Mapping[str, Kept]
+) -> dict[str, Kept]:
+    """Axes that are ranked by themselves."""
+    del keep
+    cut = [axis for axis, own in block_counts(block).items() if count[axis] < own]
+    return {f"blocks.{index}.{axis}": _row(top(widths[f"blocks.{index}.{axis}"], count[axis])) for axis in cut}
 
 
 RANKERS: dict[type, Callable[..., dict[str, Kept]]] = {
     Mamba2Config: _rank_mamba2,
-    AttentionConfig: _rank_attention,
-    MLPConfig: _rank_mlp,
+    Mamba1Config: _rank_rows,
+    AttentionConfig: _rank_queries,
+    HybridConfig: _rank_hybrid,
+    MLPConfig: _rank_rows,
 }
 
 
@@ -148,27 +219,21 @@ def dropped_energy(
 ) -> dict[str, tuple[float, ...]]:
     """What every cut norm loses (see `correction.Dropped`), as the calibration text has it; empty if not measured."""
     dropped: dict[str, tuple[float, ...]] = {}
-    if "hidden" in keep:
-        for name in [*(f"blocks.{index}.norm" for index in blocks), "norm"]:
-            energy, means = importance.energy.get(f"{name}.weight"), importance.mean.get(f"{name}.bias")
-            if energy is None:
-                continue
-            kept = energy[list(keep["hidden"])]
-            if means is not None:  # the student's norm subtracts this mean, so its square is lost too
-                mean = float(means[list(keep["hidden"])].double().mean())
-                dropped[f"{name}.bias"] = (mean,)
-                kept = kept.double() - mean**2
-            dropped[f"{name}.weight"] = (_lost(energy, kept),)
-    for index in blocks:
-        block, name = config.blocks[index], f"blocks.{index}.mixer.norm.weight"
-        energy = importance.energy.get(name)
-        cut = f"blocks.{index}.head" in keep or f"blocks.{index}.channel" in keep
-        if isinstance(block, Mamba2Config) and energy is not None and cut:
-            heads: Any = keep.get(f"blocks.{index}.head", (tuple(range(block.heads_per_group)),) * block.num_groups)
-            channels: Any = keep.get(f"blocks.{index}.channel", tuple(range(block.head_dim)))
-            dropped[name] = tuple(
-                _lost(own, own[list(row)][:, list(channels)]) for own, row in zip(energy, heads, strict=True)
-            )
+    shape = PruningPlan("", config, blocks, keep, "none").student
+    table = layout(config)
+    for norm in norms(config, shape, blocks):
+        energy = importance.energy.get(norm.name)
+        if norm.kept == norm.total or energy is None:
+            continue
+        kept = energy.double().flatten()[dim_indices(table[norm.name][0], keep)]
+        if norm.bias is not None:  # the student's norm subtracts this mean, so its square is lost too
+            mean = float(importance.mean[norm.bias].double()[dim_indices(table[norm.bias][0], keep)].mean())
+            dropped[norm.bias] = (mean,)
+            kept = kept - mean**2
+        whole = energy.double()[None]
+        if norm.groups > 1:
+            whole = energy.double()[list(kept_indices(table[norm.name][0][0][0], keep))]
+        dropped[norm.name] = tuple(map(_lost, whole.flatten(1), kept.reshape(norm.groups, -1)))
     return dropped
 
 

@@ -15,19 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halflap.compress.axes import (
-    Sizes,
-    block_sizes,
-    check_sizes,
-    depth_units,
-    largest_sizes,
-    resize,
-    resize_block,
-    target_counts,
-)
+from halflap.compress.axes import Sizes, check_sizes, depth_units, largest_sizes, resize, target_counts
+from halflap.compress.kinds import block_sizes, resize_block
 from halflap.errors import HalflapError
-from halflap.models.config import BlockConfig, Mamba2Config, ModelConfig
+from halflap.models.config import BlockConfig, HybridConfig, Mamba2Config, ModelConfig
 from halflap.models.count import count_non_embedding_parameters, count_parameters, flops_per_token, memory_bytes
+from halflap.models.sharing import with_source
 
 WITHIN = 0.95  # a student comes within 5 % below its ceiling where the space allows
 
@@ -102,15 +95,17 @@ class SearchSpace:
     intermediate_size: tuple[int, ...] = ()
     """Neurons of each MLP."""
     mamba_num_heads: tuple[int, ...] = ()
-    """Heads of each Mamba block."""
+    """Heads of each Mamba-2 block."""
     mamba_head_dim: tuple[int, ...] = ()
-    """Channels of a Mamba head."""
+    """Channels of a Mamba-2 head; of hybrid blocks, of an attention head's values and the SSM beside them."""
     ssm_state_size: tuple[int, ...] = ()
     """State sizes of a Mamba block."""
     num_attention_heads: tuple[int, ...] = ()
-    """Query heads of each attention block."""
+    """Query heads of each attention or hybrid block."""
     num_key_value_heads: tuple[int, ...] = ()
-    """Key/value heads of each attention block."""
+    """Key/value heads of each attention or hybrid block."""
+    mamba_intermediate_size: tuple[int, ...] = ()
+    """Channels of each Mamba-1 block."""
     num_blocks: tuple[int, ...] = ()
     """Numbers of blocks that stay."""
     max_width_cut: float = 0.4
@@ -126,9 +121,16 @@ class SearchSpace:
                 )
 
 
-# Axes that automatic choices leave whole: attention is 8 % of a hybrid and pruned in none of the published students,
-# and cutting the state size is untried.
+# Axes that automatic choices leave whole: attention is 8 % of a Nemotron-H and whole in all published students, and
+# cutting the state size is untried. On the query heads of hybrid blocks hang the channels of their SSM.
 LEFT_WHOLE = ("num_attention_heads", "num_key_value_heads", "ssm_state_size")
+
+
+def left_whole(teacher: ModelConfig) -> tuple[str, ...]:
+    """Names of `LEFT_WHOLE` that this teacher has reasons for."""
+    hybrid = any(isinstance(block, HybridConfig) for block in teacher.blocks)
+    return tuple(name for name in LEFT_WHOLE if not (hybrid and name == "num_attention_heads"))
+
 
 # How much a cut of each size hurts (order of Taghibakhshi et al. 2025: depth, Mamba heads, then FFN and hidden;
 # channels worse than heads), on the squared logarithm of the cut. It decides which candidates are looked at first.
@@ -136,6 +138,7 @@ HURTS: dict[str, float] = {
     "num_blocks": 16,
     "mamba_head_dim": 4,
     "mamba_num_heads": 3,
+    "mamba_intermediate_size": 3,
     "num_key_value_heads": 3,
     "hidden_size": 2,
     "num_attention_heads": 2,
@@ -188,20 +191,27 @@ def choices(
 def _automatic(
     teacher: ModelConfig, space: SearchSpace, name: str, largest: int, with_depth: bool, least: int
 ) -> tuple[int, ...]:
-    if name in LEFT_WHOLE or (name == "num_blocks" and not with_depth):
+    if name in left_whole(teacher) or (name == "num_blocks" and not with_depth):
         return (largest,)
     if name == "num_blocks":
         unit = len(depth_units(teacher)[0])
         step = unit * max(1, round(largest / 26 / unit))  # 2 of the 52 blocks of the 8B
         return tuple(range(largest, math.ceil((1 - space.max_depth_cut) * largest) - 1, -step))
     if name == "mamba_num_heads":
-        groups = math.lcm(*(block.num_groups for block in teacher.blocks if isinstance(block, Mamba2Config)))
-        step = groups * _step(largest // groups, 1)
+        step = _step_of_heads(largest, [b.num_groups for b in teacher.blocks if isinstance(b, Mamba2Config)])
+    elif name == "num_attention_heads":
+        step = _step_of_heads(largest, [b.attention.num_key_value_heads for b in teacher.blocks if b.attention])
     elif name == "mamba_head_dim":
         step = max(1, largest // 8)
     else:
         step = _step(largest, least)
     return tuple(range(largest, math.ceil((1 - space.max_width_cut) * largest) - 1, -step))
+
+
+def _step_of_heads(largest: int, parents: list[int]) -> int:
+    """Every group, or key/value head, keeps equally many."""
+    common = math.lcm(*parents)
+    return common * _step(largest // common, 1)
 
 
 def _step(size: int, least: int) -> int:
@@ -313,16 +323,17 @@ class _Costs:
     def _kept(self, num_blocks: int) -> Counter[BlockConfig]:
         if num_blocks not in self._blocks:
             kept = kept_after(self.teacher, Sizes(num_blocks=num_blocks), self.drop_order)
-            self._blocks[num_blocks] = Counter(self.teacher.blocks[index] for index in kept)
+            self._blocks[num_blocks] = Counter(with_source(self.teacher.blocks[index], 0) for index in kept)
         return self._blocks[num_blocks]
 
     def _block(self, name: str, hidden: int, block: BlockConfig, values: tuple[int, ...]) -> float:
-        """What one more block of these sizes adds."""
+        """What one more block of these sizes adds; one that reads another's keys and values needs that beside it."""
         key = (name, hidden, id(block), values)
         if key not in self._known:
             sizes: dict[str, Any] = dict(zip(block_sizes(block), values, strict=True))
             resized = resize_block(block, target_counts(block, Sizes(**sizes)))
-            self._known[key] = self._exact(name, hidden, resized, resized) - self._exact(name, hidden, resized)
+            beside = with_source(resized, None)
+            self._known[key] = self._exact(name, hidden, beside, resized) - self._exact(name, hidden, beside)
         return self._known[key]
 
     def _rest(self, name: str, hidden: int) -> float:
@@ -346,7 +357,7 @@ def _check_reachable(
         if reachable > limit:
             whole = largest_sizes(teacher)
             sizes = ", ".join(f"{size} {value}" for size, value in smallest.items() if value < whole[size])
-            uncut = [size for size in LEFT_WHOLE if 1 < whole.get(size, 0) == smallest[size]]
+            uncut = [size for size in left_whole(teacher) if 1 < whole.get(size, 0) == smallest[size]]
             flags = " or ".join(f"--space.{size.replace('_', '-')}" for size in ("hidden_size", *uncut))
             raise HalflapError(
                 f"a budget of {limit:,.0f} {UNITS[name]} cannot be met: the smallest student of this search space has "

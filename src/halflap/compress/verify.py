@@ -111,8 +111,7 @@ def changed_tensors(student: Checkpoint, expected: Iterable[tuple[str, Tensor]])
 
 def plans_by_axis(plan: PruningPlan) -> dict[str, PruningPlan]:
     """For every size that the plan cuts, the plan that cuts only it; `num_blocks` drops only the blocks."""
-    short = {axis.size: axis.axis for axis in AXES}
-    groups = {size: [axis] for size, axis in short.items()} | {"mamba_num_groups": ["group"]}
+    groups = AXES | {"mamba_num_groups": ("group",)}
     plans = {}
     everything = tuple(range(len(plan.teacher_config.blocks)))
     for size, names in groups.items():
@@ -128,7 +127,7 @@ def _only(plan: PruningPlan, keep_blocks: tuple[int, ...], keep: Mapping[str, Ke
     """The same kind of plan with fewer cuts; measured energies carry over where the norm is cut alike."""
     shape = dataclasses.replace(plan, keep_blocks=keep_blocks, keep=keep, norm_correction="none", dropped={})
     dropped = {
-        name: plan.dropped.get(name, (0.0,) * norm.groups)
+        name: shares if len(shares := plan.dropped.get(name, ())) == norm.groups else (0.0,) * norm.groups
         for norm in norms(plan.teacher_config, shape.student, keep_blocks)
         if plan.norm_correction == "calibrated" and norm.kept != norm.total
         for name in (norm.name, norm.bias)

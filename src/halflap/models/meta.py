@@ -47,3 +47,8 @@ def with_meta_tokens(embedded: Tensor, slot: Tensor, meta_tokens: Tensor) -> Ten
     """embedded (B, L, D) with the meta tokens (M, D) in their slots."""
     meta = torch.nn.functional.embedding(slot.clamp(min=0), meta_tokens)
     return torch.where((slot >= 0)[..., None], meta, embedded)
+
+
+def text_places(tokens: Tensor, segments: Tensor | None, count: int) -> Tensor:
+    """Where each of tokens (B, T) stands among the positions of a pass without a cache: (B, T) int64."""
+    return widen(tokens, torch.ones_like(tokens) if segments is None else segments, count).place

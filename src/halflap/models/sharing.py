@@ -85,13 +85,19 @@ def keep_blocks(blocks: Sequence[BlockConfig], kept: Sequence[int]) -> tuple[Blo
 
 
 def _renumber(block: BlockConfig, index: int, place: dict[int, int]) -> BlockConfig:
-    attention = block.attention
-    if attention is None or (source := attention.key_value_source) is None:
-        return block
-    if source not in place:
+    source = None if block.attention is None else block.attention.key_value_source
+    if source is not None and source not in place:
         raise HalflapError(
             f"block {index} reads the keys and values of block {source}, which is dropped; keep block {source}, or "
             f"drop block {index} too"
         )
-    moved = dataclasses.replace(attention, key_value_source=place[source])
+    return block if source is None else with_source(block, place[source])
+
+
+def with_source(block: BlockConfig, source: int | None) -> BlockConfig:
+    """A block that reads another one's keys and values with another source, None its own; others as they are."""
+    attention = block.attention
+    if attention is None or attention.key_value_source is None:
+        return block
+    moved = dataclasses.replace(attention, key_value_source=source)
     return moved if block is attention else dataclasses.replace(block, attention=moved)  # type: ignore[call-arg]

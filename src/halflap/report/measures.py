@@ -16,6 +16,7 @@ SIZES = {
     "hidden_size": "hidden",
     "intermediate_size": "neurons",
     "mamba_num_heads": "Mamba heads",
+    "mamba_intermediate_size": "Mamba channels",
     "mamba_head_dim": "channels",
     "ssm_state_size": "state",
     "num_attention_heads": "query heads",
