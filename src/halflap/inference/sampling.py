@@ -1,8 +1,9 @@
 """From logits to the next token: penalties, filters and one draw, as pure functions.
 
 Order and definitions are those of Hugging Face's `generate`: repetition penalty (Keskar et al. 2019), temperature,
-top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). A draw inverts the cumulative distribution at one
-uniform number a row, so what a row gets depends on its own generator only, never on the rest of the batch.
+top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). A draw takes the largest of logits plus Gumbel noise
+of the row's own generator (the Gumbel-max trick), so it depends on no other row of the batch, and two models that draw
+with the same noise mostly draw the same token, which is how guesses come true (chooser.py).
 Legend: B batch, V vocabulary.
 """
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from halflap.inference.requests import SamplingParams
+
+SMALLEST = 1e-38  # of exponential numbers, whose logarithm is taken
 
 
 def row_generators(params: SamplingParams, rows: int) -> list[torch.Generator]:
@@ -56,16 +59,16 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token a row (B,) from softmax(logits (B, V)), at the next number of each row's generator."""
-    return draw_at(logits, torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]))
+    """One token a row (B,) from softmax(logits (B, V)), with the next noise of each row's generator."""
+    return draw_with(logits, torch.stack([noise(logits.shape[-1], generator) for generator in generators]))
 
 
-def draw_at(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The tokens (B,) at which softmax(logits (B, V)), summed up, passes uniform (B,) float64.
+def noise(size: int, generator: torch.Generator) -> Tensor:
+    """What one draw adds to logits: Gumbel noise (V,) float32, on the generator's device."""
+    spread = torch.empty(size, device=generator.device).exponential_(generator=generator)
+    return -spread.clamp_(min=SMALLEST).log_()
 
-    float64 sums keep removed tokens at exactly no mass.
-    """
-    total = logits.double().softmax(-1).cumsum(-1)
-    target = uniform.to(logits.device)[:, None] * total[:, -1:]
-    # right=True: the first token whose cumulative mass exceeds the target, so that a token without mass is never drawn
-    return torch.searchsorted(total, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+def draw_with(logits: Tensor, added: Tensor) -> Tensor:
+    """The likeliest tokens (B,) of logits (B, V) plus noise (B, V); removed tokens stay at minus infinity."""
+    return (logits + added.to(logits.device)).argmax(-1)

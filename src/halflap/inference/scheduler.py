@@ -93,6 +93,7 @@ class Scheduler:
         if self.rows:
             self._decode()
 
+    @torch.inference_mode()
     def abandon(self, reason: FinishReason, error: str | None = None) -> None:
         """End every request."""
         for job in list(self.jobs.values()):
