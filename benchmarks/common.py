@@ -9,6 +9,7 @@ attention, fused AdamW, no cache while training, last logits only in prefill, a 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -25,9 +26,11 @@ import torch
 
 from halflap import environment
 from halflap.checkpoints.checkpoint import save_model
-from halflap.models.config import Mamba2Config
+from halflap.models.config import Mamba2Config, MLPConfig, ModelConfig
+from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel, initialize
-from halflap.models.presets import preset
+from halflap.models.presets import hymba, llama, preset
+from halflap.models.stack import with_parameters
 from halflap.ops import select
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,8 +38,11 @@ THREADS = 2
 SIZES = {"55m": "nemotron-h-55m", "205m": "nemotron-h-205m"}
 
 
-def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
-    """--sizes, --repeats, --threads, --out and the script's own numbers, by their defaults."""
+def arguments(description: str | None, quick: Mapping[str, Any] | None = None, **defaults: Any) -> argparse.Namespace:
+    """--sizes, --repeats, --threads, --out and the script's own numbers, by their defaults.
+
+    quick: what --quick sets instead, for a trial of the script whose figures mean nothing and are kept elsewhere.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each side")
@@ -46,7 +52,12 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
         listed = isinstance(default, (list, tuple))
         kind = type(default[0]) if listed else type(default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+" if listed else None, default=default)
+    if quick is not None:
+        parser.add_argument("--quick", action="store_true", help="a trial at toy size; its figures mean nothing")
     chosen = parser.parse_args()
+    if quick is not None and chosen.quick:
+        parser.set_defaults(repeats=1, out=Path(tempfile.gettempdir()) / "halflap-benchmarks", **quick)
+        chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     return chosen
 
@@ -107,9 +118,7 @@ def spread(times: Sequence[float], amount: float = 1.0) -> dict[str, float]:
 
 
 def our_model(size: str, seed: int = 0) -> HybridModel:
-    model = HybridModel(preset(SIZES.get(size, size)))
-    initialize(model, seed)
-    return model
+    return random_model(preset(SIZES.get(size, size)), seed)
 
 
 def both_models(size: str, dtype: torch.dtype = torch.float32) -> tuple[HybridModel, Any]:
@@ -126,6 +135,44 @@ def stock_model(directory: str, dtype: torch.dtype) -> Any:
 
     transformers.logging.set_verbosity_error()
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def hymba_and_transformer(size: str = "", **changes: Any) -> dict[str, ModelConfig]:
+    """A Hymba of 55 M parameters, and a Transformer with the same heads and (by its MLPs' width, to 1 %) parameters.
+
+    size "tiny" gives both at toy size; changes go to `presets.hymba`.
+    """
+    layers, hidden, mlp = (4, 64, 64) if size == "tiny" else (12, 512, 1344)
+    heads = (hidden // 64 * 2, hidden // 64) if size == "tiny" else (8, 4)
+    shape: dict[str, Any] = {"vocab": 8192, "original_context": None, "context": 65536}
+    ours = hymba(layers, hidden=hidden, mlp=mlp, heads=heads, **shape | changes)
+    width = hidden // heads[0]
+    stock = llama(layers * 4 // 3, hidden=hidden, mlp=mlp, attention=(*heads, width), vocab=ours.vocab_size, tied=True)
+    equal = with_parameters(stock, count_parameters(ours))
+    return {"hymba": ours, "transformer": dataclasses.replace(equal, max_position_embeddings=65536)}
+
+
+def shape_of(config: ModelConfig) -> dict[str, Any]:
+    """What a result says about a model."""
+    attention = next(block.attention for block in config.blocks if block.attention is not None)
+    mlp = next(block for block in config.blocks if isinstance(block, MLPConfig))
+    found = {
+        "parameters": count_parameters(config),
+        "layers": len(config.blocks) // 2,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": mlp.intermediate_size,
+        "heads": attention.num_attention_heads,
+        "key_value_heads": attention.num_key_value_heads,
+        "vocab_size": config.vocab_size,
+    }
+    windows = {block.attention.window for block in config.blocks if block.attention is not None} - {None}
+    return found | ({"window": max(windows), "meta_tokens": config.num_meta_tokens} if windows else {})
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> HybridModel:
+    model = HybridModel(config)
+    initialize(model, seed)
+    return model
 
 
 def random_tokens(model: HybridModel, batch: int, time: int, seed: int = 0) -> torch.Tensor:

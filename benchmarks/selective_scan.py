@@ -1,9 +1,11 @@
 """The selective scan at the shapes of a 50 M Hymba: forward, and forward with backward; milliseconds and peak memory.
 
 Sides: `native`, the kernels; `plain`, the chunked form in PyTorch; `loop`, the recurrence one token at a time;
-`transformers`, what its Mamba runs without CUDA kernels (its slow path). All get time steps after softplus, D and no
-gate, in the layout they like, and gradients of everything. Memory is what a call adds to the peak of a process of its
-own that has run it once on few tokens.
+`transformers`, what its Mamba runs without CUDA kernels (its slow path). Of two parts: `scan` alone, which all get with
+time steps after softplus, D and no gate, in the layout they like; `inner`, from the projected input to the gated
+output (convolution, time steps, B and C with Jamba's norms, scan, gate), bfloat16 under autocast, against
+transformers' JambaMambaMixer between its projections. Gradients are of everything. Memory is what a call adds to the
+peak of a process of its own that has run it once on few tokens.
 """
 
 from __future__ import annotations
@@ -12,16 +14,24 @@ import json
 import resource
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import Report, arguments, interleave, run_apart, spread
+from halflap.models.config import Mamba1Config
+from halflap.models.context import SequenceContext
+from halflap.models.mamba1 import Mamba1Inner
+from halflap.ops import select
 from halflap.ops import selective_scan as plain
 from halflap.ops.native import selective_scan as native
 
-SIDES = ("native", "plain", "loop", "transformers")
-GOALS = {"forward": ("10 x the loop", "2 x transformers"), "both": ("5 x the loop", "2 x transformers")}
+SIDES = {"scan": ("native", "plain", "loop", "transformers"), "inner": ("native", "plain", "transformers")}
+GOALS = {"forward": {"over_loop": 10, "over_transformers": 2}, "both": {"over_loop": 5, "over_transformers": 2}}
+MEMORY_GOAL = 1.0  # native over transformers, at most
+
+Output = Callable[[], tuple[Tensor, list[Tensor]]]  # of one call, and what to differentiate by
 
 
 def scan_inputs(channels: int, states: int, time: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -33,17 +43,17 @@ def scan_inputs(channels: int, states: int, time: int, dtype: torch.dtype) -> di
     return {"u": rows[0], "dt": step.to(dtype), "A": A, "B": rows[1], "C": rows[2], "D": torch.ones(channels)}
 
 
-def call(side: str, inputs: dict[str, Tensor], gradients: bool) -> Callable[[], None]:
-    """A call of one side; with `gradients`, of all inputs for a gradient of ones."""
+def scan(side: str, channels: int, states: int, time: int, dtype: torch.dtype) -> Output:
+    """The recurrence alone."""
+    inputs = scan_inputs(channels, states, time, dtype)
     if side == "transformers":
         from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-        theirs = {k: v.transpose(1, 2).contiguous() if v.dim() == 3 else v for k, v in inputs.items()}
-        theirs["hidden_states"] = theirs.pop("u")
-        inputs = theirs
+        inputs = {k: v.transpose(1, 2).contiguous() if v.dim() == 3 else v for k, v in inputs.items()}
+        inputs["hidden_states"] = inputs.pop("u")
 
-        def scan(**leaves: Tensor) -> Tensor:
-            return mamba_selective_scan(**leaves, return_last_state=True)[0]
+        def function(**leaves: Tensor) -> Any:
+            return mamba_selective_scan(**leaves, return_last_state=True)
     else:
         function = {
             "native": native.selective_scan,
@@ -51,17 +61,57 @@ def call(side: str, inputs: dict[str, Tensor], gradients: bool) -> Callable[[], 
             "loop": plain.selective_recurrence,
         }[side]
 
-        def scan(**leaves: Tensor) -> Tensor:
-            return function(**leaves)[0]
+    def run() -> tuple[Tensor, list[Tensor]]:
+        leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+        return function(**leaves)[0], list(leaves.values())
+
+    return run
+
+
+def inner(side: str, channels: int, states: int, time: int, dtype: torch.dtype) -> Output:
+    """Convolution, time steps, B and C, scan and gate: a mixer between its two projections."""
+    rank = channels // 32
+    mixer: nn.Module
+    if side == "transformers":
+        mixer = jamba_mixer(channels, states, rank)
+    else:
+        mixer = Mamba1Inner(Mamba1Config(channels, states, rank))
+        nn.init.uniform_(mixer.dt_bias, -6.9, -2.3)
+        nn.init.constant_(mixer.x_proj.weight, 0.02)
+    projected = torch.randn(1, time, 2 * channels, generator=torch.Generator().manual_seed(0)).to(dtype)
+    context = SequenceContext(positions=torch.arange(time)[None])
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        leaf = projected.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            if side == "transformers":
+                return mixer(leaf), [leaf, *mixer.parameters()]
+            with select.using(side):
+                return mixer.mix(leaf, context), [leaf, *mixer.parameters()]
+
+    return run
+
+
+def jamba_mixer(channels: int, states: int, rank: int) -> nn.Module:
+    """transformers' Mamba-1 mixer with norms, its projections taken out."""
+    from transformers import JambaConfig
+    from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+
+    config = JambaConfig(hidden_size=channels // 2, mamba_expand=2, mamba_d_state=states, mamba_dt_rank=rank)
+    mixer = JambaMambaMixer(config, 0).eval()
+    mixer.in_proj, mixer.out_proj = nn.Identity(), nn.Identity()
+    return mixer
+
+
+def call(part: str, side: str, shape: tuple[int, int, int], dtype: torch.dtype, gradients: bool) -> Callable[[], None]:
+    """A call of one side; with `gradients`, of all inputs and parameters for a gradient of ones."""
+    output = {"scan": scan, "inner": inner}[part](side, *shape, dtype)
 
     def run() -> None:
-        if not gradients:
-            with torch.no_grad():
-                scan(**inputs)
-            return
-        leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
-        y = scan(**leaves)
-        torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
+        with torch.set_grad_enabled(gradients):
+            y, leaves = output()
+            if gradients:
+                torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     return run
 
@@ -70,40 +120,48 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(side: str, channels: int, states: int, time: int, dtype: torch.dtype, gradients: bool) -> dict[str, float]:
+def measure(part: str, side: str, channels: str, states: str, time: str, dtype: str, what: str) -> dict[str, float]:
     """Bytes that one call adds to the peak; runs in a process of its own."""
     torch.set_num_threads(1)
-    call(side, scan_inputs(channels, states, 64, dtype), gradients)()
-    run = call(side, scan_inputs(channels, states, time, dtype), gradients)
+    call(part, side, (int(channels), int(states), 64), getattr(torch, dtype), what == "both")()
+    run = call(part, side, (int(channels), int(states), int(time)), getattr(torch, dtype), what == "both")
     before = peak()
     run()
     return {"bytes": max(peak() - before, 4096)}  # not less than a page
 
 
+def compare(part: str, shape: tuple[int, int, int], dtype: str, what: str, repeats: int) -> dict[str, Any]:
+    """A row: times and memory of all sides, and how ours compare with the others."""
+    sides = {side: call(part, side, shape, getattr(torch, dtype), what == "both") for side in SIDES[part]}
+    times = interleave(sides, repeats)
+    taken = {side: spread([1 / (1000 * t) for t in times[side]]) for side in sides}
+    sizes = [str(n) for n in shape]
+    mib = {
+        side: run_apart("selective_scan.py", "--measure", part, side, *sizes, dtype, what)["bytes"] / 2**20
+        for side in sides
+    }
+    ours = taken["native"]["median"]
+    return {
+        **{f"{side}_ms": milliseconds for side, milliseconds in taken.items()},
+        **{f"{side}_mib": size for side, size in mib.items()},
+        **{f"over_{side}": taken[side]["median"] / ours for side in sides if side in ("loop", "transformers")},
+        "memory_ratio": mib["native"] / mib["transformers"],
+    }
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        side, channels, states, time, dtype, what = sys.argv[2:]
-        found = measure(side, int(channels), int(states), int(time), getattr(torch, dtype), what == "both")
-        print(json.dumps(found))
+        print(json.dumps(measure(*sys.argv[2:])))
         return
-    chosen = arguments(__doc__, tokens=2048, channels=1024, states=16, dtypes=["float32", "bfloat16"])
+    quick = {"tokens": 128, "channels": 64, "states": 8}
+    chosen = arguments(__doc__, quick, tokens=2048, channels=1024, states=16, dtypes=["float32", "bfloat16"])
     report = Report("selective_scan", chosen.out, chosen.threads)
-    for dtype in chosen.dtypes:
-        inputs = scan_inputs(chosen.channels, chosen.states, chosen.tokens, getattr(torch, dtype))
-        for what in GOALS:
-            times = interleave({side: call(side, inputs, what == "both") for side in SIDES}, chosen.repeats)
-            milliseconds = {side: spread([1 / (1000 * t) for t in times[side]]) for side in SIDES}
-            shape = [str(n) for n in (chosen.channels, chosen.states, chosen.tokens)]
-            mib = {
-                f"{side}_mib": run_apart("selective_scan.py", "--measure", side, *shape, dtype, what)["bytes"] / 2**20
-                for side in SIDES
-            }
-            report.add(
-                dtype=dtype, what=what, **{f"{side}_ms": taken for side, taken in milliseconds.items()}, **mib,
-                over_loop=milliseconds["loop"]["median"] / milliseconds["native"]["median"],
-                over_transformers=milliseconds["transformers"]["median"] / milliseconds["native"]["median"],
-                memory_ratio=mib["native_mib"] / mib["transformers_mib"], goals=GOALS[what],
-            )  # fmt: skip
+    shape = chosen.channels, chosen.states, chosen.tokens
+    report.add(channels=shape[0], states=shape[1], tokens=shape[2], goals=GOALS, memory_ratio_goal=MEMORY_GOAL)
+    for part in SIDES:
+        for dtype in chosen.dtypes:
+            for what in GOALS:
+                report.add(part=part, dtype=dtype, what=what, **compare(part, shape, dtype, what, chosen.repeats))
     report.write()
 
 
