@@ -33,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [" ".join(generator.choices(words, k=generator.randint(30, 90))) for _ in range(200)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     train_tokenizer(documents, 300).save(folder / "tokenizer")
-    for name in ("nemotron-h-tiny", "llama-tiny"):
+    for name in ("nemotron-h-tiny", "llama-tiny", "hymba-tiny"):
         model = HybridModel(preset(name))
         initialize(model, 0)
         save_model(model, folder / name, tokenizer_from=folder / "tokenizer", dtype="bfloat16")
@@ -108,7 +108,7 @@ def test_distill_goes_on_from_the_lineage(
     assert stored["steps"] == result["steps"]
 
 
-@pytest.mark.parametrize("family", ["nemotron-h-tiny", "llama-tiny"])
+@pytest.mark.parametrize("family", ["nemotron-h-tiny", "llama-tiny", "hymba-tiny"])
 def test_compress_does_it_all(halflap: Callable[..., Any], place: Path, tmp_path: Path, family: str) -> None:
     controls = ("--controls", "scratch", "group_blind", "random")
     cut = ("--sizes.mamba-num-heads", 8) if family == "nemotron-h-tiny" else ()

@@ -17,7 +17,7 @@ from torch import Tensor
 from halflap.compress.axes import Sizes, check_sizes, depth_units, readers_of, target_counts
 from halflap.compress.correction import norms
 from halflap.compress.importance import Importance
-from halflap.compress.kinds import axis_name, block_counts, owner
+from halflap.compress.kinds import SHARED, axis_name, block_counts, owner
 from halflap.compress.plan import Kept, PruningPlan, Row, kept_indices
 from halflap.compress.prune import dim_indices
 from halflap.errors import HalflapError
@@ -139,14 +139,15 @@ def _rank_shared(widths: Widths, config: ModelConfig, blocks: Row, sizes: Sizes)
         block = config.blocks[index]
         if block.attention is None or owner(block, index) != index:
             continue
-        readers = [other for other in blocks if owner(config.blocks[other], other) == index]
-        scores = [_head_channels(widths, other).double() for other in readers]
         own, count = block_counts(block), target_counts(block, sizes)
-        if count.get("value_channel", 0) < own.get("value_channel", 0):
+        cut = {axis for axis in SHARED & own.keys() if count[axis] < own[axis]}
+        readers = [other for other in blocks if owner(config.blocks[other], other) == index] if cut else []
+        scores = [_head_channels(widths, other).double() for other in readers]
+        if "value_channel" in cut:
             total = torch.stack([torch.linalg.vector_norm(score, dim=(0, 1)) for score in scores]).sum(0)
             keep[f"blocks.{index}.value_channel"] = _row(channels := top(total, count["value_channel"]))
             scores = [score[..., channels] for score in scores]
-        if count["kv"] < own["kv"]:
+        if "kv" in cut:
             total = torch.stack([torch.linalg.vector_norm(score, dim=(1, 2)) for score in scores]).sum(0)
             keep[f"blocks.{index}.kv"] = _row(top(total, count["kv"]))
     return keep
