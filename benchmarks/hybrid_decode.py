@@ -1,0 +1,134 @@
+"""Decoding of a 55 M Hymba against our Transformer of the same size, heads and parameters, over context: bfloat16.
+
+Batches of 1 to 32 rows, contexts of 1k to 32k tokens; the window is 1024 and there are 128 meta tokens, as published.
+Both run the same bare greedy loop. Weights are random and the cache is filled with noise as if so many tokens had been
+read, since prefill of a million tokens would take hours: a step's work does not depend on what the cache holds. Each
+turn starts at the same length. What would take more than three quarters of the free memory is not run, and said. Goal:
+the paper's curve, a throughput ratio that grows with context, and memory flat but for the global layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from common import Report, arguments, hymba_and_transformer, interleave, random_model, shape_of, spread
+from halflap.models.cache import Cache
+from halflap.models.config import ModelConfig
+from halflap.models.count import cache_bytes
+from halflap.models.model import HybridModel
+from halflap.models.slots import fields, parts
+from halflap.report.plots import Frame
+from halflap.report.svg import Scale, element, picture
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+STYLE = """
+text { font: 13px system-ui, sans-serif; fill: #333 }
+.grid { stroke: #ddd } .axis { stroke: #333 } .curve { fill: none; stroke-width: 2 }
+"""
+
+
+@torch.inference_mode()
+def filled_cache(model: HybridModel, batch: int, context: int, steps: int) -> Cache:
+    """As after reading `context` tokens a row, with room for `steps` more; noise but for the meta tokens."""
+    dtype = model.head_weight.dtype
+    cache = Cache.create(model.config, batch, context + steps, dtype)
+    generator = torch.Generator().manual_seed(0)
+    for state in parts(cache):
+        for tensor in fields(state).values():
+            tensor[:] = 0.1 * torch.randn(tensor[:1].shape, generator=generator)  # the same in all rows
+    if model.meta_tokens is not None:
+        cache.start_from(model.meta_state(dtype, "cpu"))
+    rewind(cache, context)
+    return cache
+
+
+def rewind(cache: Cache, context: int) -> None:
+    """Back to `context` tokens a row: what was decoded is overwritten, in states it stays."""
+    cache.lengths, cache.used = torch.full_like(cache.lengths, context), context
+
+
+def decode(model: HybridModel, cache: Cache, steps: int) -> Callable[[], None]:
+    batch, context = len(cache.lengths), cache.used
+
+    def run() -> None:
+        with torch.inference_mode():
+            token = torch.zeros(batch, 1, dtype=torch.int64)
+            for _ in range(steps):
+                token = model(token, cache=cache)[:, -1].argmax(-1, keepdim=True)
+
+    run.prepare = lambda: rewind(cache, context)  # type: ignore[attr-defined]
+    return run
+
+
+def sizes(configs: dict[str, ModelConfig], batch: int, context: int) -> dict[str, int]:
+    return {name: cache_bytes(config, context, batch) for name, config in configs.items()}
+
+
+def row(models: dict[str, HybridModel], batch: int, context: int, steps: int, repeats: int) -> dict[str, Any]:
+    caches = {name: filled_cache(model, batch, context, steps) for name, model in models.items()}
+    held = {f"{name}_held_mb": cache.nbytes(tokens_only=True) / 1e6 for name, cache in caches.items()}
+    times = interleave({name: decode(model, caches[name], steps) for name, model in models.items()}, repeats)
+    rates = {name: spread(t, batch * steps) for name, t in times.items()}
+    return {**rates, "ratio": rates["hymba"]["median"] / rates["transformer"]["median"], **held}
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Throughput ratio over context, a line a batch, as SVG."""
+    measured = [row for row in rows if "ratio" in row]
+    steps = [math.log2(row["context"] / 1024) for row in measured]
+    x = Scale(min(steps) - 0.2, max(steps) + 0.2, 48, 580)
+    y = Scale(0, 1.1 * max(1, *(row["ratio"] for row in measured)), 298, 24)
+    titles = "context, thousands of tokens", "tokens a second, Hymba over Transformer"
+    lines = [Frame(x, y, 700, 340).axes(*titles, lambda step: f"{2**step:g}", "{:g}".format)]
+    lines.append(element("line", x1=x.start, x2=x.end, y1=y(1), y2=y(1), class_="axis", stroke_dasharray="4 3"))
+    curves = {
+        row["batch"]: [(x(step), y(r["ratio"])) for r, step in zip(measured, steps) if r["batch"] == row["batch"]]
+        for row in measured
+    }
+    below = -math.inf
+    for color, (batch, points) in zip(COLORS, sorted(curves.items(), key=lambda pair: pair[1][-1][1])):
+        below = max(points[-1][1] + 4, below + 16)  # names do not touch
+        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+        name = element("text", f"batch {batch}", x=x.end + 8, y=below, style=f"fill:{color}")
+        lines += [element("polyline", points=line, class_="curve", stroke=color), name]
+    label = "Decoding throughput of a Hymba over that of a Transformer of its size, by context and batch"
+    drawing = str(picture(700, 340, label, [element("style", STYLE), *lines]))
+    path.write_text(drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n")
+    print(f"written to {path}")
+
+
+def main() -> None:
+    quick = {"contexts": [64, 256, 1024], "batches": [1, 2], "steps": 2, "size": "tiny"}
+    chosen = arguments(
+        __doc__, quick, steps=16, size="55m", batches=[1, 4, 16, 32], contexts=[1024 * 2**n for n in range(6)]
+    )
+    report = Report("hybrid_decode", chosen.out, chosen.threads)
+    changes = {"window": 64, "meta": 8} if chosen.size == "tiny" else {}
+    models = {
+        name: random_model(config).to(torch.bfloat16).eval()
+        for name, config in hymba_and_transformer(chosen.size, **changes).items()
+    }
+    configs = {name: model.config for name, model in models.items()}
+    for name, config in configs.items():
+        report.add(model=name, **shape_of(config))
+    for batch in chosen.batches:
+        for context in chosen.contexts:
+            counted = sizes(configs, batch, context)
+            found: dict[str, Any] = {f"{name}_counted_mb": size / 1e6 for name, size in counted.items()}
+            if sum(counted.values()) > 0.75 * psutil.virtual_memory().available:
+                found["skipped"] = "both caches together take more than three quarters of the free memory"
+            else:
+                found |= row(models, batch, context, chosen.steps, chosen.repeats)
+            report.add(batch=batch, context=context, dtype="bfloat16", steps=chosen.steps, **found)
+    report.write()
+    draw(report.rows, chosen.out / "hybrid_decode.svg")
+
+
+if __name__ == "__main__":
+    main()
