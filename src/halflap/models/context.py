@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,3 +169,38 @@ class SequenceContext:
         if key not in self._rotary:
             self._rotary[key] = rotary_tables(self.positions, inverse_frequencies(rope, head_dim), dtype)
         return self._rotary[key]
+
+
+@dataclass
+class GroupedContext:
+    """One pass over the rows of several caches, those of each cache together: what lies between a block's projections
+    knows its own rows alone, the projections see all.
+    """
+
+    groups: list[tuple[slice, SequenceContext]]
+
+    @property
+    def block(self) -> int:
+        return self.groups[0][1].block
+
+    @block.setter
+    def block(self, index: int) -> None:
+        for _, context in self.groups:
+            context.block = index
+
+
+Context = SequenceContext | GroupedContext
+
+
+def by_group(function: Callable[..., Tensor], context: Context, state: Any, *tensors: Tensor | None) -> Tensor:
+    """function(context, state, *tensors), for each group of rows on its own where there are several.
+
+    `state` is then a list, one for each group, and so are tensors' rows cut and the results put together.
+    """
+    if isinstance(context, SequenceContext):
+        return function(context, state, *tensors)
+    results = [
+        function(inner, part, *(None if tensor is None else tensor[rows] for tensor in tensors))
+        for (rows, inner), part in zip(context.groups, state, strict=True)
+    ]
+    return torch.cat(results)

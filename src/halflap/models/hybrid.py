@@ -7,12 +7,14 @@ own gated group norm is its branch's.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from halflap.models.attention import attend
 from halflap.models.cache import HybridState
 from halflap.models.config import HybridConfig, Mamba1Config
-from halflap.models.context import SequenceContext
+from halflap.models.context import Context
 from halflap.models.linear import Linear
 from halflap.models.mamba1 import Mamba1Inner
 from halflap.models.mamba2 import Mamba2Inner
@@ -39,10 +41,15 @@ class HybridMixer(nn.Module):
         self.ssm_norm = RMSNorm(s.inner_size, config.norm_eps, before_mixer=True) if mamba1 else nn.Identity()
         self.out_proj = Linear(s.inner_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, context: SequenceContext, state: HybridState | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, state: HybridState | list[HybridState] | None = None) -> Tensor:
         """x (B, T, D) to (B, T, D); with a state, all parts of it are advanced."""
         query, *own, inputs = self.in_proj(x).split(self.widths, -1)
         pair = (own[0], own[1]) if own else None
-        attended = attend(self.config.attention, query, pair, context, None if state is None else state.attention)
-        scanned = self.ssm.mix(inputs, context, None if state is None else state.ssm)
+        attended = attend(self.config.attention, query, pair, context, _branch(state, "attention"))
+        scanned = self.ssm.mix(inputs, context, _branch(state, "ssm"))
         return self.out_proj((self.attention_norm(attended) + self.ssm_norm(scanned)) * 0.5)
+
+
+def _branch(state: HybridState | list[HybridState] | None, name: str) -> Any:
+    """Its part of the state, or of each group's."""
+    return [getattr(part, name) for part in state] if isinstance(state, list) else getattr(state, name, None)

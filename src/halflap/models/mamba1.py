@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from halflap.models.cache import ConvSSMState
 from halflap.models.config import Mamba1Config
-from halflap.models.context import SequenceContext
+from halflap.models.context import Context, SequenceContext, by_group
 from halflap.models.linear import Linear
 from halflap.models.norm import RMSNorm
 from halflap.ops import select
@@ -38,8 +38,13 @@ class Mamba1Inner(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(inner, c.state_size))
         self.D = nn.Parameter(torch.ones(inner))
 
-    def mix(self, projected: Tensor, context: SequenceContext, state: ConvSSMState | None = None) -> Tensor:
+    def mix(
+        self, projected: Tensor, context: Context, state: ConvSSMState | list[ConvSSMState] | None = None
+    ) -> Tensor:
         """projected (B, T, 2I) to (B, T, I); with a state, both parts of it are advanced."""
+        return by_group(self._mix, context, state, projected)
+
+    def _mix(self, context: SequenceContext, state: ConvSSMState | None, projected: Tensor) -> Tensor:
         c = self.config
         x, z = projected.split(c.inner_size, -1)
         tail, ssm = (state.conv, state.ssm) if state is not None and context.past else (None, None)
@@ -86,6 +91,6 @@ class Mamba1Mixer(Mamba1Inner):
         self.add_parameters(config)
         self.out_proj = Linear(config.inner_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, context: SequenceContext, state: ConvSSMState | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, state: ConvSSMState | None = None) -> Tensor:
         """x (B, T, D) to (B, T, D)."""
         return self.out_proj(self.mix(self.in_proj(x), context, state))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from halflap.models.cache import ConvSSMState
 from halflap.models.config import Mamba2Config
-from halflap.models.context import SequenceContext
+from halflap.models.context import Context, SequenceContext, by_group
 from halflap.models.linear import Linear
 from halflap.ops import select
 from halflap.ops.conv import final_conv_state
@@ -41,8 +41,13 @@ class Mamba2Inner(nn.Module):
         self.D = nn.Parameter(torch.ones(config.num_heads))
         self.norm = GroupNormWeight(config.inner_size)
 
-    def mix(self, projected: Tensor, context: SequenceContext, state: ConvSSMState | None = None) -> Tensor:
+    def mix(
+        self, projected: Tensor, context: Context, state: ConvSSMState | list[ConvSSMState] | None = None
+    ) -> Tensor:
         """projected (B, T, 2I + 2GN + H) to (B, T, I); with a state, both parts of it are advanced in place."""
+        return by_group(self._mix, context, state, projected)
+
+    def _mix(self, context: SequenceContext, state: ConvSSMState | None, projected: Tensor) -> Tensor:
         if state is not None and projected.shape[1] == 1 and context.lengths is None and context.held is None:
             mixed, state.conv, state.ssm = select.mamba2_step(projected[:, 0], *self._inner(), state.conv, state.ssm)
             return mixed[:, None]
@@ -87,6 +92,6 @@ class Mamba2Mixer(Mamba2Inner):
         self.add_parameters(config)
         self.out_proj = Linear(config.inner_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, context: SequenceContext, state: ConvSSMState | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, state: ConvSSMState | None = None) -> Tensor:
         """x (B, T, D) to (B, T, D)."""
         return self.out_proj(self.mix(self.in_proj(x), context, state))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from halflap.models.config import (
     MLPConfig,
     ModelConfig,
 )
-from halflap.models.context import SequenceContext
+from halflap.models.context import Context, GroupedContext, SequenceContext
 from halflap.models.hybrid import HybridMixer
 from halflap.models.layout import is_offset_gain
 from halflap.models.linear import Linear
@@ -57,7 +57,7 @@ class Block(nn.Module):
         self.norm = NORMS[model.norm](model.hidden_size, model.norm_eps, before_mixer=True)
         self.mixer = MIXERS[type(config)](config, model.hidden_size)
 
-    def forward(self, x: Tensor, context: SequenceContext, state: BlockState | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, state: BlockState | list[BlockState | None] | None = None) -> Tensor:
         context.block = self.index
         return x + self.mixer(self.norm(x), context, state)
 
@@ -93,13 +93,14 @@ class HybridModel(nn.Module):
         tokens: Tensor,
         *,
         segments: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | Sequence[Cache] | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in float32 (float64 for a float64 model) of tokens (B, T) int64.
 
         segments (B, T) separate documents packed in a row (0 is padding); cache continues sequences, and lengths (B,)
-        then says how many right-padded tokens of each row count.
+        then says how many right-padded tokens of each row count. Of several caches, the rows of each follow those of
+        the one before.
         """
         hidden = self.hidden_states(tokens, segments=segments, cache=cache, lengths=lengths)
         logits = select.linear(hidden, self.head_weight)
@@ -110,14 +111,14 @@ class HybridModel(nn.Module):
         tokens: Tensor,
         *,
         segments: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | Sequence[Cache] | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
         """The normalised final hidden states (B, T, D) that the language head reads."""
         if cache is not None:
             if segments is not None:
                 raise ValueError("a cached pass continues one document a row; pass lengths, not segments")
-            return self._continue(tokens, cache, lengths)
+            return self._continue(tokens, [cache] if isinstance(cache, Cache) else cache, lengths)
         meta, place = self.config.num_meta_tokens, None
         if segments is None:
             hidden = self.embedding(tokens)
@@ -138,27 +139,36 @@ class HybridModel(nn.Module):
             hidden = hidden[:, meta:]
         return self.norm(hidden)
 
-    def _continue(self, tokens: Tensor, cache: Cache, lengths: Tensor | None) -> Tensor:
-        """Hidden states of the next tokens (B, T) of the cache's rows."""
-        if self.meta_tokens is not None and not cache.started:
-            cache.start_from(self.meta_state(cache.dtype, tokens.device))
-        hidden = self._run(self.embedding(tokens), self._cached_context(_steps(tokens), cache, lengths), cache)
-        if cache.held is None:
-            _advance(cache, tokens, lengths)
+    def _continue(self, tokens: Tensor, caches: Sequence[Cache], lengths: Tensor | None) -> Tensor:
+        """Hidden states of the next tokens (B, T) of the caches' rows."""
+        groups: list[tuple[slice, SequenceContext]] = []
+        start = 0
+        for cache in caches:
+            if self.meta_tokens is not None and not cache.started:
+                cache.start_from(self.meta_state(cache.dtype, tokens.device))
+            rows = slice(start, start := start + len(cache.lengths))
+            count = None if lengths is None else lengths[rows]
+            groups.append((rows, self._cached_context(_steps(tokens[rows]), cache, count)))
+        context = groups[0][1] if len(groups) == 1 else GroupedContext(groups)
+        hidden = self._run(self.embedding(tokens), context, caches)
+        for cache, (rows, inner) in zip(caches, groups, strict=True):
+            if cache.held is None:
+                _advance(cache, tokens[rows], inner.lengths)
         return self.norm(hidden)
 
-    def _run(self, hidden: Tensor, context: SequenceContext, cache: Cache | None = None) -> Tensor:
+    def _run(self, hidden: Tensor, context: Context, caches: Sequence[Cache] = ()) -> Tensor:
         """All blocks."""
         if self.config.residual_in_fp32:
             hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        recompute = self.recompute if cache is None and torch.is_grad_enabled() else None
+        recompute = self.recompute if not caches and torch.is_grad_enabled() else None
         if recompute is not None and self.readers:  # gradients of keys and values pass between blocks in this form only
             recompute = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
         for index, block in enumerate(self.blocks):
             if recompute is not None:
                 hidden = recompute(block, hidden, context)
             else:
-                hidden = block(hidden, context, None if cache is None else cache.blocks[index])
+                states = [cache.blocks[index] for cache in caches]
+                hidden = block(hidden, context, states if len(states) > 1 else next(iter(states), None))
         return hidden
 
     def _context(self, steps: Tensor, runs: Tensor | None = None) -> SequenceContext:
@@ -197,7 +207,7 @@ class HybridModel(nn.Module):
             with torch.inference_mode(False):
                 state = Cache.for_meta_tokens(self.config, dtype, device)
                 rows = self.meta_tokens[None]
-                self._run(rows, self._cached_context(_steps(rows), state, None), state)
+                self._run(rows, self._cached_context(_steps(rows), state, None), [state])
             self._meta_state = key, state
         return self._meta_state[1]
 

@@ -88,3 +88,20 @@ def test_a_fork_runs_ahead_of_what_it_came_from(model: HybridModel) -> None:
     part = slots.view(cache, 1)
     got = model(tokens(1, 40), cache=part)
     torch.testing.assert_close(got[0, 0], model(torch.cat([ids, tokens(1, 40)], 1))[0, -1], atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("width", [1, 3])
+def test_rows_of_several_caches_in_one_pass(model: HybridModel, width: int) -> None:
+    prompts = [tokens(count, seed) for seed, count in enumerate(LENGTHS)]
+    caches = [slots.empty(model.config, torch.float32, "cpu") for _ in range(2)]
+    for place, ids in enumerate(prompts):
+        slots.resize(caches[place // 2], place % 2 + 1, 16)
+        slots.insert(caches[place // 2], read(model, ids), place % 2)
+    follow = torch.cat([tokens(width, 20 + seed) for seed in range(4)])
+    views = [slots.view(cache, 2) for cache in caches]
+    got = model(follow, cache=views)
+    for place, ids in enumerate(prompts):
+        whole = model(torch.cat([ids, follow[place : place + 1]], 1))[0, -width:]
+        torch.testing.assert_close(got[place], whole, atol=1e-5, rtol=1e-4)
+    assert [view.lengths.tolist() for view in views] == [[3 + width, 11 + width], [6 + width, 1 + width]]
