@@ -22,6 +22,7 @@ PURE = {
     "models.presets",
     "models.sharing",
     "compress.axes",
+    "compress.kinds",
     "compress.space",
     "compress.plan",
 }
@@ -31,6 +32,7 @@ OWNERS = {  # who may import what, beyond the ladder
     "huggingface_hub": ("huggingface.",),
     "lm_eval": ("evaluate.lm_eval",),
     "gguf": ("checkpoints.gguf_",),
+    "ray": ("parallel.fanout",),
     "yaml": ("recipe", "evaluate."),
     "cyclopts": ("recipe", "binding", "commands.config", "commands.sections"),
     "triton": ("ops.triton_",),

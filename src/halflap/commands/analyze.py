@@ -11,12 +11,10 @@ from halflap.checkpoints.checkpoint import load_model
 from halflap.checkpoints.config import find_directory
 from halflap.commands.config import AnalyzeRecipe
 from halflap.commands.device import choose_device
-from halflap.data.corpus import is_corpus, open_corpus
-from halflap.data.text import read_documents
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
 from halflap.evaluate.analyze import analyze as analyze_model
-from halflap.evaluate.documents import Document, corpus_documents, tokenise
+from halflap.evaluate.documents import documents_of
 from halflap.report.page import build as build_report
 from halflap.run import Run
 
@@ -29,7 +27,10 @@ def analyze(recipe: AnalyzeRecipe, run: Run) -> dict[str, Any]:
     tokenizer = Tokenizer.load(directory)
     model = load_model(directory, "float32", choose_device(recipe.common.device))
     tokenizer.check_matches(model.config.vocab_size)
-    texts = {name: _documents(path, recipe, tokenizer) for name, path in _domains(recipe.text.data).items()}
+    texts = {
+        name: documents_of([path], tokenizer, field=recipe.text.field, limit=recipe.tokens)
+        for name, path in _domains(recipe.text.data).items()
+    }
     context = min(recipe.context, model.config.max_position_embeddings)
     found = analyze_model(model, texts, context=context, tokens=recipe.tokens, removal_tokens=recipe.removal_tokens)
     result = {
@@ -51,9 +52,3 @@ def _domains(paths: Sequence[str]) -> dict[str, str]:
         if len(set(names)) == len(paths):
             return dict(zip(names, paths, strict=True))
     raise HalflapError(f"data names {paths[0]!r} more than once; each path is a domain of its own: name it once")
-
-
-def _documents(path: str, recipe: AnalyzeRecipe, tokenizer: Tokenizer) -> list[Document]:
-    if is_corpus(path):
-        return list(corpus_documents(open_corpus(path, tokenizer), tokenizer, limit=recipe.tokens))
-    return tokenise(read_documents([path], recipe.text.field), tokenizer, limit=recipe.tokens)

@@ -355,6 +355,11 @@ class StudyRecipe:
     """Seeds, instead of the study's."""
     workers: Positive = 1
     """Processes that train arms side by side."""
+    ray: str | None = None
+    """Train arms on a Ray cluster that sees these paths too: host:port, ray://host:port, auto (the one this machine is
+    part of), or local."""
+    ray_cpus: Positive = 1
+    """Cores of each arm on the cluster; with --device cuda an arm also takes a GPU."""
     common: Common = Common()
 
 

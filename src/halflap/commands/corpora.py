@@ -19,7 +19,7 @@ from halflap.data.batch import Batch
 from halflap.data.corpus import Corpus, build_corpus, is_corpus, open_corpus
 from halflap.data.loader import Loader
 from halflap.data.text import cut_into_pieces, hash_position, held_out_from, read_documents
-from halflap.data.tokenizer import Tokenizer
+from halflap.data.tokenizer import Tokenizer, train_tokenizer
 from halflap.errors import HalflapError
 from halflap.files import atomic_write
 from halflap.parallel import mesh
@@ -54,6 +54,24 @@ def tokenizer_place(checkpoint: Path, paths: Sequence[str]) -> Path:
     own = (checkpoint / "tokenizer.json").is_file()
     beside = [Path(path) for path in paths if is_corpus(path) and (Path(path) / "tokenizer.json").is_file()]
     return checkpoint if own or not beside else beside[0]
+
+
+def choose_tokenizer(
+    given: str | None, text: Text, place: Path, vocab_size: int, checkpoint: Path | None = None
+) -> Tokenizer:
+    """The given one, else that beside the token shards or the checkpoint, else one trained on the text.
+
+    A trained one has `vocab_size` entries and is kept in `place`/tokenizer, where a resumed run finds it.
+    """
+    beside = [given] if given else [path for path in text.data if is_corpus(path)]
+    if not beside and checkpoint is not None:
+        beside = [str(checkpoint)]
+    if beside:
+        return Tokenizer.load(beside[0])
+    trained = place / "tokenizer"
+    if not (trained / "tokenizer.json").exists():
+        train_tokenizer(read_documents(text.data, text.field), vocab_size).save(trained)
+    return Tokenizer.load(trained)
 
 
 def open_corpora(text: Text, tokenizer: Tokenizer, place: Path, eval_data: Sequence[str] = ()) -> Corpora:

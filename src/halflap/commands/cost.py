@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from halflap.commands.resolve import check_inputs, shape_of
+from halflap.commands.resolve import check_inputs, plan_of, shape_of
 from halflap.inputs import size_of
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters, flops_per_token
 from halflap.models.presets import PRESETS
 from halflap.recipe import inputs_of, settings_of
+from halflap.train.phases import Plan
 
 PASSES = {"pretrain": 3, "distill": 3, "compress": 3}
 """Forward passes that a token costs its model: training costs a backward pass, which is two."""
@@ -31,11 +32,37 @@ def estimate(verb: str, recipe: Any) -> dict[str, Any]:
         return result
     main = next(iter(shapes.values()))
     result["parameters"] = count_parameters(main)
-    if tokens := settings.get("tokens"):
+    plan = plan_of(recipe.phases, recipe.fit, len(recipe.text.data)) if verb == "pretrain" else None
+    if tokens := plan.tokens if plan else settings.get("tokens"):
         length = settings.get("fit.sequence_length") or settings.get("sequence_length") or 2048
         result |= {"tokens": tokens, "flops": _flops(verb, main, shapes.get("teacher"), settings, tokens, length)}
+    if plan:
+        result["phases"] = _phases(plan, main)
     result["memory_bytes"] = _memory(verb, main, shapes.get("teacher"))
     return result
+
+
+def _phases(plan: Plan, model: ModelConfig) -> list[dict[str, Any]]:
+    """Each phase as one rank would run it: its tokens in whole steps, learning rates, blend and operations."""
+    each = PASSES["pretrain"] * flops_per_token(model, plan.sequence_length, "prefill")
+    rows, before, first = [], 0, 0
+    for number, (phase, end) in enumerate(zip(plan.phases, plan.ends, strict=True)):
+        batches = [stretch for stretch in plan.stretches if stretch.phase == number]
+        later = [stretch.step for stretch in plan.stretches if stretch.phase > number]
+        stop = later[0] if later else plan.steps
+        row: dict[str, Any] = {
+            "phase": number,
+            "tokens": end - before,
+            "steps": stop - first,
+            "batch_size": "-".join(dict.fromkeys(str(stretch.rows) for stretch in batches)),
+            "first_learning_rate": plan.learning_rate(first),
+            "last_learning_rate": plan.learning_rate(stop - 1),
+        }
+        if phase.weights is not None:
+            row["blend"] = ":".join(f"{weight:g}" for weight in phase.weights)
+        rows.append(row | {"flops": (end - before) * each})
+        before, first = end, stop
+    return rows
 
 
 def _flops(

@@ -16,12 +16,10 @@ from halflap.commands.config import BenchRecipe, EvaluateRecipe
 from halflap.commands.corpora import tokenizer_place
 from halflap.commands.device import choose_device, choose_dtype
 from halflap.commands.resolve import shape_of
-from halflap.data.corpus import is_corpus, open_corpus
-from halflap.data.text import read_documents
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError, RecipeError
 from halflap.evaluate import bench as benchmark
-from halflap.evaluate.documents import Document, corpus_documents, tokenise
+from halflap.evaluate.documents import Document, documents_of
 from halflap.evaluate.held_out import evaluate_text
 from halflap.evaluate.probes import is_probe, probe_names
 from halflap.evaluate.recall import probe_lengths, run_probes
@@ -43,7 +41,10 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
     others = [name for name in recipe.tasks if not is_probe(name)]
     tokenizer = _tokenizer(recipe, directory, needed=bool(others) or not probes)
     # first what fails fast: text, task names and their data
-    documents = [] if tokenizer is None else _documents(recipe, tokenizer)
+    documents: list[Document] = []
+    if tokenizer is not None:
+        paths = (*recipe.data, *recipe.eval_data)
+        documents = documents_of(paths, tokenizer, field=recipe.field, limit=recipe.tokens, join=recipe.join)
     tasks = _load_tasks(others)
     device = choose_device(recipe.common.device)
     model = load_model(directory, choose_dtype(recipe.common.dtype, device), device)
@@ -84,22 +85,6 @@ def _tokenizer(recipe: EvaluateRecipe, directory: Path, *, needed: bool) -> Toke
     if not needed and not paths and not (place / "tokenizer.json").is_file():
         return None
     return Tokenizer.load(place)
-
-
-def _documents(recipe: EvaluateRecipe, tokenizer: Tokenizer) -> list[Document]:
-    """What --data and --eval-data name, as documents: text files together, then each folder of token shards."""
-    paths = (*recipe.data, *recipe.eval_data)
-    shards = [path for path in paths if is_corpus(path)]
-    texts = [path for path in paths if path not in shards]
-    if recipe.join and shards:
-        raise HalflapError(f"{shards[0]} is a folder of token shards, which --data.join cannot join; give its text")
-    documents: list[Document] = []
-    if texts:
-        read = read_documents(texts, recipe.field)
-        documents = tokenise(["\n\n".join(read)] if recipe.join else read, tokenizer, limit=recipe.tokens)
-    for path in shards:
-        documents += corpus_documents(open_corpus(path, tokenizer), tokenizer, limit=recipe.tokens)
-    return documents
 
 
 def _load_tasks(names: Sequence[str]) -> Any:

@@ -10,10 +10,10 @@ import torch
 from halflap.checkpoints.checkpoint import load_model, save_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_lineage
 from halflap.commands.config import CorpusRecipe, PretrainRecipe, TokenizerRecipe
-from halflap.commands.corpora import Corpora, held_out_batches, open_corpora, training_loader
+from halflap.commands.corpora import Corpora, choose_tokenizer, held_out_batches, open_corpora, training_loader
 from halflap.commands.device import choose_device
-from halflap.commands.resolve import shape_of
-from halflap.data.corpus import build_corpus, is_corpus
+from halflap.commands.resolve import plan_of, shape_of
+from halflap.data.corpus import build_corpus
 from halflap.data.text import read_documents
 from halflap.data.tokenizer import Tokenizer, train_tokenizer
 from halflap.errors import HalflapError
@@ -21,11 +21,9 @@ from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel, initialize
 from halflap.models.utilization import CONVENTIONS, peak_flops_per_second, training_flops_per_token
 from halflap.parallel import mesh
-from halflap.recipe import read_yaml
 from halflap.run import Run
 from halflap.train.fit import fit
 from halflap.train.objectives.language import NextToken
-from halflap.train.phases import Plan, read_plan
 
 
 def tokenizer(recipe: TokenizerRecipe, run: Run) -> dict[str, Any]:
@@ -54,11 +52,13 @@ def corpus(recipe: CorpusRecipe, run: Run) -> dict[str, Any]:
 
 def pretrain(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
     """Train a model from text, from random weights or from a checkpoint's."""
-    chosen = _choose_tokenizer(recipe, run.path)
+    checkpoint = find_directory(recipe.shape) if Path(recipe.shape).is_dir() else None
+    wanted = shape_of(recipe.shape).vocab_size
+    chosen = choose_tokenizer(recipe.tokenizer, recipe.text, run.path, wanted, checkpoint)
     model, lineage = _start_model(recipe.shape, recipe.common.seed)
     chosen.check_matches(model.config.vocab_size)
     corpora = open_corpora(recipe.text, chosen, run.path / "corpus", recipe.eval_data)
-    plan = _plan(recipe, len(corpora.train))
+    plan = plan_of(recipe.phases, recipe.fit, len(corpora.train), mesh.world_size())
     loader = training_loader(
         corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed, plan
     )
@@ -87,13 +87,6 @@ def pretrain(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
     return result | {"held_out": corpora.held_out_is, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def _plan(recipe: PretrainRecipe, sources: int) -> Plan | None:
-    if recipe.phases is None:
-        return None
-    settings = read_yaml(recipe.phases, "plan of phases")
-    return read_plan(settings, recipe.fit.sequence_length, recipe.fit.batch_size, sources, mesh.world_size())
-
-
 def _utilization(config: ModelConfig, length: int, speed: float, device: torch.device) -> dict[str, Any]:
     """Operations a second by either convention, and their share of the device's peak where that is known."""
     rates = {name: training_flops_per_token(config, length, name) * speed for name in CONVENTIONS}
@@ -111,20 +104,6 @@ def _start_model(shape: str, seed: int) -> tuple[HybridModel, list[dict[str, Any
     model = HybridModel(shape_of(shape))
     initialize(model, seed)
     return model, []
-
-
-def _choose_tokenizer(recipe: PretrainRecipe, place: Path) -> Tokenizer:
-    """The recipe's tokenizer, else the one beside the token shards or the checkpoint, else one trained on the text."""
-    beside = [recipe.tokenizer] if recipe.tokenizer else [path for path in recipe.text.data if is_corpus(path)]
-    if not beside and Path(recipe.shape).is_dir():
-        beside = [str(find_directory(recipe.shape))]
-    if beside:
-        return Tokenizer.load(beside[0])
-    trained_before = place / "tokenizer"
-    if not (trained_before / "tokenizer.json").exists():
-        documents = read_documents(recipe.text.data, recipe.text.field)
-        train_tokenizer(documents, shape_of(recipe.shape).vocab_size).save(trained_before)
-    return Tokenizer.load(trained_before)
 
 
 def _save_tokenizer(chosen: Tokenizer, run: Run) -> Path:

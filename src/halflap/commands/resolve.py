@@ -13,6 +13,8 @@ from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
 from halflap.models.presets import PRESETS, preset
 from halflap.recipe import INPUT, SHAPE, STUDY, inputs_of, leaves, read_yaml, unknown_name
+from halflap.train.config import Fit
+from halflap.train.phases import Plan, read_plan
 
 SHAPE_FILES = (".yaml", ".yml", ".json")
 
@@ -45,6 +47,13 @@ def shape_of(name: str | Path) -> ModelConfig:
     if path.is_file() and path.suffix in SHAPE_FILES:
         return _read_shape(path)
     return read_config(path) if path.exists() else preset(str(name))
+
+
+def plan_of(phases: str | None, settings: Fit, sources: int, world: int = 1) -> Plan | None:
+    """The plan in the YAML of phases, for so many paths of text and ranks; None when there is no such file."""
+    if phases is None:
+        return None
+    return read_plan(read_yaml(phases, "plan of phases"), settings.sequence_length, settings.batch_size, sources, world)
 
 
 def _read_shape(path: Path) -> ModelConfig:

@@ -333,25 +333,32 @@ def study(result: Mapping[str, Any], console: Console) -> None:
     console.print(f"{result['study']}, {result['size']}: {result['asks']}", style="bold")
     recalls = any("recall" in row for row in result["arms"])
     table = Table(box=None, header_style="bold", pad_edge=False)
-    columns = ("arm", "parameters", "loss", f"to {result['baseline']}", "bits a byte", "train/s", "decode/s", "cache")
+    columns = ("arm", "parameters", "loss", f"to {result['baseline']}", "step", "train/s", "decode/s", "cache")
     for column in (*columns, *(("recall",) if recalls else ())):
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for row in result["arms"]:
         spread = "" if row["loss_spread"] is None else f" ±{row['loss_spread']:.3f}"
-        against = row.get("loss_against_baseline")
-        chance = "" if against is None or against["p_value"] is None else f" (p {against['p_value']:.2g})"
-        difference = "" if against is None else f"{against['difference']:+.3f}{chance}"
+        differences = [_difference(row.get(f"loss_against_{other}")) for other in ("baseline", "previous")]
         speeds = [short(row[name]) for name in ("training_tokens_per_second", "decode_tokens_per_second")]
-        cells = (f"{row['loss']:.3f}{spread}", difference, f"{row['bits_per_byte']:.3f}", *speeds)
+        cells = (f"{row['loss']:.3f}{spread}", *differences, *speeds)
         recall = (f"{100 * row['recall']:.1f} %",) if recalls else ()
         table.add_row(row["name"], short(row["parameters"]), *cells, size(row["cache_bytes"]), *recall)
     console.print(table, width=max(console.width, 110), crop=False)
     first = result["arms"][0]
+    named = [f"{row['name']} from {row['previous']}" for row in result["arms"] if row.get("previous")]
+    console.print(f"step: {', '.join(named)}; p of the differences by seed, uncorrected for their number")
     console.print(
         f"loss: mean over {seeds} seeds of {short(result['tokens'])} tokens, ± standard deviation; decode and cache: "
         f"batch {first['batch']} after {first['prompt']:,} tokens; judged on {result['held_out']}"
     )
     console.print(f"report: {result['report']}")
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    chance = "" if found["p_value"] is None else f" (p {found['p_value']:.2g})"
+    return f"{found['difference']:+.3f}{chance}"
 
 
 def analyze(result: Mapping[str, Any], console: Console) -> None:

@@ -34,7 +34,7 @@ from halflap.data.batch import Batch
 from halflap.data.loader import Loader
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
-from halflap.evaluate.documents import corpus_documents
+from halflap.evaluate.documents import documents_of
 from halflap.evaluate.held_out import evaluate_text
 from halflap.files import write_json
 from halflap.models.config import ModelConfig
@@ -142,11 +142,7 @@ def choosing(loader: Loader, tokens: int) -> list[Batch]:
 
 def judge(model: HybridModel, corpora: Corpora, teacher: Teacher, tokens: int) -> dict[str, Any]:
     """Loss, perplexity and bits a byte on the held-out documents, with intervals."""
-    documents = [
-        document
-        for corpus in corpora.held_out
-        for document in corpus_documents(corpus, teacher.tokenizer, limit=tokens)
-    ]
+    documents = documents_of(corpora.held_out, teacher.tokenizer, limit=tokens)
     scores = evaluate_text(model.to(teacher.device).eval(), documents, tokens=tokens, seed=teacher.seed).to_json()
     return {"parameters": count_parameters(model.config), **scores}
 

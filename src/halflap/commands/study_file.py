@@ -9,7 +9,8 @@
     parameters: 5M                   what every arm comes to within 1 %, by its MLPs' width; without it the baseline's
     base: {...}                      fields of models/stack.py that arms share
     arms:
-      parallel: {pattern: H-}        fields that differ; `from: other-arm` starts from another arm
+      parallel: {pattern: H-}        fields that differ; `from: other-arm` starts from another arm, `against: other-arm`
+                                     is the one its step is measured from, where not the arm above it
     recall: {...}                    a probe that every shape is trained on besides; see evaluate/probes.py
     speed: {prompt: [512], output: [32], batch: [1, 8]}
     fit: {learning_rate: 0.001}      fields of train/config.py
@@ -79,6 +80,8 @@ class Study:
     seeds: tuple[int, ...]
     parameters: int | None
     arms: Mapping[str, Stack]
+    against: Mapping[str, str]
+    """Of each arm but the first, the one that its step is measured from."""
     fit: Fit
     recall: Recall | None
     speed: Speed
@@ -119,9 +122,12 @@ def read_study(name: str, size: str) -> Study:
     data = read_yaml(path, "study")
     _check_names(path, data, size)
     data = _merged(data, dict(data.get("sizes", {})).get(size, {}))
-    arms = {arm: read_stack(fields, f"{path}, arm {arm!r}") for arm, fields in _arms(path, data).items()}
+    given = {arm: dict(fields or {}) for arm, fields in data["arms"].items()}
+    against = _against(path, {arm: fields.pop("against", None) for arm, fields in given.items()})
+    whole = _arms(path, given, data["base"])
+    arms = {arm: read_stack(fields, f"{path}, arm {arm!r}") for arm, fields in whole.items()}
     if data["baseline"] not in arms:
-        raise HalflapError(f"{path}: {unknown_name(str(data['baseline']), list(arms), 'arm (baseline)')}")
+        raise HalflapError(f"{path}: {unknown_name(str(data['baseline']), list(arms), 'baseline arm')}")
     return Study(
         name=data["study"],
         size=size,
@@ -132,6 +138,7 @@ def read_study(name: str, size: str) -> Study:
         seeds=tuple(data["seeds"]),
         parameters=parse_count(str(data["parameters"])) if data.get("parameters") else None,
         arms=arms,
+        against=against,
         fit=_section(path, "fit", Fit, data.get("fit", {})),
         recall=_section(path, "recall", Recall, data["recall"]) if data.get("recall") else None,
         speed=_section(path, "speed", Speed, {key: tuple(value) for key, value in data.get("speed", {}).items()}),
@@ -148,17 +155,30 @@ def _check_names(path: Path, data: Mapping[str, Any], size: str) -> None:
         raise HalflapError(f"{path} has no size {size!r}; it has {', '.join(sizes)}: choose one with --size")
 
 
-def _arms(path: Path, data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _against(path: Path, named: Mapping[str, str | None]) -> dict[str, str]:
+    """The arm named, else the one above; the first arm is measured from none."""
+    found: dict[str, str] = {}
+    names = list(named)
+    for above, (name, other) in zip([None, *names], named.items()):
+        if other is not None and (other not in named or other == name):
+            others = [one for one in names if one != name]
+            raise HalflapError(f"{path}: {unknown_name(str(other), others, f'reference for arm {name!r}')}")
+        if chosen := other or above:
+            found[name] = chosen
+    return found
+
+
+def _arms(path: Path, given: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Each arm's fields over those it starts from, over the base."""
     found: dict[str, dict[str, Any]] = {}
-    for name, fields in data["arms"].items():
-        own = dict(fields or {})
+    for name, fields in given.items():
+        own = dict(fields)
         start = own.pop("from", None)
         if start is not None and start not in found:
             raise HalflapError(
                 f"{path}: arm {name!r} starts from {start!r}, which is no arm above it; those are {', '.join(found)}"
             )
-        found[name] = _merged(found[start] if start else data["base"], own)
+        found[name] = _merged(found[start] if start else base, own)
     if not found:
         raise HalflapError(f"{path} has no arms; name at least one under `arms:`")
     return found

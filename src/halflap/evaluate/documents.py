@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from halflap.data.corpus import Corpus
+from halflap.data.corpus import Corpus, is_corpus, open_corpus
+from halflap.data.text import read_documents
 from halflap.data.tokenizer import Tokenizer
+from halflap.errors import HalflapError
 from halflap.inference.generate import with_prefix
 from halflap.progress import Progress
 
@@ -30,6 +33,34 @@ class Document:
     @property
     def scored(self) -> int:
         return max(0, len(self.tokens) - self.first)
+
+
+def documents_of(
+    sources: Iterable[str | Path | Corpus],
+    tokenizer: Tokenizer,
+    *,
+    field: str = "text",
+    limit: int | None = None,
+    join: bool = False,
+) -> list[Document]:
+    """The documents of files and folders of text, then those of each corpus or folder of token shards.
+
+    `limit` ends the text, and each corpus, after so many scored tokens; `join` makes one document of all text. Raises
+    HalflapError for token shards to be joined, or made by another tokenizer.
+    """
+    listed = list(sources)
+    texts = [source for source in listed if not isinstance(source, Corpus) and not is_corpus(source)]
+    shards = [source for source in listed if isinstance(source, Corpus) or is_corpus(source)]
+    if join and shards:
+        raise HalflapError(f"{shards[0]} is a folder of token shards, which --data.join cannot join; give its text")
+    documents: list[Document] = []
+    if texts:
+        read = read_documents(texts, field)
+        documents = tokenise(["\n\n".join(read)] if join else read, tokenizer, limit=limit)
+    for source in shards:
+        corpus = source if isinstance(source, Corpus) else open_corpus(source, tokenizer)
+        documents += corpus_documents(corpus, tokenizer, limit=limit)
+    return documents
 
 
 def tokenise(texts: Iterable[str], tokenizer: Tokenizer, *, limit: int | None = None) -> list[Document]:

@@ -1,30 +1,58 @@
-"""Map a function over independent items: in this process, or in several.
+"""Map a function over independent items: in this process, in several, or on a Ray cluster.
 
-The items' order is kept. A worker starts fresh (spawn), so the function must be importable (a module's own, or a
-`functools.partial` of one) and its results picklable; each worker gets an equal share of the cores.
+The items' order is kept. A worker starts fresh, so the function must be importable (a module's own, or a
+`functools.partial` of one) and its items and results picklable; what they name by path must be there for every worker.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+import socket
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
+from halflap.errors import HalflapError
 from halflap.progress import set_quiet, track
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+ANSWERS_WITHIN = 10.0  # seconds for a cluster to take a connection
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster and what each item takes of it.
+
+    address  `host:port` or `ray://host:port`; `auto` is the one this machine is part of, `local` one of its own cores
+    """
+
+    address: str
+    cpus: int = 1
+    gpus: int = 0
+
 
 def map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, processes: int = 1, what: str | None = None
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    processes: int = 1,
+    cluster: Cluster | None = None,
+    what: str | None = None,
 ) -> list[Result]:
-    """function of each item, in order; `what` shows progress. The first exception ends it and is raised."""
+    """function of each item, in order; `what` shows progress. The first exception ends it and is raised.
+
+    Each of several processes gets an equal share of the cores; on a cluster, Ray decides how many run at once. Raises
+    HalflapError when Ray is not installed, cannot be reached, or can never hold an item.
+    """
     listed = list(items)
+    if cluster is not None:
+        return _on_cluster(function, listed, cluster, what)
     workers = min(processes, len(listed))
     if workers <= 1:
         return [function(item) for item in (track(listed, what) if what else listed)]
@@ -41,3 +69,67 @@ def map(
 def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
     set_quiet(True)  # the parent shows the progress of all
+
+
+# ---- Ray
+
+
+def require_ray() -> Any:
+    """The module. Raises HalflapError when it is not installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told that it ran
+    try:
+        import ray
+    except ImportError:
+        raise HalflapError(
+            "a Ray cluster was asked for and ray is not installed; pip install 'halflap[cluster]', or use --workers"
+        ) from None
+    return ray
+
+
+def _on_cluster(
+    function: Callable[[Item], Result], items: Sequence[Item], cluster: Cluster, what: str | None
+) -> list[Result]:
+    """A worker that is lost is started again by Ray; the function goes on from what it left."""
+    ray = require_ray()
+    _connect(ray, cluster)
+    try:
+        _require_room(ray, cluster)
+        alone = ray.remote(num_cpus=cluster.cpus, num_gpus=cluster.gpus)(_alone)
+        waiting = [alone.remote(function, item, cluster.cpus) for item in items]
+        return [ray.get(one) for one in (track(waiting, what) if what else waiting)]
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # what the function raised, without Ray's account of the way
+    finally:
+        ray.shutdown()  # and with it what still waits
+
+
+def _alone(function: Callable[[Item], Result], item: Item, threads: int) -> Result:
+    _start_worker(threads)
+    return function(item)
+
+
+def _connect(ray: Any, cluster: Cluster) -> None:
+    own = {"include_dashboard": False} if cluster.address == "local" else {}
+    try:
+        host, _, port = cluster.address.removeprefix("ray://").rpartition(":")
+        if host:  # Ray itself tries for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_WITHIN).close()
+        ray.init(cluster.address, log_to_driver=False, logging_level="error", **own)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise HalflapError(
+            f"no Ray cluster answers at {cluster.address!r} ({reason}); give host:port, ray://host:port, auto for the "
+            "one this machine is part of, or local"
+        ) from None
+
+
+def _require_room(ray: Any, cluster: Cluster) -> None:
+    """Raise HalflapError when no node could ever hold an item, which Ray would wait for without end."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(node.get("CPU", 0) >= cluster.cpus and node.get("GPU", 0) >= cluster.gpus for node in nodes):
+        return
+    largest = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), default={})
+    raise HalflapError(
+        f"each arm takes {cluster.cpus} cores and {cluster.gpus} GPUs, and the largest of {len(nodes)} nodes at "
+        f"{cluster.address!r} has {largest.get('CPU', 0):g} and {largest.get('GPU', 0):g}; ask for less, or add a node"
+    )
