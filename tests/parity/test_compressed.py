@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from halflap.inference.generate import generate  # noqa: E402
 from halflap.models.cache import Cache  # noqa: E402
 from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, RopeConfig  # noqa: E402
 from halflap.models.model import HybridModel, initialize  # noqa: E402
+from halflap.models.presets import hymba  # noqa: E402
 
 MAMBA, MLP = Mamba2Config(16, 6, 4, 8, chunk_size=16), MLPConfig(40)
 HYBRID = ModelConfig("nemotron_h", 64, 48, (MAMBA, MLP, MAMBA, AttentionConfig(8, 2, 6), MLP, MAMBA, MLP))
@@ -41,6 +43,14 @@ CUTS = {
     "llama": (LLAMA, Sizes(hidden_size=40, intermediate_size=33, num_attention_heads=4, num_blocks=4)),
     "nemotron": (NEMOTRON, Sizes(hidden_size=41, intermediate_size=33, num_attention_heads=4, num_blocks=4)),
     "nemotron heads": (NEMOTRON, Sizes(num_key_value_heads=3)),
+}
+HYMBA = dataclasses.replace(
+    hymba(6, hidden=48, mlp=40, heads=(6, 2), state=6, window=8, meta=3, vocab=64, context=64, original_context=None),
+    eos_token_id=None,
+)
+HYMBA_CUTS = {
+    "hymba": (HYMBA, Sizes(40, 33, num_attention_heads=4, mamba_head_dim=11, ssm_state_size=5)),
+    "hymba depth": (HYMBA, Sizes(num_blocks=6, num_key_value_heads=1)),
 }
 CLASSES = {"nemotron_h": "NemotronHForCausalLM", "llama": "LlamaForCausalLM", "nemotron": "NemotronForCausalLM"}
 TOKENS = torch.randint(0, 64, (2, 21), generator=torch.Generator().manual_seed(1))
@@ -91,13 +101,17 @@ def test_students_open_in_the_stock_class(tmp_path: Path, name: str, correction:
 
 
 @torch.no_grad()
-def test_a_pruned_nemotron_writes_what_the_stock_class_writes(tmp_path: Path) -> None:
-    """32 greedy tokens of prompts of unequal length, left-padded there."""
-    teacher = make_teacher(NEMOTRON, tmp_path / "teacher")
+@pytest.mark.parametrize("name", ["nemotron", "hymba", "hymba depth"])
+def test_pruned_students_write_the_same_in_transformers(tmp_path: Path, name: str) -> None:
+    """32 greedy tokens of prompts of unequal length, left-padded there; of Hymba by the class that we register."""
+    import halflap.hf  # noqa: F401
+
+    config, sizes = (CUTS | HYMBA_CUTS)[name]
+    teacher = make_teacher(config, tmp_path / "teacher")
     scores = collect(
         load_model(teacher.path), [Batch(TOKENS, TOKENS, torch.ones(TOKENS.shape))], teacher=teacher.digest
     )
-    plan = plan_for(scores, teacher.digest, NEMOTRON, CUTS["nemotron"][1])
+    plan = plan_for(scores, teacher.digest, config, sizes)
     write_checkpoint(tmp_path / "student", plan.student, apply_plan(plan, teacher.tensors()))
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
     rows = [TOKENS[0, :7], TOKENS[1]]

@@ -1,5 +1,6 @@
 """From a teacher to the plan of a student, as a chain of files: importance, search result, plan, certificate.
 
+kinds.py       what can be cut of each kind of block: one row a kind
 axes.py        which axes may be cut, what their sizes are called, and the config that remains after a cut
 importance.py  scores of every axis, as a file
 watch.py       scores from activations: one pass over calibration text serves every axis

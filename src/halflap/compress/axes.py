@@ -161,7 +161,7 @@ def _check_sharing(config: ModelConfig, dropped: set[int]) -> None:
         if source in dropped and left:
             more = sorted(index for unit in depth_units(config) if set(unit) & set(left) for index in unit)
             raise HalflapError(
-                f"sizes.drop_blocks has block {source}, whose keys and values blocks {', '.join(map(str, left))} read; "
+                f"sizes.drop_blocks has block {source}, whose keys and values are read by {', '.join(map(str, left))}; "
                 f"add {', '.join(map(str, more))} to the list, or keep block {source}"
             )
 

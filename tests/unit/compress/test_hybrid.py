@@ -180,7 +180,7 @@ def test_readers_go_before_their_producer() -> None:
 def test_a_list_that_breaks_sharing_is_refused_with_what_to_add() -> None:
     (source, reader) = next(group for group in groups(TINY) if len(group) == 2)
     dropped = next(unit for unit in depth_units(TINY) if source in unit)
-    says = f"whose keys and values blocks {reader} read; add {reader}, {reader + 1} to the list, or keep block {source}"
+    says = f"whose keys and values are read by {reader}; add {reader}, {reader + 1} to the list, or keep block {source}"
     with pytest.raises(HalflapError, match=says):
         check_sizes(TINY, Sizes(drop_blocks=dropped))
     check_sizes(TINY, Sizes(drop_blocks=(*dropped, reader, reader + 1)))
