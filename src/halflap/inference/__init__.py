@@ -6,6 +6,7 @@ engine.py        the engine: requests from any thread, one thread that runs the 
 scheduler.py     continuous batching: what is read, what decodes, what waits
 reading.py       prompts, in passes on a fixed grid
 replies.py       replies while they are written, with log-probabilities
+groups.py        the slots: running replies in groups of similar length
 parked.py        replies that wait outside the slots
 memory.py        whether decode state fits
 prefix_cache.py  what was read once is not read again

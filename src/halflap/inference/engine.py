@@ -97,7 +97,7 @@ class Engine:
             )
         require_positions(config, length, "the prompt and its new tokens need")
         budget = self._scheduler.budget
-        if not budget.fits(1, length):
+        if not budget.fits([(1, length)]):
             raise HalflapError(
                 f"{length} tokens take {budget.row(length):,} bytes of cache and the engine has {budget.bytes:,}; "
                 "shorten the prompt, ask for fewer tokens or give more memory"

@@ -1,13 +1,11 @@
-"""Whether decode state fits: rows of one length each, counted from the config, against a number of bytes."""
+"""Whether decode state fits: counted from the config, against a number of bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from halflap.models import slots
-from halflap.models.cache import Cache
 from halflap.models.config import ModelConfig
 from halflap.models.count import cache_bytes, cache_parts
 
@@ -36,22 +34,6 @@ class Budget:
                 total[name] = total.get(name, 0) + value
         return {name: round(value) for name, value in total.items()}
 
-    def fits(self, rows: int, tokens: int, beside: int = 0) -> bool:
-        """Rows with room for so many tokens each, and `beside` bytes besides."""
-        return self.bytes is None or rows * self.row(tokens) + beside <= self.bytes
-
-    def make_room(self, cache: Cache, rows: int, tokens: int, most: int, beside: int = 0) -> bool:
-        """Give a cache room for `rows` rows, its first ones kept, of `tokens` tokens, or say that it does not fit.
-
-        A little more is taken where that fits: twice the rows, up to `most`, and some tokens.
-        """
-        have, room = slots.capacity(cache)
-        if rows <= have and tokens <= room:
-            return True
-        many = have if rows <= have else min(most, max(rows, 2 * have))
-        longer = slots.rounded(cache, tokens)
-        for wanted in ((many, longer), (rows, longer), (rows, tokens)):
-            if self.fits(*wanted, beside):
-                slots.resize(cache, *wanted)
-                return True
-        return False
+    def fits(self, sizes: Iterable[tuple[int, int]], beside: int = 0) -> bool:
+        """Rows with room for so many tokens each, for each of `sizes`, and `beside` bytes besides."""
+        return self.bytes is None or sum(rows * self.row(tokens) for rows, tokens in sizes) + beside <= self.bytes

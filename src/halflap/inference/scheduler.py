@@ -1,10 +1,10 @@
 """Continuous batching: which requests are read, which replies decode, and what waits, one step at a time.
 
 A step reads about one pass of prompt tokens for the requests that wait longest, puts replies into free slots, and
-decodes one token (with guesses several) of every reply that has a slot. Replies lie in the first rows of one cache
-(models/slots.py). A request is begun when a slot and its memory are free; when running replies outgrow the memory, the
-youngest is put aside whole and comes back first. What is done in a step depends on nothing but what was asked for and,
-where tokens are guessed, on measured times, which change no token.
+decodes one token (with guesses several) of every reply that has a slot (groups.py). A request is begun when a slot and
+its memory are free; when running replies outgrow the memory, the youngest is put aside whole and comes back first. What
+is done in a step depends on nothing but what was asked for and, where tokens are guessed, on measured times, which
+change no token.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from halflap.inference.chooser import Chooser, choose_rows
 from halflap.inference.generate import end_tokens
 from halflap.inference.grammar import GrammarMatcher
+from halflap.inference.groups import Slots
 from halflap.inference.memory import Budget
 from halflap.inference.parked import Parked, SwappedOut
 from halflap.inference.prefix_cache import PrefixCache
@@ -52,11 +53,12 @@ class Scheduler:
         if draft is not None:
             self.speculator = Draft(draft, model.config, settings.prefill_chunk)
         self.pace = Pace()
-        self.cache = slots.empty(model.config, weight.dtype, weight.device)
+        self.slots = Slots(
+            lambda: slots.empty(model.config, weight.dtype, weight.device), self.budget, settings.max_batch
+        )
         self.waiting: deque[Job] = deque()
         self.reading: Job | None = None
         self.parked: list[Parked] = []
-        self.rows: list[Reply] = []
         self.jobs: dict[int, Job] = {}  # by order: those begun or waiting
         self.waiting_for: str | None = None
         self.counts = dict.fromkeys(("requests", "prompt_tokens", "new_tokens", "preempted", "guessed", "right"), 0)
@@ -77,6 +79,11 @@ class Scheduler:
         self.counts["requests"] += 1
         self.jobs[job.order] = job
         self.waiting.append(job)
+
+    @property
+    def rows(self) -> list[Reply]:
+        """The replies that decode, in the order of a pass."""
+        return self.slots.rows
 
     @property
     def free_slots(self) -> int:
@@ -100,20 +107,18 @@ class Scheduler:
             self._end_job(job, reason, error)
         for parked in self.parked:
             parked.drop()
-        self.parked, self.rows, self.reading = [], [], None
+        self.parked, self.reading = [], None
         self.waiting.clear()
-        while self.speculator is not None and self.speculator.rows:
-            self.speculator.remove(self.speculator.rows - 1)
-        slots.resize(self.cache, 0, 0)
+        for reply in self.rows:
+            self._remove(reply)
 
     # ---- ends
 
     def _sweep(self) -> None:
         """What its reader gave up."""
         for job in [job for job in self.jobs.values() if job.stream.cancelled]:
-            for index in reversed(range(len(self.rows))):
-                if self.rows[index].order == job.order:
-                    self._remove(index)
+            for reply in [reply for reply in self.rows if reply.order == job.order]:
+                self._remove(reply)
             for parked in [parked for parked in self.parked if parked.reply.order == job.order]:
                 parked.drop()
                 self.parked.remove(parked)
@@ -138,23 +143,11 @@ class Scheduler:
             job.stream.end(job.usage(), job.error)
             del self.jobs[job.order]
 
-    def _remove(self, index: int) -> None:
-        """Free a slot: the last row moves there."""
-        last = len(self.rows) - 1
-        slots.move(self.cache, last, index)
-        self.rows[index] = self.rows[last]
-        self.rows.pop()
+    def _remove(self, reply: Reply) -> None:
+        """Free its slot."""
+        self.slots.remove(reply)
         if self.speculator is not None:
-            self.speculator.remove(index)
-        self._give_back()
-
-    def _give_back(self) -> None:
-        """Return memory of which most is idle."""
-        have, room = slots.capacity(self.cache)
-        if not self.rows:
-            slots.resize(self.cache, 0, 0)
-        elif 4 * len(self.rows) <= have or (room < slots.UNLIMITED and 4 * self._longest() + slots.GROW <= room):
-            slots.resize(self.cache, 2 * len(self.rows), min(room, 2 * self._longest() + slots.GROW))
+            self.speculator.remove(reply)
 
     # ---- prompts
 
@@ -189,10 +182,12 @@ class Scheduler:
         if not self.rows and not self.parked:
             return True
         length = len(self.waiting[0].prompt)
-        tokens, beside = max(length + slots.GROW, self._longest()), self._beside() + self.budget.row(length)
-        if not self.parked and self.budget.fits(len(self.rows) + 1, tokens, beside):
+        beside = self._beside() + self.budget.row(length)
+        if not self.parked and self.slots.fit(slots.GROW, beside, length, only_ask=True):
             return True
-        self.waiting_for = f"memory: {len(self.rows) + 1} rows of {tokens} tokens do not fit {self.budget.bytes} bytes"
+        self.waiting_for = (
+            f"memory: a prompt of {length} tokens beside what runs does not fit {self.budget.bytes} bytes"
+        )
         return False
 
     def _begin_replies(self, job: Job, logits: Tensor) -> None:
@@ -225,24 +220,22 @@ class Scheduler:
         self.parked.sort(key=lambda parked: (parked.reply.order, parked.reply.choice))
         while self.parked and len(self.rows) < self.settings.max_batch:
             reply = self.parked[0].reply
-            tokens = max(self._longest(), reply.length) + 1
-            if not self._make_room(len(self.rows) + 1, tokens) and self.rows:
+            if not self._make_room(1, reply):
                 return
             parked = self.parked.pop(0)
-            slots.insert(self.cache, parked.bring(), len(self.rows))
+            self.slots.add(reply, parked.bring(), 1)
             parked.drop()
-            self.rows.append(reply)
             if self.speculator is not None:
                 self.speculator.add(reply)
 
-    def _make_room(self, rows: int, tokens: int) -> bool:
-        """Room in the cache, against the memory unless only one row runs, which was found fit when it was asked for."""
-        most = self.settings.max_batch
-        if self.budget.make_room(self.cache, rows, tokens, most, self._beside()):
+    def _make_room(self, width: int, arriving: Reply | None = None) -> bool:
+        """For `width` more tokens of every reply; a single one was found fit when it was asked for."""
+        length = None if arriving is None else arriving.length
+        if self.slots.fit(width, self._beside(), length):
             return True
-        if rows > 1:
+        if len(self.rows) + (arriving is not None) > 1:
             return False
-        slots.resize(self.cache, 1, tokens)
+        self.slots.force(width, length)
         return True
 
     def _beside(self) -> int:
@@ -252,66 +245,70 @@ class Scheduler:
             held[0] = self.budget.row(len(self.reading.prompt))
         return sum(held.values())
 
-    def _longest(self) -> int:
-        return max((reply.length for reply in self.rows), default=0)
-
     def _put_aside(self) -> None:
         """The youngest reply gives up its slot."""
-        index = max(range(len(self.rows)), key=lambda i: (self.rows[i].order, self.rows[i].choice))
-        self.parked.append(SwappedOut(self.rows[index], slots.take(self.cache, index)))
+        reply = max(self.rows, key=lambda reply: (reply.order, reply.choice))
+        group, index = self.slots.where(reply)
+        self.parked.append(SwappedOut(reply, slots.take(group.cache, index)))
         self.counts["preempted"] += 1
-        self._remove(index)
+        self._remove(reply)
 
     # ---- tokens
 
     def _decode(self) -> None:
         """One pass over all rows."""
-        guesses = self._guess()
-        width = 1 + max(map(len, guesses))
-        if width > 1 and not self._make_room(len(self.rows), self._longest() + width):
-            guesses, width = [[] for _ in self.rows], 1
-        while not self._make_room(len(self.rows), self._longest() + width):
-            self._put_aside()
-            guesses = [[] for _ in self.rows]
-        started, count = time.perf_counter(), len(self.rows)
+        guesses = self._guess(self.rows)
+        if not self._make_room(1 + max(map(len, guesses.values()), default=0)):
+            guesses = {}
+            while not self._make_room(1):
+                self._put_aside()
+        groups, rows, started = self.slots.groups, self.rows, time.perf_counter()
+        guessed = [guesses.get(reply, []) for reply in rows]
+        width = 1 + max(map(len, guessed))
         tokens = [
             [reply.tokens[-1], *guess, *[0] * (width - 1 - len(guess))]
-            for reply, guess in zip(self.rows, guesses, strict=True)
+            for reply, guess in zip(rows, guessed, strict=True)
         ]
-        part = slots.view(self.cache, count)
+        views = [slots.view(group.cache, len(group.rows)) for group in groups]
         if width > 1:
-            part.hold()
-        logits = self.model(torch.tensor(tokens, device=self.device), cache=part)
-        taken = self._choose(logits, guesses)
-        if width > 1:
-            part.commit(torch.tensor(taken, device=self.device))
-        slots.absorb(self.cache, part)
+            for view in views:
+                view.hold()
+        logits = self.model(torch.tensor(tokens, device=self.device), cache=views)
+        taken = self._choose(rows, logits, guessed)
+        counts = torch.tensor(taken, device=self.device).split([len(group.rows) for group in groups])
+        for group, view, count in zip(groups, views, counts, strict=True):
+            if width > 1:
+                view.commit(count)
+            slots.absorb(group.cache, view)
         if self.speculator is not None:
-            self.pace.measured(count, width, time.perf_counter() - started)
-        for reply, guess, got in zip(self.rows, guesses, taken, strict=True):
+            self.pace.measured(len(rows), width, time.perf_counter() - started)
+        for reply, guess, got in zip(rows, guessed, taken, strict=True):
             observe(reply, len(guess), got - 1)
             reply.flush()
-        for index in reversed(range(count)):
-            reply = self.rows[index]
-            if reply.finish_reason is not None:
-                if self.prefix is not None:
-                    self.prefix.store([*reply.prompt, *reply.tokens[:-1]], self.cache, index)
-                self._remove(index)
-                self._finished(reply)
+        for reply in [reply for reply in rows if reply.finish_reason is not None]:
+            self._leave(reply)
 
-    def _choose(self, logits: Tensor, guesses: Sequence[Sequence[int]]) -> list[int]:
+    def _leave(self, reply: Reply) -> None:
+        """A reply has ended: remember its text, free its slot."""
+        if self.prefix is not None:
+            group, index = self.slots.where(reply)
+            self.prefix.store([*reply.prompt, *reply.tokens[:-1]], group.cache, index)
+        self._remove(reply)
+        self._finished(reply)
+
+    def _choose(self, rows: Sequence[Reply], logits: Tensor, guesses: Sequence[Sequence[int]]) -> list[int]:
         """How many tokens each row gets from logits (B, T, V): up to the first that was not guessed, or its end."""
-        taken = [0] * len(guesses)
-        alive = list(range(len(guesses)))
+        taken = [0] * len(rows)
+        alive = list(range(len(rows)))
         for place in range(logits.shape[1]):
-            here = logits[:, place] if len(alive) == len(guesses) else logits[alive, place]
-            chosen = choose_rows(here, [self.rows[row].chooser for row in alive])
+            here = logits[:, place] if len(alive) == len(rows) else logits[alive, place]
+            chosen = choose_rows(here, [rows[row].chooser for row in alive])
             going = []
             for row, token, scores in zip(alive, chosen, here, strict=True):
-                self._take(self.rows[row], token, scores)
+                self._take(rows[row], token, scores)
                 taken[row] += 1
                 guess = guesses[row]
-                if self.rows[row].finish_reason is None and place < len(guess) and guess[place] == token:
+                if rows[row].finish_reason is None and place < len(guess) and guess[place] == token:
                     going.append(row)
             if not (alive := going):
                 break
@@ -323,17 +320,18 @@ class Scheduler:
         reply.add(token, logits)
         self.counts["new_tokens"] += 1
 
-    def _guess(self) -> list[list[int]]:
+    def _guess(self, rows: Sequence[Reply]) -> dict[Reply, list[int]]:
+        """What may follow, of the replies for which guessing pays."""
         if self.speculator is None:
-            return [[] for _ in self.rows]
-        cost = self.speculator.cost()
-        most = [
-            0
-            if reply.chooser.matcher is not None
-            else self.pace.reach(len(self.rows), reply.acceptance, min(self.settings.max_draft, reply.left - 1), cost)
-            for reply in self.rows
-        ]
-        return self.speculator.guess(self.rows, most)
+            return {}
+        cost, most = self.speculator.cost(), self.settings.max_draft
+        wanted = {
+            reply: self.pace.reach(len(rows), reply.acceptance, min(most, reply.left - 1), cost)
+            for reply in rows
+            if reply.chooser.matcher is None
+        }
+        wanted = {reply: count for reply, count in wanted.items() if count > 0}
+        return self.speculator.guess(wanted) if wanted else {}
 
     def stats(self) -> dict[str, Any]:
         """Plain numbers; see `Engine.stats`."""
@@ -344,7 +342,7 @@ class Scheduler:
             "waiting": len(self.waiting) + len(self.parked) + (self.reading is not None),
             "waiting_for": self.waiting_for,
             "slots": self.settings.max_batch,
-            "cache_bytes": {"slots": self.cache.nbytes(), "beside": held, "swapped_out": swapped},
+            "cache_bytes": {"slots": self.slots.nbytes(), "beside": held, "swapped_out": swapped},
             "cache_kinds": self.budget.kinds([reply.length for reply in self.rows]),
             **self.counts,
             "prefix_cache": None if self.prefix is None else self.prefix.stats(),

@@ -8,7 +8,7 @@ each width took, down to not at all. Legend: B batch, T time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -31,47 +31,38 @@ REMEASURE = 64  # passes after which one goes without guesses, to know what that
 
 
 class Speculator(Protocol):
-    """Follows the rows of the scheduler: `add` at the end, `remove` as a swap with the last."""
+    """Is told which replies have slots."""
 
     def add(self, reply: Reply) -> None: ...
 
-    def remove(self, index: int) -> None: ...
+    def remove(self, reply: Reply) -> None: ...
 
-    def guess(self, replies: Sequence[Reply], most: Sequence[int]) -> list[list[int]]:
-        """At most `most[i]` tokens that may follow reply i."""
+    def guess(self, wanted: Mapping[Reply, int]) -> dict[Reply, list[int]]:
+        """At most so many tokens that may follow each reply."""
         ...
 
     def cost(self) -> float:
         """Seconds a guessed token takes."""
         ...
 
-    @property
-    def rows(self) -> int: ...
-
 
 class Lookup:
     """What followed the last tokens when they last stood in prompt or reply (prompt lookup decoding)."""
 
     def __init__(self) -> None:
-        self._rows: list[_Index] = []
+        self._known: dict[Reply, _Index] = {}
 
     def add(self, reply: Reply) -> None:
-        self._rows.append(_Index())
+        self._known[reply] = _Index()
 
-    def remove(self, index: int) -> None:
-        self._rows[index] = self._rows[-1]
-        self._rows.pop()
+    def remove(self, reply: Reply) -> None:
+        del self._known[reply]
 
-    def guess(self, replies: Sequence[Reply], most: Sequence[int]) -> list[list[int]]:
-        rows = zip(self._rows, replies, most, strict=True)
-        return [index.follow(reply, count) if count > 0 else [] for index, reply, count in rows]
+    def guess(self, wanted: Mapping[Reply, int]) -> dict[Reply, list[int]]:
+        return {reply: self._known[reply].follow(reply, count) for reply, count in wanted.items()}
 
     def cost(self) -> float:
         return 0.0
-
-    @property
-    def rows(self) -> int:
-        return len(self._rows)
 
 
 class _Index:
@@ -101,7 +92,7 @@ class _Index:
 
 
 class Draft:
-    """A smaller model with the same tokenizer writes ahead; its rows lie as the scheduler's do."""
+    """A smaller model with the same tokenizer writes ahead."""
 
     def __init__(self, model: HybridModel, config: ModelConfig, prefill_chunk: int) -> None:
         if model.config.vocab_size != config.vocab_size:
@@ -113,7 +104,8 @@ class Draft:
         self._model, self._chunk = model, prefill_chunk
         self._dtype, self._device = weight.dtype, weight.device
         self._cache = slots.empty(model.config, weight.dtype, weight.device)
-        self._read: list[int] = []  # tokens in the cache
+        self._rows: list[Reply] = []  # those of the cache
+        self._read: list[int] = []  # tokens of each in it
         self._seconds = Average()
 
     def add(self, reply: Reply) -> None:
@@ -121,56 +113,52 @@ class Draft:
         row = Cache.create(self._model.config, 1, len(text), self._dtype, self._device)
         for start in range(0, len(text), self._chunk):
             self._model.hidden_states(torch.tensor([text[start : start + self._chunk]], device=self._device), cache=row)
-        self._room(len(self._read) + 1, len(text))
-        slots.insert(self._cache, row, len(self._read))
+        self._room(len(self._rows) + 1, len(text))
+        slots.insert(self._cache, row, len(self._rows))
+        self._rows.append(reply)
         self._read.append(len(text))
 
-    def remove(self, index: int) -> None:
-        slots.move(self._cache, len(self._read) - 1, index)
-        self._read[index] = self._read[-1]
-        self._read.pop()
-        if not self._read:
+    def remove(self, reply: Reply) -> None:
+        index = self._rows.index(reply)
+        slots.move(self._cache, len(self._rows) - 1, index)
+        self._rows[index], self._read[index] = self._rows[-1], self._read[-1]
+        del self._rows[-1], self._read[-1]
+        if not self._rows:
             slots.resize(self._cache, 0, 0)
 
-    def guess(self, replies: Sequence[Reply], most: Sequence[int]) -> list[list[int]]:
-        started, furthest = time.perf_counter(), max(most, default=0)
-        if furthest <= 0:
-            return [[] for _ in replies]
-        logits = self._catch_up(replies, furthest)
-        guesses: list[list[int]] = [[] for _ in replies]
-        ahead = slots.fork(slots.view(self._cache, len(replies)))
-        for step in range(furthest):
-            writing = [row for row, count in enumerate(most) if count > step]
-            chosen = choose_rows(logits[writing], [replies[row].chooser for row in writing], step)
-            for row, token in zip(writing, chosen, strict=True):
-                guesses[row].append(token)
-            if step + 1 < furthest:
+    def guess(self, wanted: Mapping[Reply, int]) -> dict[Reply, list[int]]:
+        started, most = time.perf_counter(), [wanted.get(reply, 0) for reply in self._rows]
+        logits = self._catch_up(max(most))
+        guesses: list[list[int]] = [[] for _ in self._rows]
+        ahead = slots.fork(slots.view(self._cache, len(self._rows)))
+        for step in range(max(most)):
+            if step:
                 last = torch.tensor([[row[-1] if row else 0] for row in guesses], device=self._device)
                 logits = self._model(last, cache=ahead)[:, 0]
-        self._seconds.add((time.perf_counter() - started) / furthest)
-        return guesses
+            writing = [row for row, count in enumerate(most) if count > step]
+            chosen = choose_rows(logits[writing], [self._rows[row].chooser for row in writing], step)
+            for row, token in zip(writing, chosen, strict=True):
+                guesses[row].append(token)
+        self._seconds.add((time.perf_counter() - started) / max(most))
+        return dict(zip(self._rows, guesses, strict=True))
 
     def cost(self) -> float:
         return self._seconds.value or 0.0
 
-    @property
-    def rows(self) -> int:
-        return len(self._read)
-
-    def _catch_up(self, replies: Sequence[Reply], ahead: int) -> Tensor:
+    def _catch_up(self, ahead: int) -> Tensor:
         """Read what replies grew by; the logits (B, V) of what comes next."""
-        rows = zip(replies, self._read, strict=True)
-        texts = [reply.tokens[read - len(reply.prompt) :] for reply, read in rows]
-        longest = max(len(text) for text in texts)
-        self._read = [len(reply.prompt) + len(reply.tokens) for reply in replies]
-        self._room(len(replies), max(self._read) + longest + ahead)
+        count = len(self._rows)
+        texts = [reply.tokens[read - len(reply.prompt) :] for reply, read in zip(self._rows, self._read, strict=True)]
+        longest = max(map(len, texts))
+        self._read = [read + len(text) for read, text in zip(self._read, texts, strict=True)]
+        self._room(count, max(self._read) + longest + ahead)
         tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=self._device)
         lengths = torch.tensor([len(text) for text in texts], device=self._device)
-        part = slots.view(self._cache, len(replies))
+        part = slots.view(self._cache, count)
         ragged = any(len(text) < longest for text in texts)
         hidden = self._model.hidden_states(tokens, cache=part, lengths=lengths if ragged else None)
         slots.absorb(self._cache, part)
-        last = hidden[torch.arange(len(texts), device=self._device), lengths - 1]
+        last = hidden[torch.arange(count, device=self._device), lengths - 1]
         return torch.nn.functional.linear(last, self._model.head_weight).float()
 
     def _room(self, rows: int, tokens: int) -> None:

@@ -59,7 +59,7 @@ def test_slots_equal_one_at_a_time(model: HybridModel, settings: dict[str, Any])
         for choice, piece in enumerate(pieces):
             assert ids(piece) == alone(model, request, choice)
             assert piece.finish_reason == "length"
-    assert not scheduler.rows and scheduler.cache.nbytes() == 0
+    assert not scheduler.rows and scheduler.slots.nbytes() == 0
 
 
 def test_log_probs_are_the_models(model: HybridModel) -> None:
@@ -118,7 +118,7 @@ def test_memory_is_kept(make: Callable[..., HybridModel]) -> None:
         scheduler.step()
         stats = scheduler.stats()
         assert sum(stats["cache_bytes"][kind] for kind in ("slots", "beside")) <= limit
-        assert scheduler.cache.nbytes() == stats["cache_bytes"]["slots"]
+        assert scheduler.slots.nbytes() == stats["cache_bytes"]["slots"]
         reasons.add(stats["waiting_for"])
     assert any(reason and reason.startswith("memory") for reason in reasons)
     assert [len(stream.result()[0].tokens) for stream in streams] == [150] * len(PROMPTS)

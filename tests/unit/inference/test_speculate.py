@@ -60,12 +60,17 @@ def test_what_followed_earlier_is_guessed(make: Callable[..., HybridModel]) -> N
     scheduler = Scheduler(make("llama"), None, EngineSettings(speculate="lookup"))
     scheduler.add(Stream(Request((5, 6, 7, 8, 9, 5, 6), 8, SamplingParams(logit_bias={7: 1e6}))))
     scheduler._read()  # the first token is 7
-    assert scheduler.speculator is not None
-    assert scheduler.speculator.guess(scheduler.rows, [3]) == [[8, 9, 5]]
-    scheduler.rows[0].tokens += [8, 1, 2]
-    assert scheduler.speculator.guess(scheduler.rows, [3]) == [[]]
-    scheduler.rows[0].tokens += [7, 8]
-    assert scheduler.speculator.guess(scheduler.rows, [2]) == [[1, 2]]  # the latest
+    (reply,) = scheduler.rows
+
+    def guess(count: int) -> list[int]:
+        assert scheduler.speculator is not None
+        return scheduler.speculator.guess({reply: count})[reply]
+
+    assert guess(3) == [8, 9, 5]
+    reply.tokens += [8, 1, 2]
+    assert guess(3) == []
+    reply.tokens += [7, 8]
+    assert guess(2) == [1, 2]  # the latest
 
 
 def test_a_draft_that_is_put_aside_and_comes_back(make: Callable[..., HybridModel]) -> None:

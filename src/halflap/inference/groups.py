@@ -1,0 +1,150 @@
+"""The slots: running replies in groups of similar length, each in a cache of its own, all decoded in one pass.
+
+A row costs what the longest of its group does, in memory and in attention, so a long text among short ones does not
+make them long; a reply that outgrows its group moves on to the next. Memory is counted from the config before any is
+taken (memory.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from halflap.inference.memory import Budget
+from halflap.inference.replies import Reply
+from halflap.models import slots
+from halflap.models.cache import Cache
+
+SHORTEST = 256  # tokens up to which replies are in the first group
+STEEP = 4  # how much longer the next group's may be
+
+Size = tuple[int, int]  # rows, and tokens that each has room for
+
+
+@dataclass(eq=False)
+class Group:
+    """Replies of at most `bound` tokens: reply i is row i of the cache."""
+
+    bound: int
+    cache: Cache
+    rows: list[Reply] = field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        return max((reply.length for reply in self.rows), default=0)
+
+
+class Slots:
+    """At most `most` replies."""
+
+    def __init__(self, create: Callable[[], Cache], budget: Budget, most: int) -> None:
+        self._create, self._budget, self.most = create, budget, most
+        self._groups: dict[int, Group] = {}
+        self._alike = budget.row(1 << 40) == budget.row(1 << 41)  # rows do not grow with their text
+
+    @property
+    def groups(self) -> list[Group]:
+        """Those with replies, the short ones first."""
+        return [self._groups[bound] for bound in sorted(self._groups)]
+
+    @property
+    def rows(self) -> list[Reply]:
+        return [reply for group in self.groups for reply in group.rows]
+
+    def where(self, reply: Reply) -> tuple[Group, int]:
+        return next((group, group.rows.index(reply)) for group in self.groups if reply in group.rows)
+
+    def nbytes(self) -> int:
+        return sum(group.cache.nbytes() for group in self.groups)
+
+    def fit(self, width: int, beside: int = 0, arriving: int | None = None, *, only_ask: bool = False) -> bool:
+        """Make room for `width` more tokens of every reply, and for one more of `arriving` tokens that then follow.
+
+        Returns whether that and `beside` bytes besides fit the memory; otherwise nothing is done. A little more than
+        asked is taken where it fits: twice the rows and some tokens.
+        """
+        wanted = self._wanted(width, arriving)
+        for slack in (True, False):
+            sizes = {bound: self._size(bound, count, tokens, slack) for bound, (count, tokens) in wanted.items()}
+            if self._fits(sizes, beside):
+                if not only_ask:
+                    self._apply(sizes, width)
+                return True
+        return False
+
+    def force(self, width: int, arriving: int | None = None) -> None:
+        """`fit` whatever the memory: of a single reply, which was found fit when it was asked for."""
+        wanted = self._wanted(width, arriving)
+        self._apply({bound: self._size(bound, *size, slack=False) for bound, size in wanted.items()}, width)
+
+    def add(self, reply: Reply, row: Cache, width: int) -> None:
+        """Put a reply, whose state is a cache of one row, where `fit(width, arriving=its length)` made room."""
+        group = self._groups[self._bound(reply.length + width)]
+        slots.insert(group.cache, row, len(group.rows))
+        group.rows.append(reply)
+
+    def remove(self, reply: Reply) -> None:
+        """Its group's last row moves to its place."""
+        group, index = self.where(reply)
+        slots.move(group.cache, len(group.rows) - 1, index)
+        group.rows[index] = group.rows[-1]
+        group.rows.pop()
+        if not group.rows:
+            del self._groups[group.bound]
+            return
+        have, room = slots.capacity(group.cache)
+        least = group.longest + slots.GROW
+        if 4 * len(group.rows) <= have or (room < slots.UNLIMITED and 4 * least <= room):
+            slots.resize(group.cache, 2 * len(group.rows), min(room, 2 * least))
+
+    def clear(self) -> None:
+        self._groups.clear()
+
+    def _bound(self, tokens: int) -> int:
+        bound = SHORTEST
+        while bound < tokens and not self._alike:
+            bound *= STEEP
+        return bound
+
+    def _target(self, reply: Reply, group: Group, width: int) -> int:
+        """The group that it belongs to; one does not go back to a shorter one."""
+        return max(group.bound, self._bound(reply.length + width))
+
+    def _wanted(self, width: int, arriving: int | None) -> dict[int, Size]:
+        """What each group must hold."""
+        wanted: dict[int, Size] = {}
+        lengths = [(self._target(r, group, width), r.length + width) for group in self.groups for r in group.rows]
+        if arriving is not None:
+            lengths.append((self._bound(arriving + width), arriving + width))
+        for bound, tokens in lengths:
+            count, longest = wanted.get(bound, (0, 0))
+            wanted[bound] = count + 1, max(longest, tokens)
+        return wanted
+
+    def _size(self, bound: int, count: int, tokens: int, slack: bool) -> Size:
+        have, room = slots.capacity(self._groups[bound].cache) if bound in self._groups else (0, 0)
+        if count <= have and tokens <= room:
+            return have, room
+        if not slack:
+            return count, tokens
+        longer = room if tokens <= room else -(-tokens // slots.GROW) * slots.GROW
+        return have if count <= have else min(self.most, max(count, 2 * have)), longer
+
+    def _fits(self, sizes: dict[int, Size], beside: int) -> bool:
+        """Whether nothing new is taken, or all of it together fits."""
+        held = {group.bound: slots.capacity(group.cache) for group in self.groups}
+        if sizes == held:
+            return True
+        return self._budget.fits(sizes.values(), beside)
+
+    def _apply(self, sizes: dict[int, Size], width: int) -> None:
+        for bound in sorted(sizes, reverse=True):  # so that who leaves a group has left when it is cut to size
+            if bound not in self._groups:
+                self._groups[bound] = Group(bound, self._create())
+            group = self._groups[bound]
+            slots.resize(group.cache, *sizes[bound])
+            for other in [other for other in self.groups if other.bound < bound]:
+                for reply in [r for r in other.rows if self._target(r, other, width) == bound]:
+                    slots.insert(group.cache, slots.take(other.cache, other.rows.index(reply)), len(group.rows))
+                    self.remove(reply)
+                    group.rows.append(reply)
