@@ -18,10 +18,16 @@ from halflap.compress.importance import Importance
 from halflap.data.tokenizer import train_tokenizer
 from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel, initialize
-from halflap.models.presets import preset
+from halflap.models.presets import hymba, preset
 
 FIT = ("--fit.sequence-length", 32, "--fit.batch-size", 4, "--fit.learning-rate", 1e-3)
 SMALL = ("--calibration-tokens", 512, "--score-tokens", 256, "--eval-tokens", 400, "--shortlist", 2)
+
+TEACHERS = {
+    "nemotron-h-tiny": preset("nemotron-h-tiny"),
+    "llama-tiny": preset("llama-tiny"),
+    "hymba": hymba(5, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128),
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +39,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [" ".join(generator.choices(words, k=generator.randint(30, 90))) for _ in range(200)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     train_tokenizer(documents, 300).save(folder / "tokenizer")
-    for name in ("nemotron-h-tiny", "llama-tiny", "hymba-tiny"):
-        model = HybridModel(preset(name))
+    for name, config in TEACHERS.items():
+        model = HybridModel(config)
         initialize(model, 0)
         save_model(model, folder / name, tokenizer_from=folder / "tokenizer", dtype="bfloat16")
     return folder
@@ -108,7 +114,7 @@ def test_distill_goes_on_from_the_lineage(
     assert stored["steps"] == result["steps"]
 
 
-@pytest.mark.parametrize("family", ["nemotron-h-tiny", "llama-tiny", "hymba-tiny"])
+@pytest.mark.parametrize("family", TEACHERS)
 def test_compress_does_it_all(halflap: Callable[..., Any], place: Path, tmp_path: Path, family: str) -> None:
     controls = ("--controls", "scratch", "group_blind", "random")
     cut = ("--sizes.mamba-num-heads", 8) if family == "nemotron-h-tiny" else ()

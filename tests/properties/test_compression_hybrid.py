@@ -226,6 +226,14 @@ def test_cutting_equals_masking(name: str, data: Any) -> None:
     assert distance(steps, student) < EQUAL and distance(steps, decoded(masked_teacher(model, plan))) < EQUAL
 
 
+def test_plain_attention_has_value_channels_too() -> None:
+    """No size asks for them; a plan may."""
+    model, plan = MODELS["alone"], plan_of(ALONE, blocks__3__value_channel=(5, 0, 2), blocks__3__kv=(1,))
+    assert plan.student.blocks[3] == AttentionConfig(2, 1, 4, value_head_dim=3)
+    for expected in (masked_teacher(model, plan), hooked_teacher(model, plan)):
+        assert distance(cut_model(model, plan), expected) < EQUAL
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(deadline=None, max_examples=3)
 @given(data=st.data())

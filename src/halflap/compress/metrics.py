@@ -63,16 +63,14 @@ def _add_span(squares: dict[str, Tensor], block: int | None, axes: list[str], pa
         squares["hidden"] += part / len(squares["hidden"])
         return
     short = tuple(short_name(axis) for axis in axes)
-    target = next((squares[n] for s in _SPANS.get(short, ()) if (n := f"blocks.{block}.{s}") in squares), None)
-    if target is None:
-        return
-    if (
-        short[-1] == "head_dim" and target.dim() == 3
-    ):  # channels of a query, which all channels of its head's output need
-        part = part.sum(-1, keepdim=True) / target.shape[-1]
-    elif target.dim() < part.dim():
-        part = part.sum(-1)
-    target += part
+    for score in _SPANS.get(short, ()):
+        if (target := squares.get(f"blocks.{block}.{score}")) is not None:
+            if score == "query":
+                part = part.sum(-1)
+            elif short[-1] == "head_dim":  # of a query, which every channel of its head's output needs
+                part = part.sum(-1, keepdim=True) / target.shape[-1]
+            target += part
+            return
 
 
 Metric = Callable[[HybridModel, Iterable[Batch], Sources, int], Importance]

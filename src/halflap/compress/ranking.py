@@ -32,6 +32,9 @@ from halflap.models.config import (
 )
 from halflap.models.layout import layout
 
+Widths = Mapping[str, Tensor]
+"""Scores of `Importance.widths`."""
+
 # Of several depth scores in a file, the first of these is used: removal says more than influence (spec section 2.2).
 DEPTH_ORDER: tuple[str, ...] = ("kl", "loss", "logit_mse", "hidden_mse", "block_influence", "weight_norm", "random")
 
@@ -114,9 +117,6 @@ def nested_ranking(scores: Tensor, heads: int, channels: int) -> tuple[Tensor, T
     kept_channels = top(torch.linalg.vector_norm(scores.double(), dim=(0, 1)), channels)
     by_head = torch.linalg.vector_norm(scores.double()[..., kept_channels], dim=-1)
     return top(by_head, heads), kept_channels
-
-
-Widths = Mapping[str, Tensor]
 
 
 def _rank_mamba2(

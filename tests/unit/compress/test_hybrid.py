@@ -254,3 +254,17 @@ def test_an_equal_student_has_the_released_layout(sizes: Sizes, tmp_path: Path) 
 def test_another_students_reason_is_said() -> None:
     plan = plan_for(scored(), TEACHER, TINY, Sizes(mamba_head_dim=11))
     assert cannot_write(plan.student) == "its SSM's inner size 44 is not a multiple of its hidden size 32"
+
+
+def test_weight_norms_count_what_an_index_touches() -> None:
+    model = make_model()
+    found = collect(model, [], "weight_norm").widths["blocks.0.inner"]
+    with torch.no_grad():
+        mixer, head = model.blocks[0].mixer, slice(16, 32)  # of 4 heads of 8 query and 16 value channels
+        q, _, _, xz = mixer.in_proj.weight.split(mixer.widths)
+        ssm = mixer.ssm
+        parts = [q[8:16], xz[:64][head], xz[64:][head], mixer.out_proj.weight[:, head], ssm.x_proj.weight[:, head]]
+        parts += [t[head] for t in (ssm.conv1d.weight, ssm.conv1d.bias, ssm.dt_proj.weight, ssm.dt_bias, ssm.A_log)]
+        parts += [t[head] for t in (ssm.D, mixer.attention_norm.weight, mixer.ssm_norm.weight)]
+        expected = sum(part.square().sum() for part in parts)
+    torch.testing.assert_close(found[0, 1].double().square().sum(), expected, rtol=1e-5, atol=0)
