@@ -167,7 +167,7 @@ def _mask_hybrid(mixer: Any, kept: Mapping[str, Any]) -> Any:
     """Channels are cut in both branches, before their norms."""
     c: HybridConfig = mixer.config
     channels = _attended(c.attention, kept)
-    mixer.attention_norm.register_forward_pre_hook(lambda _, args: (args[0] * channels,))
+    mixer.attention_norm.register_forward_pre_hook(lambda _, args: (args[0] * channels.to(args[0].device),))
     rows = mixer.in_proj.weight[sum(mixer.widths[:-1]) :]
     if isinstance(c.ssm, Mamba1Config):
         _silence_mamba1(mixer.ssm, rows, channels, kept)

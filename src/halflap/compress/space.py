@@ -307,6 +307,7 @@ class _Costs:
 
     def __init__(self, teacher: ModelConfig, budget: Budget, drop_order: tuple[int, ...] | None) -> None:
         self.teacher, self.budget, self.drop_order = teacher, budget, drop_order
+        self._alone = [with_source(block, 0) for block in teacher.blocks]  # which block is read costs nothing
         self._blocks: dict[Any, Counter[BlockConfig]] = {}
         self._known: dict[Any, float] = {}
 
@@ -323,7 +324,7 @@ class _Costs:
     def _kept(self, num_blocks: int) -> Counter[BlockConfig]:
         if num_blocks not in self._blocks:
             kept = kept_after(self.teacher, Sizes(num_blocks=num_blocks), self.drop_order)
-            self._blocks[num_blocks] = Counter(with_source(self.teacher.blocks[index], 0) for index in kept)
+            self._blocks[num_blocks] = Counter(self._alone[index] for index in kept)
         return self._blocks[num_blocks]
 
     def _block(self, name: str, hidden: int, block: BlockConfig, values: tuple[int, ...]) -> float:
