@@ -39,7 +39,7 @@ _NAMES = {
 }
 _VERBS = (
     *("inspect", "import_", "export", "corpus", "pretrain", "score", "search", "prune", "verify", "distill"),
-    *("compress", "evaluate", "analyze", "bench", "report", "study", "doctor"),
+    *("compress", "evaluate", "analyze", "bench", "report", "study", "doctor", "chat", "serve"),
 )
 __all__ = ["__version__", *_NAMES, *_VERBS]  # pyright: ignore[reportUnsupportedDunderAll]
 

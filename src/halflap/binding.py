@@ -108,11 +108,12 @@ def _shown_default(value: Any) -> str | None:
 
 
 def _command(verb: str, recipe_class: type) -> Callable[..., tuple[str, Any, Control]]:
-    def command(recipe: Any, *, control: Any = None) -> tuple[str, Any, Control]:
-        return verb, recipe or recipe_class(), control or Control()
+    # Defaults are objects, not None: cyclopts asks pydantic to check them as soon as anybody has loaded it.
+    def command(recipe: Any, *, control: Any = Control()) -> tuple[str, Any, Control]:
+        return verb, recipe, control
 
     required = any(field.default is MISSING for field in fields(recipe_class))
-    command.__defaults__ = None if required else (None,)
+    command.__defaults__ = None if required else (recipe_class(),)
     command.__annotations__ = {"recipe": Annotated[recipe_class, Parameter(name="*")], "control": Control}
     return command
 

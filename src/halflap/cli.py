@@ -60,11 +60,16 @@ VERBS: dict[str, Verb] = {
     "analyze": Verb("AnalyzeRecipe", "analyze:analyze"),
     "bench": Verb("BenchRecipe", "evaluate:bench", keeps=False),
     "generate": Verb("GenerateRecipe", "generate:generate", keeps=False),
+    "chat": Verb("ChatRecipe", "chat:chat", keeps=False),
+    "serve": Verb("ServeRecipe", "serve:serve", keeps=False),
     "report": Verb("ReportRecipe", "report:report", keeps=False, artifact="report.html"),
     "study": Verb("StudyRecipe", "study:study"),
     "doctor": Verb("DoctorRecipe", "doctor:doctor", keeps=False),
 }
-EXTRAS = {"transformers": "hf", "lm_eval": "eval", "gguf": "gguf", "pyarrow": "data", "zstandard": "data"}
+EXTRAS = {
+    **{"transformers": "hf", "lm_eval": "eval", "gguf": "gguf", "pyarrow": "data", "zstandard": "data"},
+    **dict.fromkeys(("starlette", "uvicorn", "pydantic", "prometheus_client"), "serve"),
+}
 """Packages that only some verbs need, and the extra that brings each."""
 
 

@@ -58,6 +58,8 @@ HEADINGS = (
     IMPORTANCE := "Importance",
     DISTILLATION := "Distillation",
     TRAINING := "Training",
+    SAMPLING := "Sampling",
+    SERVING := "Serving",
     COMMON := "Common to all verbs",
 )
 """Headings of the help in their order, after the fields of no section."""
@@ -168,7 +170,7 @@ def leaves(kind: type, path: tuple[str, ...] = (), prefix: str = "") -> dict[str
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        if isinstance(base, type) and dataclasses.is_dataclass(base):
+        if isinstance(base, type) and dataclasses.is_dataclass(base) and base is not Amount:
             within = prefix if "*" in _names(hint, base) else f"{prefix}{field.name}."
             found |= leaves(base, (*path, field.name), within)
             continue

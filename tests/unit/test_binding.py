@@ -181,6 +181,13 @@ def test_every_field_has_a_help_text() -> None:
                 assert argument.parameter.help, f"{verb} {argument.names[0]} has no help"
 
 
+def test_a_package_that_checks_types_changes_nothing() -> None:
+    """cyclopts asks pydantic as soon as anybody has loaded it."""
+    pytest.importorskip("pydantic")
+    for verb, words in (("report", []), ("doctor", []), ("inspect", ["--list"]), ("serve", ["x", "--port", "0"])):
+        assert bind(RECIPES, [verb, *words]) is not None
+
+
 def test_inputs_are_the_fields_that_name_files() -> None:
     recipe = build("compress", "DIR", "--data", "a", "b", "--eval-data", "c")
     assert inputs_of(recipe) == {"model": ["DIR"], "data": ["a", "b"], "eval_data": ["c"]}

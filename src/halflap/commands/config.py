@@ -12,8 +12,11 @@ from cyclopts import Parameter
 
 from halflap.commands.sections import (
     Budgets,
+    Decoding,
+    Listening,
     LossSettings,
     NormCorrection,
+    Sampling,
     ScoreSettings,
     SearchSettings,
     Text,
@@ -301,20 +304,37 @@ class GenerateRecipe:
     """Prompts; standard input when not given."""
     max_new_tokens: Positive = 128
     """New tokens at most."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; above it samples."""
-    top_k: int = 0
-    """Sample among this many likeliest tokens; 0 is all."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens of this total probability."""
-    min_p: float = 0.0
-    """Sample among tokens at least this share as likely as the likeliest; 0 is all."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens of the text so far less likely."""
+    sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are cut away."""
     ignore_eos: Annotated[bool, SWITCH] = False
     """Go on after the end token."""
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeRecipe:
+    """Answer over HTTP as OpenAI's API does; docs/serving.md has the whole of it."""
+
+    model: Model = field(kw_only=False)
+    """Hugging Face directory or run directory."""
+    listening: Listening = Listening()
+    decoding: Decoding = Decoding()
+    common: Common = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRecipe:
+    """Talk with a model on the terminal: /help lists its commands, Ctrl-C ends a reply."""
+
+    model: Model = field(kw_only=False)
+    """Hugging Face directory or run directory."""
+    system: str | None = None
+    """What the model is told before the conversation."""
+    max_new_tokens: Positive = 1024
+    """New tokens of a reply at most."""
+    sampling: Sampling = Sampling(temperature=0.7)
+    decoding: Decoding = Decoding()
     common: Common = Common()
 
 

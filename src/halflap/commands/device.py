@@ -1,10 +1,15 @@
-"""Which device a verb computes on."""
+"""Which device a verb computes on, and whether a model fits it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import psutil
 import torch
 
 from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
+from halflap.models.count import count_parameters
 
 
 def choose_device(name: str) -> torch.device:
@@ -19,3 +24,22 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> str:
     """`auto` is float32 on a CPU, which is exact and has the faster kernels, and the stored type on a GPU."""
     return "float32" if name == "auto" and device.type == "cpu" else name
+
+
+def check_memory(
+    config: ModelConfig, dtype: str, device: torch.device, beside: Mapping[str, float] | None = None
+) -> None:
+    """Raise HalflapError when the weights do not fit, instead of being killed by the system.
+
+    `beside` is what else will be held, by name, in bytes. `auto` is counted as float32 on a CPU.
+    """
+    wide = 4 if dtype in ("auto", "float32") and device.type == "cpu" else 2
+    beside = dict(beside or {})
+    weights = count_parameters(config) * wide
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if weights + sum(beside.values()) > free:
+        more = "".join(f", {what} {size / 2**30:.1f} GiB," for what, size in beside.items())
+        raise HalflapError(
+            f"the weights take {weights / 2**30:.1f} GiB as {'float32' if wide == 4 else 'bfloat16'}{more} and "
+            f"{free / 2**30:.1f} GiB are free; take a smaller model{', or --dtype bfloat16' if wide == 4 else ''}"
+        )

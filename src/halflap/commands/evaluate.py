@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from halflap import environment
@@ -14,10 +13,10 @@ from halflap.checkpoints.checkpoint import float_dtype, load_model
 from halflap.checkpoints.config import find_directory
 from halflap.commands.config import BenchRecipe, EvaluateRecipe
 from halflap.commands.corpora import tokenizer_place
-from halflap.commands.device import choose_device, choose_dtype
+from halflap.commands.device import check_memory, choose_device, choose_dtype
 from halflap.commands.resolve import shape_of
 from halflap.data.tokenizer import Tokenizer
-from halflap.errors import HalflapError, RecipeError
+from halflap.errors import RecipeError
 from halflap.evaluate import bench as benchmark
 from halflap.evaluate.documents import Document, documents_of
 from halflap.evaluate.held_out import evaluate_text
@@ -100,7 +99,7 @@ def bench(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
     device = choose_device(recipe.common.device)
     config = shape_of(recipe.model)
     dtype = choose_dtype(recipe.common.dtype, device)
-    _check_memory(config, dtype, device)
+    check_memory(config, dtype, device)
     is_checkpoint = Path(recipe.model).is_dir()
     model = (
         load_model(find_directory(recipe.model), dtype, device)
@@ -141,18 +140,6 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, 
     model.to_empty(device=device)
     initialize(model, seed)
     return model.eval()
-
-
-def _check_memory(config: ModelConfig, dtype: str, device: torch.device) -> None:
-    """Raise HalflapError when the weights alone do not fit, instead of being killed by the system."""
-    wide = 4 if dtype in ("auto", "float32") and device.type == "cpu" else 2
-    needed = count_parameters(config) * wide
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        raise HalflapError(
-            f"the weights take {needed / 2**30:.1f} GiB as {'float32' if wide == 4 else 'bfloat16'} and "
-            f"{free / 2**30:.1f} GiB are free; take a smaller model{', or --dtype bfloat16' if wide == 4 else ''}"
-        )
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -23,33 +24,29 @@ def generate(recipe: GenerateRecipe, run: Run) -> dict[str, Any]:
     tokenizer = Tokenizer.load(directory)
     device = choose_device(recipe.common.device)
     model = load_model(directory, choose_dtype(recipe.common.dtype, device), device)
-    terminal = _terminal() if len(prompts) == 1 and run.directory is None and not recipe.common.json else None
+    shown = terminal() if len(prompts) == 1 and run.directory is None and not recipe.common.json else None
     try:
         completions = continue_prompts(
             model,
             prompts,
             recipe.max_new_tokens,
-            temperature=recipe.temperature,
-            top_k=recipe.top_k,
-            top_p=recipe.top_p,
-            min_p=recipe.min_p,
-            repetition_penalty=recipe.repetition_penalty,
+            **dataclasses.asdict(recipe.sampling),
             seed=recipe.common.seed,
             stop=recipe.stop,
             ignore_eos=recipe.ignore_eos,
             tokenizer=tokenizer,
-            stream=None if terminal is None else _writer(terminal),
+            stream=None if shown is None else _writer(shown),
         )
     finally:
-        if terminal is not None:
-            print(file=terminal, flush=True)
+        if shown is not None:
+            print(file=shown, flush=True)
     results = [{"text": c.text, "tokens": c.tokens, "finish_reason": c.finish_reason} for c in completions]
     if len(results) > 1:
         return {name: [result[name] for result in results] for name in ("text", "tokens", "finish_reason")}
-    return results[0] if terminal is None else results[0] | {"shown": True}
+    return results[0] if shown is None else results[0] | {"shown": True}
 
 
-def _terminal() -> TextIO | None:
+def terminal() -> TextIO | None:
     """Standard output where it is a terminal; while a verb works, `sys.stdout` is not it."""
     real = sys.__stdout__
     return real if real is not None and real.isatty() and sys.stdout is not real else None

@@ -11,12 +11,15 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from halflap.amounts import Amount
 from halflap.data.config import Data
 from halflap.recipe import (
     BUDGETS,
     DISTILLATION,
     IMPORTANCE,
+    SAMPLING,
     SEARCH,
+    SERVING,
     TEXT,
     Bytes,
     Count,
@@ -122,3 +125,65 @@ class LossSettings:
     """Temperature of both distributions."""
     top_k: int = 0
     """Keep only this many teacher logits a token; 0 keeps all."""
+
+
+@flat(SAMPLING)
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; above it samples."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0 is all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens of this total probability."""
+    min_p: float = 0.0
+    """Sample among tokens at least this share as likely as the likeliest; 0 is all."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens of the text so far less likely."""
+
+
+@flat(SERVING)
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """What the engine may hold and guess."""
+
+    max_context: Positive | None = None
+    """Tokens of a prompt and its reply; the model's own when not given."""
+    max_batch: Positive = 16
+    """Replies written at once."""
+    prefill_chunk: Positive = 512
+    """Tokens of prompts read in one pass, between which replies go on."""
+    cache_memory: Bytes | None = None
+    """Memory that decode state may take, the prefix cache apart; not limited when not given."""
+    prefix_cache: str = "1GiB"
+    """Memory for what was read before and may come again; off keeps nothing."""
+    speculate: str = "off"
+    """Guess tokens ahead, which leaves texts as they are: lookup (in the text itself), or the directory of a small
+    model with the same tokenizer."""
+
+
+@flat(SERVING)
+@dataclass(frozen=True, kw_only=True)
+class Listening:
+    """Where a server listens, whom it answers, and how much of it one may ask."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is all."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    api_key: tuple[str, ...] = ()
+    """Keys, one of which a request must bring; without any, the one in $HALFLAP_API_KEY; else anybody may ask."""
+    engine: Literal["halflap"] = "halflap"
+    """What runs the model."""
+    served_model_name: str | None = None
+    """The model's id; its directory's name when not given."""
+    queue: int = 64
+    """Requests that may wait beside those that run; more are told to come again."""
+    max_body: Bytes = Amount(8 << 20, "bytes")
+    """Largest body of a request."""
+    max_time: Duration = Amount(600.0, "seconds")
+    """Longest time a request may take."""
+    grace: Duration = Amount(30.0, "seconds")
+    """Time that running requests get when the server is told to stop."""

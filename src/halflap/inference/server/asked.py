@@ -1,0 +1,178 @@
+"""A checked body to what the engine is asked: requests, and how their replies are to be shown."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from halflap.inference.requests import Grammar, Request, SamplingParams
+from halflap.inference.server.bodies import CompletionBody, SamplingBody
+from halflap.inference.server.bodies_chat import ChatBody, NamedTool, PlainFormat
+from halflap.inference.server.config import ServerSettings
+from halflap.inference.server.errors import ApiError
+from halflap.inference.server.prompts import Prompts
+from halflap.inference.server.tools import WHOLE, ToolFormat, call_schema
+
+MOST_CHOICES = 512  # of one HTTP request, all prompts together
+COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Requests to the engine; choice c of request r is choice r * n + c of the reply."""
+
+    requests: tuple[Request, ...]
+    n: int
+    stream: bool
+    include_usage: bool
+    echo: tuple[str, ...] = ()  # the prompt's text of each request, to begin its choices with
+    logprobs: bool = False
+    tool_format: ToolFormat | None = None
+    tool_names: frozenset[str] = frozenset()
+    most_calls: int | None = None
+
+
+def completion(body: CompletionBody, prompts: Prompts, settings: ServerSettings) -> Asked:
+    """`/v1/completions`. Raises ApiError and HalflapError."""
+    n, echo = body.n or 1, bool(body.echo)
+    if body.best_of not in (None, n):
+        raise _bad("best_of", f"best_of is {body.best_of}; only the same as n ({n}) is supported: leave it out")
+    most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    if most == 0 and not echo:
+        raise _bad("max_tokens", "max_tokens is 0; it must be at least 1 without echo: ask for a token or more")
+    given = _prompts(body.prompt)
+    if len(given) * n > MOST_CHOICES:
+        raise _bad("n", f"{len(given)} prompts times n {n} are more than {MOST_CHOICES} choices; ask for fewer")
+    encoded = [prompts.text(prompt) for prompt in given]
+    common: dict[str, Any] = {
+        "sampling": sampling(body),
+        "stop": stops(body),
+        "ignore_eos": bool(body.ignore_eos),
+        "logprobs": body.logprobs,
+        "prompt_logprobs": (body.logprobs or 0) if echo and (body.logprobs is not None or most == 0) else None,
+        "n": n,
+    }
+    return Asked(
+        tuple(Request(ids, _fitting(len(ids), most, settings, "max_tokens"), **common) for ids in encoded),
+        n,
+        bool(body.stream),
+        usage_wanted(body),
+        tuple(p if isinstance(p, str) else prompts.decode(p) for p in given) if echo else (),
+        body.logprobs is not None,
+    )
+
+
+def chat(body: ChatBody, prompts: Prompts, settings: ServerSettings) -> Asked:
+    """`/v1/chat/completions`. Raises ApiError and HalflapError."""
+    tools = list(body.tools or ()) if body.tool_choice != "none" else []
+    grammar, form = _answer_form(body, prompts)
+    described = [tool.model_dump(exclude_none=True) for tool in tools]
+    ids = prompts.conversation([message.plain() for message in body.messages], described)
+    most = body.max_completion_tokens or body.max_tokens
+    if body.top_logprobs is not None and not body.logprobs:
+        raise _bad("top_logprobs", "top_logprobs needs logprobs: true; add it, or leave top_logprobs out")
+    request = Request(
+        ids,
+        _fitting(len(ids), most, settings, "max_completion_tokens"),
+        sampling(body),
+        stops(body) + prompts.stop,
+        bool(body.ignore_eos),
+        (body.top_logprobs or 0) if body.logprobs else None,
+        n=body.n or 1,
+        grammar=grammar,
+    )
+    return Asked(
+        (request,),
+        request.n,
+        bool(body.stream),
+        usage_wanted(body),
+        logprobs=bool(body.logprobs),
+        tool_format=form,
+        tool_names=frozenset(tool.function.name for tool in tools),
+        most_calls=1 if body.parallel_tool_calls is False else None,
+    )
+
+
+def _answer_form(body: ChatBody, prompts: Prompts) -> tuple[Grammar | None, ToolFormat | None]:
+    """What the reply must match, and the format that calls are looked for in."""
+    functions = [tool.function.model_dump(exclude_none=True) for tool in body.tools or ()]
+    choice, form = body.tool_choice, body.response_format
+    schema: Mapping[str, Any] | None = None
+    if isinstance(form, PlainFormat):
+        schema = {"type": "object"} if form.type == "json_object" else None
+    elif form is not None:
+        schema = form.json_schema.schema_
+    if not functions:
+        if choice not in (None, "none", "auto"):
+            raise _bad("tool_choice", "tool_choice asks for a call and there are no tools; give tools")
+        return _json(schema), None
+    if choice == "none":
+        return _json(schema), None
+    if schema is not None:
+        raise _bad("response_format", "response_format and tools cannot both shape a reply; leave one out")
+    if choice in (None, "auto"):
+        return None, prompts.tool_format
+    if isinstance(choice, NamedTool):
+        wanted = choice.function.name
+        functions = [function for function in functions if function["name"] == wanted]
+        if not functions:
+            raise _bad("tool_choice", f"tool_choice names {wanted!r}, which is not among the tools; name one of them")
+    return Grammar("json_schema", call_schema(functions)), WHOLE
+
+
+def _json(schema: Mapping[str, Any] | None) -> Grammar | None:
+    return None if schema is None else Grammar("json_schema", json.dumps(schema))
+
+
+def sampling(body: SamplingBody) -> SamplingParams:
+    """OpenAI's defaults: temperature 1, and a seed of its own for every request that brings none."""
+    seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
+    return SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=body.top_k or 0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        seed=seed,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+    )
+
+
+def stops(body: SamplingBody) -> tuple[str, ...]:
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+
+
+def usage_wanted(body: SamplingBody) -> bool:
+    if body.stream_options is not None and not body.stream:
+        raise _bad("stream_options", "stream_options needs stream: true; add it, or leave stream_options out")
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
+
+
+def _prompts(prompt: str | Sequence[Any]) -> list[str | list[int]]:
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]  # pyright: ignore[reportReturnType]
+    return list(prompt)
+
+
+def _fitting(prompt: int, asked: int | None, settings: ServerSettings, name: str) -> int:
+    """New tokens at most: those asked for, or all that fit. Raises ApiError when the context does not suffice."""
+    room = settings.max_context - prompt
+    if asked is None and room > 0:
+        return room
+    if room < max(1 if asked is None else asked, 0):
+        wanted = "" if asked is None else f" and {asked} new ones are asked for ({name})"
+        message = (
+            f"the prompt has {prompt} tokens{wanted}; the context has {settings.max_context}: shorten the prompt"
+            f"{'' if asked is None else ' or ask for fewer'}"
+        )
+        raise ApiError(400, message, param=name if room > 0 else None, code="context_length_exceeded")
+    return room if asked is None else asked
+
+
+def _bad(param: str, message: str) -> ApiError:
+    return ApiError(400, message, param=param, code="invalid_value")

@@ -1,0 +1,87 @@
+"""What requests may contain, as pydantic models: the one source of checks, defaults and the OpenAPI document.
+
+Names and meanings are those of OpenAI's API. Unknown names are refused; those that only OpenAI's own service can follow
+(`store`, `metadata`, `service_tier`, ...) are accepted and change nothing. null means the default.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST_CHOICES = 128
+MOST_PROMPTS = 256
+MOST_STOPS = 16
+MOST_TOP = 20
+Text = Annotated[str, Field(max_length=8 << 20)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[TokenId], Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+BiasedId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(Body):
+    """What a stream brings beside the text."""
+
+    include_usage: bool | None = Field(None, description="Send a last chunk with the usage of the whole request.")
+    include_obfuscation: bool | None = Field(None, description="Accepted; nothing is added to chunks.")
+
+
+class SamplingBody(Body):
+    """What both kinds of text share."""
+
+    model: str | None = Field(None, description="The served model's id.")
+    stream: bool | None = Field(None, description="Send server-sent events while the text is written.")
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Choices; 1 when not given.")
+    temperature: float | None = Field(None, ge=0, le=100, description="0 takes the likeliest token; 1 when not given.")
+    top_p: float | None = Field(None, gt=0, le=1, description="1 when not given.")
+    top_k: int | None = Field(
+        None, ge=0, lt=2**31, description="0, the default, keeps every token. Ours, not OpenAI's."
+    )
+    min_p: float | None = Field(None, ge=0, lt=1, description="Least share of the likeliest token's probability. Ours.")
+    repetition_penalty: float | None = Field(None, gt=0, le=100, description="1 changes nothing. Ours.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[BiasedId, Bias] | None = Field(
+        None, description="Token id, as text, to what is added to its logit."
+    )
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same reply.")
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    ignore_eos: bool | None = Field(None, description="Go on after the end token. Ours.")
+    user: str | None = Field(None, description="Accepted; changes nothing.")
+
+
+class CompletionBody(SamplingBody):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    ) = Field(description="A text, several, token ids, or several lists of those.")
+    max_tokens: int | None = Field(None, ge=0, lt=2**31, description="New tokens at most; 16 when not given.")
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP, description="How many of the likeliest tokens to report.")
+    echo: bool | None = Field(None, description="Begin the text with the prompt; `logprobs` then covers it, too.")
+    best_of: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Only the same as `n`.")
+    suffix: None = Field(None, description="Not supported: only null.")
+
+
+class ScoreBody(Body):
+    """`POST /v1/score`: how likely continuations of a context are."""
+
+    model: str | None = Field(None, description="The served model's id.")
+    context: Text | Annotated[list[TokenId], Field()] = Field(description="A text, or token ids; may be empty.")
+    continuations: Annotated[list[Text | Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    token_log_probs: bool | None = Field(None, description="Report every token's log-probability, too.")
+    user: str | None = Field(None, description="Accepted; changes nothing.")
+
+
+Accepted = Literal["auto", "default", "flex", "priority", "scale"]

@@ -1,0 +1,122 @@
+"""What a chat request may contain: messages, tools, forms of answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from halflap.inference.server.bodies import MOST_TOP, Accepted, Body, SamplingBody, Text
+
+MOST_MESSAGES = 10_000
+MOST_TOOLS = 128
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Schema = dict[str, Any]
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: Text
+
+
+class CalledFunction(Body):
+    name: Name
+    arguments: str = Field(description="JSON of an object.")
+
+
+class ToolCallBody(Body):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class MessageBody(Body):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = Field(None, description="Accepted, as replies of other servers bring it along.")
+    annotations: list[Any] | None = Field(None, description="Accepted, likewise.")
+    audio: None = None
+    function_call: None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The message as templates know it: content is text, the arguments of calls are objects."""
+        content = self.content if self.content is not None else ""
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        found |= {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
+        if self.tool_calls:
+            calls = [(call.model_dump(), _object(call.function.arguments)) for call in self.tool_calls]
+            found["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": arguments}} for call, arguments in calls
+            ]
+        return found
+
+
+def _object(arguments: str) -> Any:
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+class FunctionBody(Body):
+    name: Name
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+
+class ToolBody(Body):
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class NamedFunction(Body):
+    name: Name
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class PlainFormat(Body):
+    type: Literal["text", "json_object"]
+
+
+class SchemaBody(Body):
+    name: Name
+    description: str | None = None
+    schema_: Schema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: SchemaBody
+
+
+class ChatBody(SamplingBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MOST_MESSAGES)]
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="The older name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="All that fit when not given.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false keeps the first call only.")
+    store: bool | None = Field(None, description="Accepted; changes nothing.")
+    metadata: dict[str, str] | None = Field(None, description="Accepted; changes nothing.")
+    service_tier: Accepted | None = Field(None, description="Accepted; changes nothing.")
+    safety_identifier: str | None = Field(None, description="Accepted; changes nothing.")
+    prompt_cache_key: str | None = Field(None, description="Accepted; changes nothing.")

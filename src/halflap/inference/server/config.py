@@ -1,0 +1,23 @@
+"""What a server allows: names, keys and limits. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Limits of a server.
+
+    name: the model's id. max_context: tokens of a prompt and its reply. requests: at once, running and waiting
+    together; more are told to come again. body_bytes, seconds: of one request. grace: seconds that running requests get
+    when the server is told to stop. keys: one of them must come with a request; none: anybody may ask.
+    """
+
+    name: str
+    max_context: int
+    requests: int = 80
+    body_bytes: int = 8 << 20
+    seconds: float = 600.0
+    grace: float = 30.0
+    keys: tuple[str, ...] = ()

@@ -1,0 +1,104 @@
+"""What goes wrong with a request, as an HTTP status and OpenAI's error object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.responses import JSONResponse
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    499: "cancelled",
+    500: "server_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+MEANINGS = {
+    400: "The request is wrong; the message says what.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model or path.",
+    405: "The path has no such method.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    415: "The body is not application/json.",
+    429: "Too many requests wait; Retry-After says when to come again.",
+    500: "The server failed.",
+    503: "The server is stopping.",
+    504: "The reply was not finished in time.",
+}
+
+
+class ApiError(Exception):
+    """Ends a request with a status and `{"error": {"message", "type", "param", "code"}}`."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        about = {"message": self.message, "type": TYPES[self.status], "param": self.param, "code": self.code}
+        return {"error": about}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, dict(self.headers or {}))
+
+
+class HungUp(Exception):
+    """The client has gone; there is nobody to answer."""
+
+
+def invalid(error: ValidationError) -> ApiError:
+    """What pydantic found, as one sentence about the field that tells most."""
+    found = error.errors(include_url=False, include_context=False)
+    # A field of several types fails once for each: a wrong word, a name too much, then what is deepest says most.
+    first = min(found, key=lambda e: (_TELLING.get(e["type"], 2), -len(e["loc"])))
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON ({_said(first)}); send one JSON object", code="invalid_json")
+    place = _place(first["loc"])
+    if first["type"] == "extra_forbidden":
+        message = f"unrecognized request argument: {place}; remove it"
+        return ApiError(400, message, param=place, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"{place} is missing; add it", param=place, code="missing_parameter")
+    reasons = dict.fromkeys(_said(e) for e in found if _place(e["loc"]) == place)
+    value = repr(first["input"])
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    message = f"{place or 'the body'} is {shown}; allowed: {' or '.join(list(reasons)[:4])}; change it"
+    return ApiError(400, message, param=place or None, code="invalid_value")
+
+
+def _said(error: Any) -> str:
+    text = error["msg"].removeprefix("Invalid JSON: ").removeprefix("Value error, ").removeprefix("Input should be ")
+    return " ".join(text.split())
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """messages[0].content; what pydantic calls the members of unions, no names of fields, is left out."""
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part.isidentifier() and part not in _KINDS and not part[0].isupper():
+            text += f".{part}" if text else part
+    return text
+
+
+_KINDS = ("str", "int", "float", "bool", "none")
+_TELLING = {"literal_error": 0, "extra_forbidden": 1}

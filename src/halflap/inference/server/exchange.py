@@ -1,0 +1,140 @@
+"""Bodies in and events out: sizes, time limits, and clients that hang up.
+
+A reply is written as fast as its reader takes it: what the engine makes meanwhile waits in the request's own stream,
+at most one piece a token, and the server holds one event. Nobody else waits for a slow reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from halflap.inference.requests import Piece
+from halflap.inference.server.errors import ApiError, HungUp
+from halflap.inference.stream import Stream
+
+T = TypeVar("T")
+PATIENCE = 10.0  # seconds for the last events to be read
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The whole body. Raises ApiError for one that is too large or not JSON by its type."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"Content-Type is {kind!r}; it must be application/json: set the header", code="media_type")
+    too_large = ApiError(413, f"the body has more than {most:,} bytes; send less", code="body_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > most:
+        raise too_large
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def until_hang_up(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, unless the client goes first: then it is cancelled and HungUp raised."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_hang_up(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HungUp
+        return task.result()
+    finally:
+        for waiting in (task, watch):
+            waiting.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def pieces(streams: Sequence[Stream], n: int) -> AsyncIterator[tuple[int, Piece]]:
+    """(choice, piece) of all streams as they come; choice c of stream r is r * n + c."""
+    if len(streams) == 1:
+        async for piece in streams[0]:
+            yield piece.choice, piece
+        return
+    ready: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue(maxsize=1)
+
+    async def forward(index: int, stream: Stream) -> None:
+        async for piece in stream:
+            await ready.put((index * n + piece.choice, piece))
+        await ready.put(None)
+
+    tasks = [asyncio.create_task(forward(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        left = len(tasks)
+        while left:
+            if (item := await ready.get()) is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+@contextlib.asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """Raise ApiError when what is inside takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        message = f"the reply was not finished in {seconds:g} seconds; ask for less, or later"
+        raise ApiError(504, message, code="timeout") from None
+
+
+class EventStream(Response):
+    """Server-sent events, each the JSON of an object, then `[DONE]`; `ended` hears the status, 499 for a hang-up.
+
+    An ApiError on the way, too little time included, is sent as an event of its own, as the status has gone out.
+    """
+
+    def __init__(self, events: AsyncIterator[dict[str, Any]], seconds: float, ended: Callable[[int], None]) -> None:
+        self.status_code, self.background = 200, None
+        self._events, self._seconds, self._ended = events, seconds, ended
+        self._status = 499  # until the last byte has gone out
+        self.init_headers({"content-type": "text/event-stream", "cache-control": "no-store", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Some servers raise in `send` once the client has gone. One that does not even read the error is left.
+        try:
+            with contextlib.suppress(HungUp, OSError, TimeoutError):
+                await until_hang_up(receive, self._send(send))
+        finally:
+            self._ended(self._status)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        status = 200
+        try:
+            async with within(self._seconds):
+                async for event in self._events:
+                    await self._event(send, json.dumps(event, ensure_ascii=False))
+        except ApiError as error:
+            status = error.status
+            async with asyncio.timeout(PATIENCE):
+                await self._event(send, json.dumps(error.body(), ensure_ascii=False))
+        async with asyncio.timeout(PATIENCE):
+            await self._event(send, "[DONE]")
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        self._status = status
+
+    async def _event(self, send: Send, text: str) -> None:
+        body = f"data: {text}\n\n".encode(errors="replace")
+        await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,0 +1,212 @@
+"""Pieces of text to OpenAI's objects: choices of a whole reply, or chunks of a stream."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from halflap.inference.requests import Piece, Token, Usage
+from halflap.inference.server.asked import Asked
+from halflap.inference.server.tools import ToolCall, ToolParser
+
+
+class Replies(Protocol):
+    """How one kind of request is answered; `add` takes the next piece of a choice and gives the chunks it makes."""
+
+    def begin(self) -> list[dict[str, Any]]: ...
+
+    def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]: ...
+
+    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]: ...
+
+    def whole(self, usage: dict[str, Any]) -> dict[str, Any]: ...
+
+
+class _Reply:
+    """What the objects of one reply share."""
+
+    kind, prefix, chunk_kind = "", "", ""
+
+    def __init__(self, asked: Asked, model: str) -> None:
+        self.asked = asked
+        self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.count = asked.n * len(asked.requests)
+
+    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        found = {**self._about, "object": self.chunk_kind, "choices": choices}
+        return found | {"usage": usage} if self.asked.include_usage else found
+
+    def _object(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self._about, "object": self.kind, "choices": choices, "usage": usage}
+
+
+class CompletionReply(_Reply):
+    """`text_completion`."""
+
+    kind = chunk_kind = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, asked: Asked, model: str) -> None:
+        super().__init__(asked, model)
+        self._choices = [{"text": "", "index": i, "logprobs": None, "finish_reason": None} for i in range(self.count)]
+        self._begun: set[int] = set()
+        self._offsets = [0] * self.count
+
+    def begin(self) -> list[dict[str, Any]]:
+        return []
+
+    def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
+        text, tokens = piece.text, piece.tokens
+        if choice not in self._begun:
+            self._begun.add(choice)
+            if self.asked.echo:
+                text = self.asked.echo[choice // self.asked.n] + text
+                tokens = (piece.prompt or ()) + tokens
+        probabilities = self._log_probs(choice, tokens) if self.asked.logprobs else None
+        reason = None if piece.finish_reason is None else _reason(piece)
+        whole = self._choices[choice]
+        whole["text"] += text
+        whole["finish_reason"] = reason or whole["finish_reason"]
+        whole["logprobs"] = _joined(whole["logprobs"], probabilities)
+        if not text and reason is None and not tokens:
+            return []
+        change = {"text": text, "index": choice, "logprobs": probabilities, "finish_reason": reason}
+        return [self.chunk([change])]
+
+    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
+        return self._object(self._choices, usage)
+
+    def _log_probs(self, choice: int, tokens: Sequence[Token]) -> dict[str, list[Any]]:
+        """Lists over tokens; an offset counts the characters of the tokens before."""
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[choice])
+            self._offsets[choice] += len(token.text)
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.log_prob for token in tokens],
+            "top_logprobs": [_top(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _top(token: Token) -> dict[str, float] | None:
+    """The likeliest tokens and the chosen one, by text; of tokens that read the same the likelier one counts."""
+    if token.log_prob is None:
+        return None
+    found: dict[str, float] = {}
+    for text, value in [(t.text, t.log_prob) for t in token.top] + [(token.text, token.log_prob)]:
+        found[text] = max(value, found.get(text, value))
+    return found
+
+
+def _joined(before: dict[str, list[Any]] | None, new: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
+    if before is None or new is None:
+        return new or before
+    return {name: before[name] + new[name] for name in before}
+
+
+class ChatReply(_Reply):
+    """`chat.completion` and `chat.completion.chunk`."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, asked: Asked, model: str) -> None:
+        super().__init__(asked, model)
+        form = asked.tool_format
+        self._parsers = (
+            None
+            if form is None
+            else [ToolParser(form, asked.tool_names, most=asked.most_calls) for _ in range(self.count)]
+        )
+        self._text = [""] * self.count
+        self._calls: list[list[ToolCall]] = [[] for _ in range(self.count)]
+        self._content: list[list[dict[str, Any]]] = [[] for _ in range(self.count)]
+        self._reasons: list[str | None] = [None] * self.count
+
+    def begin(self) -> list[dict[str, Any]]:
+        return [
+            self.chunk([_change(i, {"role": "assistant", "content": "", "refusal": None})]) for i in range(self.count)
+        ]
+
+    def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
+        parts = self._parts(choice, piece)
+        content = [_chat_token(token) for token in piece.tokens] if self.asked.logprobs else None
+        deltas = [self._delta(choice, part) for part in parts]
+        if content is not None:
+            self._content[choice] += content
+            deltas = deltas or ([{"content": ""}] if content else [])
+        chunks = []
+        for delta in deltas:
+            change = _change(choice, delta)
+            if content is not None:
+                change["logprobs"], content = {"content": content, "refusal": None}, []
+            chunks.append(self.chunk([change]))
+        if piece.finish_reason is not None:
+            reason = "tool_calls" if self._calls[choice] and piece.finish_reason == "stop" else _reason(piece)
+            self._reasons[choice] = reason
+            chunks.append(self.chunk([_change(choice, {}, reason)]))
+        return chunks
+
+    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
+        return self._object([self._choice(i) for i in range(self.count)], usage)
+
+    def _parts(self, choice: int, piece: Piece) -> list[str | ToolCall]:
+        if self._parsers is None:
+            return [piece.text] if piece.text else []
+        parts = list(self._parsers[choice].push(piece.text))
+        return parts + list(self._parsers[choice].finish()) if piece.finish_reason is not None else parts
+
+    def _delta(self, choice: int, part: str | ToolCall) -> dict[str, Any]:
+        if isinstance(part, str):
+            self._text[choice] += part
+            return {"content": part}
+        self._calls[choice].append(part)
+        return {"tool_calls": [{"index": len(self._calls[choice]) - 1, **_call(part)}]}
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        calls = [_call(call) for call in self._calls[index]]
+        message: dict[str, Any] = {"role": "assistant", "content": self._text[index], "refusal": None}
+        if calls:
+            message |= {"content": self._text[index].strip() or None, "tool_calls": calls}
+        found = {"index": index, "message": message, "logprobs": None, "finish_reason": self._reasons[index]}
+        if self.asked.logprobs:
+            found["logprobs"] = {"content": self._content[index], "refusal": None}
+        return found
+
+
+def _change(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _chat_token(token: Token) -> dict[str, Any]:
+    top = [{"token": t.text, "logprob": t.log_prob, "bytes": list(t.text.encode())} for t in token.top]
+    return {
+        "token": token.text,
+        "logprob": token.log_prob,
+        "bytes": list(token.text.encode()),
+        "top_logprobs": top,
+    }
+
+
+def _reason(piece: Piece) -> str:
+    """OpenAI's clients know no "cancelled" or "error"; an error has been told before it comes to this."""
+    return piece.finish_reason if piece.finish_reason in ("stop", "length") else "stop"
+
+
+def usage_object(usages: Sequence[Usage]) -> dict[str, Any]:
+    """OpenAI's usage of all the engine's requests together."""
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    new = sum(usage.completion_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
+    }

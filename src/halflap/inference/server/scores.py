@@ -1,0 +1,70 @@
+"""`/v1/score`: how likely continuations of a context are, for whoever ranks answers instead of writing them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from halflap.inference.requests import Piece, Request
+from halflap.inference.server.asked import Asked
+from halflap.inference.server.bodies import ScoreBody
+from halflap.inference.server.config import ServerSettings
+from halflap.inference.server.errors import ApiError
+from halflap.inference.server.prompts import Prompts
+
+
+def score(body: ScoreBody, prompts: Prompts, settings: ServerSettings) -> tuple[Asked, list[int]]:
+    """One request a continuation, and where each begins in it. Raises ApiError and HalflapError."""
+    requests, starts = [], []
+    for index, continuation in enumerate(body.continuations):
+        ids, start = prompts.continuation(body.context, continuation)
+        if len(ids) > settings.max_context:
+            message = (
+                f"the context and continuation {index} have {len(ids)} tokens together, and the context of the model "
+                f"has {settings.max_context}: shorten them"
+            )
+            raise ApiError(400, message, param="continuations", code="context_length_exceeded")
+        requests.append(Request(ids, 0, prompt_logprobs=1))
+        starts.append(start)
+    return Asked(tuple(requests), 1, stream=False, include_usage=False), starts
+
+
+class ScoreReply:
+    """`halflap.score`: of each continuation its log-probability in nats, and whether it is the greedy one."""
+
+    def __init__(self, starts: Sequence[int], model: str, each: bool) -> None:
+        self._starts, self._model, self._each = starts, model, each
+        self._scores: dict[int, dict[str, Any]] = {}
+
+    def begin(self) -> list[dict[str, Any]]:
+        return []
+
+    def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
+        if piece.prompt is None:
+            return []
+        tokens = piece.prompt[self._starts[choice] :]
+        found = {
+            "index": choice,
+            "log_prob": sum(token.log_prob or 0.0 for token in tokens),
+            "tokens": len(tokens),
+            "greedy": all(token.top and token.top[0].id == token.id for token in tokens),
+        }
+        if self._each:
+            found["token_log_probs"] = [
+                {"id": token.id, "token": token.text, "log_prob": token.log_prob} for token in tokens
+            ]
+        self._scores[choice] = found
+        return []
+
+    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        raise NotImplementedError("scores are not streamed")
+
+    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "id": f"score-{uuid.uuid4().hex}",
+            "object": "halflap.score",
+            "model": self._model,
+            "scores": [self._scores[i] for i in sorted(self._scores)],
+            "usage": usage,
+        }

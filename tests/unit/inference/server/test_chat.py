@@ -1,0 +1,161 @@
+"""/v1/chat/completions: templates, streams, log-probabilities, forms of answers and tools."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from halflap.data.chat import PLAIN, render
+from halflap.inference.generate import generate
+
+HELLO = [{"role": "user", "content": "the cat"}]
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "sum of two",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["x", "y"]}},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def post(client: Any, messages: Any = HELLO, **body: Any) -> Any:
+    response = client.post("/v1/chat/completions", json={"messages": messages, **body})
+    assert response.status_code == 200, response.text
+    return response if body.get("stream") else response.json()
+
+
+def test_reply_is_what_the_template_leads_to(client: Any, model: Any, tokenizer: Any) -> None:
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]},
+    ]
+    text = "<system>be brief<eos><user>the cat<eos><assistant>"
+    wanted = generate(model, [tokenizer.encode(text)], 10, tokenizer=tokenizer)[0]
+    found = post(client, messages, max_completion_tokens=10, temperature=0)
+    choice = found["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": wanted.text, "refusal": None}
+    assert choice["finish_reason"] == wanted.finish_reason and found["object"] == "chat.completion"
+    assert found["usage"]["prompt_tokens"] == len(tokenizer.encode(text))
+
+
+def test_stream_begins_with_the_role_and_ends_with_usage(client: Any, events: Any) -> None:
+    body = {"max_tokens": 12, "seed": 5, "n": 2, "logprobs": True, "top_logprobs": 2}
+    whole = post(client, **body)
+    chunks = events(post(client, **body, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    for choice in whole["choices"]:
+        mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
+        assert mine[0]["delta"]["role"] == "assistant" and mine[-1]["delta"] == {}
+        assert "".join(c["delta"].get("content", "") for c in mine) == choice["message"]["content"]
+        assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
+        scores = [token for c in mine if c["logprobs"] for token in c["logprobs"]["content"]]
+        assert scores == choice["logprobs"]["content"]
+        assert all(len(token["top_logprobs"]) == 2 for token in scores)
+    without = events(post(client, max_tokens=3, stream=True))
+    assert not any("usage" in chunk for chunk in without)
+
+
+def test_prefix_of_the_turn_before_is_found(client: Any) -> None:
+    long = [{"role": "user", "content": "the cat sat on the mat " * 6}]
+    first = post(client, long, max_tokens=8, temperature=0)
+    turn = [*long, first["choices"][0]["message"], {"role": "user", "content": "sat"}]
+    again = post(client, turn, max_tokens=4)
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_json_forms(client: Any) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"k": {"enum": ["cat", "mat"]}}, "required": ["k"]}
+    form = {"type": "json_schema", "json_schema": {"name": "k", "schema": schema | {"additionalProperties": False}}}
+    found = post(client, response_format=form, seed=1)
+    assert json.loads(found["choices"][0]["message"]["content"])["k"] in ("cat", "mat")
+    assert found["choices"][0]["finish_reason"] == "stop"
+    wrong = {"type": "json_schema", "json_schema": {"name": "k", "schema": {"type": "nonsense"}}}
+    response = client.post("/v1/chat/completions", json={"messages": HELLO, "response_format": wrong})
+    assert response.status_code == 400 and "json_schema" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+def test_a_call_that_is_required_comes(client: Any, events: Any, choice: Any) -> None:
+    pytest.importorskip("llguidance")
+    body = {"tools": [ADD], "tool_choice": choice, "seed": 2}
+    found = post(client, **body)["choices"][0]
+    (call,) = found["message"]["tool_calls"]
+    assert call["function"]["name"] == "add" and found["message"]["content"] is None
+    arguments = json.loads(call["function"]["arguments"])
+    assert arguments["a"] in range(10) and arguments["b"] in ("x", "y")
+    assert found["finish_reason"] == "tool_calls"
+    deltas = [c["delta"] for chunk in events(post(client, **body, stream=True)) for c in chunk["choices"]]
+    streamed = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert [c["function"] for c in streamed] == [call["function"]] and streamed[0]["index"] == 0
+
+
+def test_answers_of_tools_go_through_the_template(client: Any) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "3"},
+    ]
+    assert post(client, messages, tools=[ADD], max_tokens=4)["usage"]["prompt_tokens"] > 20
+    fewer = post(client, messages, tools=[ADD], tool_choice="none", max_tokens=4)["usage"]["prompt_tokens"]
+    assert fewer < post(client, messages, tools=[ADD], max_tokens=4)["usage"]["prompt_tokens"]
+
+
+def test_without_a_template_turns_are_written_plainly(make_client: Any, tokenizer: Any, model: Any) -> None:
+    import dataclasses
+
+    plain = dataclasses.replace(tokenizer, chat_template=None)
+    text = render(PLAIN, HELLO, add_generation_prompt=True)
+    wanted = generate(model, [tokenizer.encode(text)], 6, tokenizer=tokenizer)[0].text
+    found = post(make_client(tokenizer=plain), max_tokens=6, temperature=0)
+    assert found["choices"][0]["message"]["content"] == wanted
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% for i in %}",
+        "{{ 'a' * 10**12 }}",
+    ],
+)
+def test_bad_templates_end_in_an_error_object(make_client: Any, tokenizer: Any, template: str) -> None:
+    client = make_client(tokenizer=tokenizer.with_chat_template(template))
+    response = client.post("/v1/chat/completions", json={"messages": HELLO})
+    assert response.status_code == 400 and "chat template" in response.json()["error"]["message"]
+    assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0]",
+        ),
+        ({"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
+        ({"messages": HELLO, "tools": [ADD], "response_format": {"type": "json_object"}}, "response_format"),
+        (
+            {"messages": HELLO, "tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "no"}}},
+            "tool_choice",
+        ),
+        ({"messages": HELLO, "top_logprobs": 3}, "top_logprobs"),
+        ({"messages": HELLO, "functions": []}, "functions"),
+        ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_wrong_bodies_are_refused(client: Any, body: dict[str, Any], param: str) -> None:
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400 and response.json()["error"]["param"].startswith(param), response.text

@@ -1,0 +1,139 @@
+"""/v1/completions and /v1/score: what the engine says, in OpenAI's shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from halflap.inference.generate import generate
+
+
+def post(client: Any, path: str = "/v1/completions", **body: Any) -> Any:
+    response = client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    return response if body.get("stream") else response.json()
+
+
+def test_greedy_text_is_that_of_generate(client: Any, model: Any, tokenizer: Any) -> None:
+    prompts = ["the cat", "sat on the mat"]
+    wanted = generate(model, prompts, 12, tokenizer=tokenizer)
+    found = post(client, prompt=prompts, max_tokens=12, temperature=0)
+    assert [c["text"] for c in found["choices"]] == [c.text for c in wanted]
+    assert [c["index"] for c in found["choices"]] == [0, 1]
+    assert [c["finish_reason"] for c in found["choices"]] == [c.finish_reason for c in wanted]
+    usage = found["usage"]
+    assert usage["completion_tokens"] == sum(len(c.tokens) for c in wanted)
+    assert usage["prompt_tokens"] == sum(len(tokenizer.encode(p)) for p in prompts)
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert found["object"] == "text_completion" and found["model"] == "tiny"
+
+
+def test_stream_brings_the_same_text(client: Any, events: Any) -> None:
+    body = {"prompt": ["the", "cat"], "max_tokens": 10, "seed": 3, "n": 2, "logprobs": 2}
+    whole = post(client, **body)
+    chunks = events(post(client, **body, stream=True, stream_options={"include_usage": True}))
+    assert (
+        chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    )
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    for choice in whole["choices"]:
+        mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
+        assert "".join(c["text"] for c in mine) == choice["text"]
+        assert [c["finish_reason"] for c in mine if c["finish_reason"]] == [choice["finish_reason"]]
+        assert [t for c in mine for t in c["logprobs"]["tokens"]] == choice["logprobs"]["tokens"]
+
+
+def test_seeds_repeat_and_choices_differ(client: Any) -> None:
+    body = {"prompt": "the cat", "max_tokens": 16, "temperature": 1.5, "n": 3, "seed": -7}
+    first, second = post(client, **body), post(client, **body)
+    texts = [c["text"] for c in first["choices"]]
+    assert texts == [c["text"] for c in second["choices"]]
+    assert len(set(texts)) > 1
+    unseeded = {post(client, prompt="the cat", max_tokens=16, temperature=1.5)["choices"][0]["text"] for _ in range(3)}
+    assert len(unseeded) > 1
+
+
+def test_echo_scores_the_prompt_as_the_model_does(client: Any, model: Any, tokenizer: Any) -> None:
+    ids = tokenizer.encode("the cat sat on the mat")
+    found = post(client, prompt=ids, max_tokens=1, temperature=0, logprobs=1, echo=True)["choices"][0]
+    scores = found["logprobs"]
+    assert scores["token_logprobs"][0] is None and scores["top_logprobs"][0] is None
+    with torch.inference_mode():
+        table = model(torch.tensor([ids]))[0].log_softmax(-1)
+    wanted = table[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    assert scores["token_logprobs"][1:-1] == pytest.approx(wanted, abs=1e-4)
+    assert scores["token_logprobs"][-1] == pytest.approx(float(table[-1].max()), abs=1e-4)
+    assert [max(t.values()) for t in scores["top_logprobs"][1:]] == pytest.approx(
+        table.max(-1).values.tolist(), abs=1e-4
+    )
+    assert found["text"].startswith("the cat sat on the mat")
+    assert scores["text_offset"][1] == len(scores["tokens"][0])
+    none = post(client, prompt="the cat", max_tokens=0, echo=True)["choices"][0]
+    assert none["text"] == "the cat" and none["finish_reason"] == "length" and none["logprobs"] is None
+
+
+def test_stop_and_bias(client: Any, tokenizer: Any) -> None:
+    whole = post(client, prompt="the", max_tokens=20, temperature=0, ignore_eos=True)["choices"][0]["text"]
+    stop = whole[4:6]
+    cut = post(client, prompt="the", max_tokens=20, temperature=0, ignore_eos=True, stop=[stop])["choices"][0]
+    assert cut["text"] == whole[: whole.index(stop)] and cut["finish_reason"] == "stop"
+    token = tokenizer.encode("c")[0]
+    biased = post(client, prompt="the", max_tokens=4, temperature=0, logit_bias={str(token): 100})["choices"][0]
+    assert biased["text"] == "cccc"
+
+
+def test_scores_of_continuations(client: Any, model: Any, tokenizer: Any) -> None:
+    found = post(
+        client, "/v1/score", context="the cat sat", continuations=[" on the mat", " 日本語"], token_log_probs=True
+    )
+    for score, text in zip(found["scores"], [" on the mat", " 日本語"], strict=True):
+        ids = tokenizer.encode("the cat sat" + text)
+        begin = len(tokenizer.encode("the cat sat"))
+        with torch.inference_mode():
+            table = model(torch.tensor([ids]))[0].log_softmax(-1)
+        wanted = [float(table[i - 1, ids[i]]) for i in range(begin, len(ids))]
+        assert score["log_prob"] == pytest.approx(sum(wanted), abs=1e-3) and score["tokens"] == len(wanted)
+        assert score["greedy"] == all(int(table[i - 1].argmax()) == ids[i] for i in range(begin, len(ids)))
+        assert [t["log_prob"] for t in score["token_log_probs"]] == pytest.approx(wanted, abs=1e-4)
+    assert found["usage"]["completion_tokens"] == 0
+
+
+def test_scores_without_context_and_in_ids(client: Any, tokenizer: Any) -> None:
+    ids = tokenizer.encode("the cat")
+    empty = post(client, "/v1/score", context="", continuations=["the cat", ids])["scores"]
+    assert empty[0]["log_prob"] == empty[1]["log_prob"] and empty[0]["tokens"] == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"prompt": "a", "suffix": "b"}, "suffix", "suffix"),
+        ({"prompt": "a", "max_token": 3}, "max_token", "unrecognized"),
+        ({}, "prompt", "missing"),
+        ({"prompt": []}, "prompt", "prompt"),
+        ({"prompt": [[]]}, "prompt[0]", "prompt"),
+        ({"prompt": [999999]}, None, "999999"),
+        ({"prompt": "a", "n": 100000}, "n", "128"),
+        ({"prompt": ["a"] * 200, "n": 100}, "n", "512"),
+        ({"prompt": "a", "n": 2, "best_of": 3}, "best_of", "best_of"),
+        ({"prompt": "a", "temperature": -1}, "temperature", "0"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature", "number"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", ""),
+        ({"prompt": "a", "logit_bias": {"99999": 1}}, None, "99999"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"prompt": "a", "max_tokens": 10**6}, "max_tokens", "512"),
+        ({"prompt": "a " * 900}, None, "512"),
+        ({"prompt": "a", "stop": ""}, "stop", "1"),
+        ({"prompt": "a", "stream_options": {}}, "stream_options", "stream"),
+        ({"prompt": "a", "logprobs": 1000}, "logprobs", "20"),
+    ],
+)
+def test_wrong_bodies_are_refused(client: Any, body: dict[str, Any], param: str | None, said: str) -> None:
+    response = client.post("/v1/completions", json=body)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"] or "").startswith(param or "") and said in error["message"]
+    assert post(client, prompt="a", max_tokens=1)
