@@ -142,12 +142,13 @@ def hymba_and_transformer(size: str = "", **changes: Any) -> dict[str, ModelConf
 
     size "tiny" gives both at toy size; changes go to `presets.hymba`.
     """
-    layers, hidden, mlp = (4, 64, 64) if size == "tiny" else (12, 512, 1344)
-    heads = (hidden // 64 * 2, hidden // 64) if size == "tiny" else (8, 4)
-    shape: dict[str, Any] = {"vocab": 8192, "original_context": None, "context": 65536}
-    ours = hymba(layers, hidden=hidden, mlp=mlp, heads=heads, **shape | changes)
-    width = hidden // heads[0]
-    stock = llama(layers * 4 // 3, hidden=hidden, mlp=mlp, attention=(*heads, width), vocab=ours.vocab_size, tied=True)
+    layers, hidden, mlp, heads, key_heads = (4, 64, 64, 2, 1) if size == "tiny" else (12, 512, 1344, 8, 4)
+    ours = hymba(
+        layers, hidden=hidden, mlp=mlp, heads=(heads, key_heads),
+        **{"vocab": 8192, "original_context": None, "context": 65536} | changes,
+    )  # fmt: skip
+    attention = (heads, key_heads, hidden // heads)
+    stock = llama(layers * 4 // 3, hidden=hidden, mlp=mlp, attention=attention, vocab=ours.vocab_size, tied=True)
     equal = with_parameters(stock, count_parameters(ours))
     return {"hymba": ours, "transformer": dataclasses.replace(equal, max_position_embeddings=65536)}
 
@@ -165,8 +166,9 @@ def shape_of(config: ModelConfig) -> dict[str, Any]:
         "key_value_heads": attention.num_key_value_heads,
         "vocab_size": config.vocab_size,
     }
-    windows = {block.attention.window for block in config.blocks if block.attention is not None} - {None}
-    return found | ({"window": max(windows), "meta_tokens": config.num_meta_tokens} if windows else {})
+    windows = [block.attention.window for block in config.blocks if block.attention is not None]
+    window = next((window for window in windows if window is not None), None)
+    return found | ({} if window is None else {"window": window, "meta_tokens": config.num_meta_tokens})
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> HybridModel:

@@ -71,23 +71,23 @@ def scan(side: str, channels: int, states: int, time: int, dtype: torch.dtype) -
 def inner(side: str, channels: int, states: int, time: int, dtype: torch.dtype) -> Output:
     """Convolution, time steps, B and C, scan and gate: a mixer between its two projections."""
     rank = channels // 32
-    mixer: nn.Module
-    if side == "transformers":
-        mixer = jamba_mixer(channels, states, rank)
-    else:
-        mixer = Mamba1Inner(Mamba1Config(channels, states, rank))
-        nn.init.uniform_(mixer.dt_bias, -6.9, -2.3)
-        nn.init.constant_(mixer.x_proj.weight, 0.02)
     projected = torch.randn(1, time, 2 * channels, generator=torch.Generator().manual_seed(0)).to(dtype)
     context = SequenceContext(positions=torch.arange(time)[None])
+    if side == "transformers":
+        mixer = function = jamba_mixer(channels, states, rank)
+    else:
+        mixer = ours = Mamba1Inner(Mamba1Config(channels, states, rank))
+        nn.init.uniform_(ours.dt_bias, -6.9, -2.3)
+        ours.A_log.data.copy_(torch.arange(1.0, states + 1).log())
+
+        def function(leaf: Tensor) -> Tensor:
+            with select.using(side):
+                return ours.mix(leaf, context)
 
     def run() -> tuple[Tensor, list[Tensor]]:
         leaf = projected.detach().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            if side == "transformers":
-                return mixer(leaf), [leaf, *mixer.parameters()]
-            with select.using(side):
-                return mixer.mix(leaf, context), [leaf, *mixer.parameters()]
+            return function(leaf), [leaf, *mixer.parameters()]
 
     return run
 
@@ -98,8 +98,9 @@ def jamba_mixer(channels: int, states: int, rank: int) -> nn.Module:
     from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 
     config = JambaConfig(hidden_size=channels // 2, mamba_expand=2, mamba_d_state=states, mamba_dt_rank=rank)
-    mixer = JambaMambaMixer(config, 0).eval()
-    mixer.in_proj, mixer.out_proj = nn.Identity(), nn.Identity()
+    mixer: nn.Module = JambaMambaMixer(config, 0).eval()
+    for name in ("in_proj", "out_proj"):
+        setattr(mixer, name, nn.Identity())
     return mixer
 
 
