@@ -45,7 +45,7 @@ class Reply:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
-        self.acceptance = 0.7  # share of guesses that came true lately
+        self.acceptance = 0.0  # share of guesses that came true lately
         request = stream.request
         self.prompt, self._limit = request.prompt, request.max_new_tokens
         self._wanted, self._texts, self._ends = request.logprobs, texts, ends

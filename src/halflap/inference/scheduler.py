@@ -27,7 +27,7 @@ from halflap.inference.prefix_cache import PrefixCache
 from halflap.inference.reading import Job, Reader
 from halflap.inference.replies import Reply, Texts
 from halflap.inference.requests import EngineSettings, FinishReason
-from halflap.inference.speculate import Draft, Lookup, Pace, Speculator, observe
+from halflap.inference.speculate import Draft, Lookup, Pace, Speculator
 from halflap.inference.stream import Stream
 from halflap.models import slots
 from halflap.models.cache import Cache
@@ -200,6 +200,7 @@ class Scheduler:
             )
             ends = frozenset() if request.ignore_eos else self.ends
             job.replies.append(Reply(job.stream, choice, job.order, chooser, self.texts, ends))
+            job.replies[-1].acceptance = self.pace.acceptance
         for reply in job.replies:
             if request.max_new_tokens:
                 self._take(reply, choose_rows(logits[None], [reply.chooser])[0], logits)
@@ -225,8 +226,6 @@ class Scheduler:
             parked = self.parked.pop(0)
             self.slots.add(reply, parked.bring(), 1)
             parked.drop()
-            if self.speculator is not None:
-                self.speculator.add(reply)
 
     def _make_room(self, width: int, arriving: Reply | None = None) -> bool:
         """For `width` more tokens of every reply; a single one was found fit when it was asked for."""
@@ -283,7 +282,7 @@ class Scheduler:
         if self.speculator is not None:
             self.pace.measured(len(rows), width, time.perf_counter() - started)
         for reply, guess, got in zip(rows, guessed, taken, strict=True):
-            observe(reply, len(guess), got - 1)
+            self.pace.observe(reply, len(guess), got - 1)
             reply.flush()
         for reply in [reply for reply in rows if reply.finish_reason is not None]:
             self._leave(reply)
@@ -325,8 +324,9 @@ class Scheduler:
         if self.speculator is None:
             return {}
         cost, most = self.speculator.cost(), self.settings.max_draft
+        seconds = self.pace.seconds(len(rows), most)
         wanted = {
-            reply: self.pace.reach(len(rows), reply.acceptance, min(most, reply.left - 1), cost)
+            reply: self.pace.reach(seconds, reply.acceptance, min(most, reply.left - 1), cost)
             for reply in rows
             if reply.chooser.matcher is None
         }

@@ -8,7 +8,7 @@ each width took, down to not at all. Legend: B batch, T time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -23,19 +23,19 @@ from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel
 
 LOOKUP = (4, 3, 2)  # tokens that must recur, the longest tried first
-MEMORY = 0.9  # what an old guess counts against a new one
-HOPE = 0.5  # what the rate of guesses that come true drifts back to while there are none
-DRIFT = 0.005
+HOPE = 0.5  # the rate of guesses that come true, before any; a reply's drifts back to it while there are none,
+DRIFT = 0.002  # so much a pass, so that it is tried again now and then
+OF_REPLY, OF_ALL, OF_SECONDS = 0.85, 0.98, 0.9  # what older measurements count against a new one
 WIDER = 0.06  # an unmeasured pass is taken to be so much slower a token
 REMEASURE = 64  # passes after which one goes without guesses, to know what that takes
 
 
 class Speculator(Protocol):
-    """Is told which replies have slots."""
+    """Begins to follow a reply when it is first asked about it."""
 
-    def add(self, reply: Reply) -> None: ...
-
-    def remove(self, reply: Reply) -> None: ...
+    def remove(self, reply: Reply) -> None:
+        """It has ended or lost its slot."""
+        ...
 
     def guess(self, wanted: Mapping[Reply, int]) -> dict[Reply, list[int]]:
         """At most so many tokens that may follow each reply."""
@@ -52,14 +52,11 @@ class Lookup:
     def __init__(self) -> None:
         self._known: dict[Reply, _Index] = {}
 
-    def add(self, reply: Reply) -> None:
-        self._known[reply] = _Index()
-
     def remove(self, reply: Reply) -> None:
-        del self._known[reply]
+        self._known.pop(reply, None)
 
     def guess(self, wanted: Mapping[Reply, int]) -> dict[Reply, list[int]]:
-        return {reply: self._known[reply].follow(reply, count) for reply, count in wanted.items()}
+        return {reply: self._known.setdefault(reply, _Index()).follow(reply, count) for reply, count in wanted.items()}
 
     def cost(self) -> float:
         return 0.0
@@ -108,7 +105,8 @@ class Draft:
         self._read: list[int] = []  # tokens of each in it
         self._seconds = Average()
 
-    def add(self, reply: Reply) -> None:
+    def _begin(self, reply: Reply) -> None:
+        """Read its text so far."""
         text = [*reply.prompt, *reply.tokens[:-1]]
         row = Cache.create(self._model.config, 1, len(text), self._dtype, self._device)
         for start in range(0, len(text), self._chunk):
@@ -119,6 +117,8 @@ class Draft:
         self._read.append(len(text))
 
     def remove(self, reply: Reply) -> None:
+        if reply not in self._rows:
+            return
         index = self._rows.index(reply)
         slots.move(self._cache, len(self._rows) - 1, index)
         self._rows[index], self._read[index] = self._rows[-1], self._read[-1]
@@ -127,6 +127,9 @@ class Draft:
             slots.resize(self._cache, 0, 0)
 
     def guess(self, wanted: Mapping[Reply, int]) -> dict[Reply, list[int]]:
+        for reply in wanted:
+            if reply not in self._rows:
+                self._begin(reply)
         started, most = time.perf_counter(), [wanted.get(reply, 0) for reply in self._rows]
         logits = self._catch_up(max(most))
         guesses: list[list[int]] = [[] for _ in self._rows]
@@ -168,50 +171,55 @@ class Draft:
 class Average:
     """Of measurements, the latest counting most; None before the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: float = OF_SECONDS) -> None:
         self.value: float | None = None
+        self._memory = memory
 
     def add(self, value: float) -> None:
-        self.value = value if self.value is None else MEMORY * self.value + (1 - MEMORY) * value
+        self.value = value if self.value is None else self._memory * self.value + (1 - self._memory) * value
 
 
 class Pace:
-    """How far it pays to guess."""
+    """How far it pays to guess. `acceptance`: of all guesses so far the share that came true; replies begin with it."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
-        self._seconds: dict[tuple[int, int], Average] = {}  # of passes by rows and width
+    def __init__(self) -> None:
+        self.acceptance = HOPE
+        self._seconds: dict[int, dict[int, Average]] = {}  # of passes, by width and rows
         self._since = 0
 
     def measured(self, rows: int, width: int, seconds: float) -> None:
-        self._seconds.setdefault((rows, width), Average()).add(seconds)
+        self._seconds.setdefault(width, {}).setdefault(rows, Average()).add(seconds)
         self._since = 0 if width == 1 else self._since + 1
 
-    def reach(self, rows: int, acceptance: float, most: int, cost: float) -> int:
-        """The number of guesses with the most tokens a second: k of them yield 1 + a + .. + a^k tokens."""
-        if self._since >= REMEASURE:
-            return 0
+    def observe(self, reply: Reply, guessed: int, right: int) -> None:
+        """Note how many of a reply's guesses came true."""
+        if not guessed:
+            reply.acceptance += DRIFT * (HOPE - reply.acceptance)
+        for outcome in [1.0] * right + [0.0] * (right < guessed):
+            reply.acceptance += (1 - OF_REPLY) * (outcome - reply.acceptance)
+            self.acceptance += (1 - OF_ALL) * (outcome - self.acceptance)
+
+    def seconds(self, rows: int, most: int) -> list[float]:
+        """What passes of 1 to 1 + most tokens a row take, for about as many rows; empty when that must be measured."""
         base = self._known(rows, 1)
-        best, best_rate = 0, 0.0
-        expected = 0.0
-        for count in range(most + 1):
+        if base is None or self._since >= REMEASURE:
+            return []
+        wider = ((count, self._known(rows, 1 + count)) for count in range(1, 1 + most))
+        return [base, *(max(base, known or base * (1 + WIDER * count)) for count, known in wider)]
+
+    def reach(self, seconds: Sequence[float], acceptance: float, most: int, cost: float) -> int:
+        """The number of guesses, each taking `cost` seconds, with the most tokens a second.
+
+        k guesses, each true with a chance of a where those before were, yield 1 + a + .. + a^k tokens.
+        """
+        best, best_rate, expected = 0, 0.0, 0.0
+        for count, taken in enumerate(seconds[: most + 1]):
             expected += acceptance**count
-            seconds = self._known(rows, 1 + count)
-            if seconds is None:
-                seconds = (1.0 if base is None else base) * (1 + WIDER * count)
-            rate = expected / (seconds + cost * count)
-            if rate > best_rate:
+            if (rate := expected / (taken + cost * count)) > best_rate:
                 best, best_rate = count, rate
         return best
 
     def _known(self, rows: int, width: int) -> float | None:
-        found = self._seconds.get((rows, width))
-        return None if found is None else found.value
-
-
-def observe(reply: Reply, guessed: int, right: int) -> None:
-    """Note how many of a reply's guesses came true."""
-    if not guessed:
-        reply.acceptance += DRIFT * (HOPE - reply.acceptance)
-    for outcome in [1.0] * right + [0.0] * (right < guessed):
-        reply.acceptance = MEMORY * reply.acceptance + (1 - MEMORY) * outcome
+        """Seconds of such a pass, or of one with about as many rows."""
+        measured = self._seconds.get(width)
+        return measured[min(measured, key=lambda count: abs(count - rows))].value if measured else None

@@ -11,7 +11,7 @@ from halflap.errors import HalflapError
 from halflap.inference.chooser import Chooser, choose_rows
 from halflap.inference.requests import EngineSettings, Piece, Request, SamplingParams
 from halflap.inference.scheduler import Scheduler
-from halflap.inference.speculate import Pace, observe
+from halflap.inference.speculate import Pace
 from halflap.inference.stream import Stream
 from halflap.models.model import HybridModel
 
@@ -24,7 +24,7 @@ def replies(
     """Token ids of each reply; `reach` guesses are always tried, unless None leaves that to what pays."""
     scheduler = Scheduler(model, None, EngineSettings(max_batch=3, speculate=speculate))
     if reach is not None:
-        scheduler.pace.reach = lambda rows, acceptance, most, cost: min(reach, most)  # type: ignore[method-assign]
+        scheduler.pace.reach = lambda seconds, acceptance, most, cost: min(reach, most)  # type: ignore[method-assign]
     streams = [Stream(request) for request in requests]
     for stream in streams:
         scheduler.add(stream)
@@ -105,13 +105,15 @@ def test_guesses_follow_the_distribution() -> None:
 
 def test_guessing_stops_where_it_does_not_pay(make: Callable[..., HybridModel]) -> None:
     pace = Pace()
+    assert pace.reach(pace.seconds(1, 8), 0.95, 8, 0.0) == 0  # a plain pass is measured first
     for width in range(1, 10):
         pace.measured(1, width, 1.0 + 0.1 * (width - 1))
-    assert pace.reach(1, 0.95, 8, 0.0) == 8
-    assert pace.reach(1, 0.5, 8, 0.0) in (2, 3)
-    assert pace.reach(1, 0.05, 8, 0.0) == 0
-    assert pace.reach(1, 0.5, 8, 0.9) == 0
-    assert pace.reach(1, 0.9, 0, 0.0) == 0
+    seconds = pace.seconds(2, 8)
+    assert pace.reach(seconds, 0.95, 8, 0.0) == 8
+    assert pace.reach(seconds, 0.5, 8, 0.0) in (2, 3)
+    assert pace.reach(seconds, 0.05, 8, 0.0) == 0
+    assert pace.reach(seconds, 0.5, 8, 0.9) == 0
+    assert pace.reach(seconds, 0.9, 0, 0.0) == 0
     model = make("llama")
     scheduler = Scheduler(model, None, EngineSettings(speculate="lookup"))
     stream = Stream(Request((5, 6), 2))
@@ -119,12 +121,15 @@ def test_guessing_stops_where_it_does_not_pay(make: Callable[..., HybridModel]) 
     scheduler._read()
     (reply,) = scheduler.rows
     for _ in range(30):
-        observe(reply, 4, 0)
+        pace.observe(reply, 4, 0)
     low = reply.acceptance
-    assert low < 0.05
+    assert low < 0.05 and pace.acceptance < 0.3
     for _ in range(200):
-        observe(reply, 0, 0)
+        pace.observe(reply, 0, 0)
     assert low < reply.acceptance < 0.5  # another try will come
+    for _ in range(8):
+        pace.observe(reply, 3, 3)
+    assert reply.acceptance > 0.95
 
 
 def test_a_draft_of_another_tokenizer_is_refused(make: Callable[..., HybridModel]) -> None:
