@@ -21,13 +21,15 @@ from halflap.evaluate import bench as benchmark
 from halflap.evaluate.documents import Document, documents_of
 from halflap.evaluate.held_out import evaluate_text
 from halflap.evaluate.probes import is_probe, probe_names
-from halflap.evaluate.recall import probe_lengths, run_probes
+from halflap.evaluate.recall import probe_lengths, run_probes, wilson
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel, initialize
 from halflap.ops import select
 from halflap.run import Run
 
+SHARES = ("acc", "acc_norm", "exact_match", "choice_acc", "token_acc")
+"""Metrics of tasks that are means over items of what is right."""
 NOT_MEASURED = {"loss": None, "perplexity": None, "bits_per_byte": None, "tokens": 0}
 
 
@@ -71,6 +73,7 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
         asked = {"lengths": recipe.probe_lengths, "limit": recipe.limit, **settings}
         log = lambda row: run.log({"phase": "probe", **row})
         result["tasks"] = {**result["tasks"], **run_probes(model, tokenizer, probes, log=log, **asked)}
+    result["tasks"] = {name: _with_intervals(metrics) for name, metrics in result["tasks"].items()}
     result |= {"parameters": count_parameters(model.config), "dtype": _dtype(model)}
     if run.directory is not None:
         run.save_json("scores.json", result)
@@ -84,6 +87,13 @@ def _tokenizer(recipe: EvaluateRecipe, directory: Path, *, needed: bool) -> Toke
     if not needed and not paths and not (place / "tokenizer.json").is_file():
         return None
     return Tokenizer.load(place)
+
+
+def _with_intervals(metrics: dict[str, Any]) -> dict[str, Any]:
+    """A task's metrics with the 95 % interval of each share of items that were right."""
+    items = metrics.get("items", 0)
+    shares = {name: metrics[name] for name in SHARES if items and 0 <= metrics.get(name, -1) <= 1}
+    return metrics | {f"{name}_interval": wilson(share, items) for name, share in shares.items()}
 
 
 def _load_tasks(names: Sequence[str]) -> Any:

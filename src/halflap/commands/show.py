@@ -180,7 +180,7 @@ def evaluate(result: Mapping[str, Any], console: Console) -> None:
             f"{metric.replace('_', ' ')} {value:.4f}"
             + (f" ± {metrics[f'{metric}_stderr']:.4f}" if f"{metric}_stderr" in metrics else "")
             for metric, value in metrics.items()
-            if metric != "items" and not metric.endswith("_stderr")
+            if metric != "items" and not metric.endswith(("_stderr", "_interval"))
         ]
         console.print(Text(name, style="bold"), f" {', '.join(row)} ({metrics.get('items', 0):,} items)")
     if truncated := result.get("truncated_prompts"):
@@ -224,7 +224,8 @@ def bench(result: Mapping[str, Any], console: Console) -> None:
         times = [f"{row[name]:,.3g} ms" for name in ("time_to_first_token_ms", "decode_step_ms")]
         sizes = [size(row[name]) for name in ("peak_memory_bytes", "cache_bytes")]
         table.add_row(f"{row['prompt']}+{row['output']}", str(row["batch"]), *rates, *times, *sizes)
-    console.print(table, width=max(console.width, 100), crop=False)
+    console.width = max(console.width, 100)
+    console.print(table)
     hardware, dtype = result["hardware"], result["rows"][0]["dtype"]
     kernels = ", ".join(f"{op} {kind}" for op, kind in result["kernels"]["ops"].items())
     console.print(f"{hardware.get('gpu') or hardware['processor']}, {hardware['threads']} threads, {dtype}; {kernels}")
@@ -343,7 +344,8 @@ def study(result: Mapping[str, Any], console: Console) -> None:
         cells = (f"{row['loss']:.3f}{spread}", *differences, *speeds)
         recall = (f"{100 * row['recall']:.1f} %",) if recalls else ()
         table.add_row(row["name"], short(row["parameters"]), *cells, size(row["cache_bytes"]), *recall)
-    console.print(table, width=max(console.width, 110), crop=False)
+    console.width = max(console.width, 125)
+    console.print(table)
     first = result["arms"][0]
     named = [f"{row['name']} from {row['previous']}" for row in result["arms"] if row.get("previous")]
     console.print(f"step: {', '.join(named)}; p of the differences by seed, uncorrected for their number")

@@ -304,7 +304,7 @@ def _write_table(run: Run, plan: Study, rows: Sequence[Mapping[str, Any]], judge
             perplexity=row["perplexity"],
             tokens_trained=row["tokens_trained"],
             seconds=row["seconds"],
-            description=_described(row, plan.baseline),
+            description=row["pattern"] if len(row["pattern"]) <= 16 else f"{row['pattern'][:16]}…",
             run=str(_place(run, row["name"], plan.seeds[0]).relative_to(run.path)),
             losses=tuple(row["loss_by_seed"]),
         )
@@ -315,13 +315,3 @@ def _write_table(run: Run, plan: Study, rows: Sequence[Mapping[str, Any]], judge
         "study.json",
         {"study": plan.name, "size": plan.size, "asks": plan.asks, "baseline": plan.baseline, "arms": rows},
     )
-
-
-def _described(row: Mapping[str, Any], baseline: str) -> str:
-    parts = [row["pattern"] if len(row["pattern"]) <= 16 else f"{row['pattern'][:16]}…"]
-    if against := row.get("loss_against_baseline"):
-        p_value = "" if against["p_value"] is None else f" (p {against['p_value']:.2g})"
-        parts.append(f"{against['difference']:+.3f} to {baseline}{p_value}")
-    if row.get("recall") is not None:
-        parts.append(f"recall {row['recall']:.1%}")
-    return ", ".join(parts)

@@ -28,7 +28,9 @@ from halflap.report.importance import Importance, read_importance
 from halflap.report.judgements import Judgements, read_judgements, verdict, with_parameters
 from halflap.report.measures import Series, Speed, read_candidates, read_series, read_speed
 from halflap.report.shapes import KINDS, Shapes, read_shapes, size_rows
+from halflap.report.study import read_study
 from halflap.report.svg import element
+from halflap.report.tasks import read_tasks
 
 
 def build(runs: Sequence[Path], out: Path) -> Path:
@@ -134,7 +136,11 @@ def _environment(links: Links) -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters.update(
-        {"num": links.number, **{f"as_{name}": function for name, function in units.FORMATS.items()}}
+        {
+            "num": links.number,
+            "formatted": lambda value, kind: units.FORMATS[kind](value),
+            **{f"as_{name}": function for name, function in units.FORMATS.items()},
+        }
     )
     environment.globals.update(file=links.file, kinds=KINDS)
     return environment
@@ -148,7 +154,8 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
     judgements = with_parameters(judgements, before, after)
     importance = _importance(runs, problems)
     candidates = read_candidates(runs)
-    series = read_series(sources.curves)
+    study = read_study(runs, problems)
+    series = [] if study is not None and study.loss is not None else read_series(sources.curves)
     teacher, topic = judgements.of("teacher"), _topic(runs)
     context = {
         "topic": topic,
@@ -168,6 +175,8 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
         "search_file": candidates[0].path if candidates else None,
         "candidates": candidates[1] if candidates else [],
         "candidates_plot": _candidates_plot(candidates[1] if candidates else [], teacher and teacher.loss),
+        "study": study,
+        "tasks": read_tasks(runs),
         "series": series,
         "curves_plot": _curves_plot(series, divergence=False),
         "divergence_plot": _curves_plot(series, divergence=True),
@@ -182,12 +191,15 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
 
 
 def _topic(runs: Sequence[RunFiles]) -> dict[str, str] | None:
-    """Title and question of a page that is not about a teacher and its student: a study, or an analysis alone."""
+    """Title and question of a page that is not about a teacher and its student: a study, an analysis, evaluations."""
     for run in runs:
         if (study := run.document("study.json")) is not None:
             return {"title": study.text("study") or run.name, "asks": study.text("asks") or ""}
         if run.document("analysis.json") is not None and len(runs) == 1:
             return {"title": run.name, "asks": "What attention, SSM and MLP do, block by block."}
+    status = [run.document("status.json") for run in runs]
+    if all(document is not None and document.text("verb") == "evaluate" for document in status):
+        return {"title": ", ".join(run.name for run in runs), "asks": "Held-out text and tasks."}
     return None
 
 

@@ -21,12 +21,16 @@ Drawing = Callable[[int, int], Markup]
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss against tokens of one run: `color` is its class, `points` are (tokens, nats) in order."""
+    """Loss against tokens of one run: `color` is its class, `points` are (tokens, nats) in order.
+
+    `band` is the lowest and the highest of several runs at each point.
+    """
 
     name: str
     split: str
     points: tuple[tuple[float, float], ...]
     color: int = 0
+    band: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,11 @@ def _typical(curve: Curve) -> float:
 def _line(curve: Curve, x: Scale, y: Scale) -> list[Markup]:
     pairs = [(x(tokens), y(value)) for tokens, value in curve.points]
     line = element("polyline", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in pairs), class_="curve")
+    if curve.band:
+        edges = [(a, y(low)) for (a, _), (low, _) in zip(pairs, curve.band)]
+        edges += [(a, y(high)) for (a, _), (_, high) in reversed(list(zip(pairs, curve.band)))]
+        area = element("polygon", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in edges), class_="band")
+        return [area, line]
     if curve.split != "held-out" or len(pairs) > 40:
         return [line]
     return [line, *(element("circle", cx=a, cy=b, r=3) for a, b in pairs)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
@@ -72,12 +72,39 @@ def whisker(
     return element("svg", *parts, class_="whisker", height=2 * mid, width="100%", role="img", aria_label=text)
 
 
-def whisker_axis(span: tuple[float, float]) -> Markup:
-    """Tick labels of the shared axis."""
+def whisker_axis(span: tuple[float, float], text: Callable[[float], str] = tick) -> Markup:
+    """Tick labels of the shared axis, in the words of `text`."""
     at = Scale(*span, 2.0, 98.0)
     labels = [
-        element("text", tick(value), x=_share(at(value)), y=12, text_anchor="middle", class_="tick")
+        element("text", text(value), x=_share(at(value)), y=12, text_anchor="middle", class_="tick")
         for value in ticks(*span, 4)
+    ]
+    return element("svg", *labels, class_="whisker", height=16, width="100%", aria_hidden="true")
+
+
+def bar(value: float, interval: tuple[float, float] | None, chance: float | None, text: str, color: int) -> Markup:
+    """A share of one as a bar from nothing to all, with its interval and a mark where chance would be."""
+    mid = 13
+    at = Scale(0.0, 1.0, 0.0, 100.0)
+    parts: list[Markup] = [
+        element("rect", x="0", y=mid - 6, width="100%", height=12, class_="all"),
+        element("rect", x="0", y=mid - 6, width=_share(at(value)), height=12, class_="share"),
+    ]
+    if chance is not None:
+        parts.append(element("line", x1=_share(at(chance)), x2=_share(at(chance)), y1=2, y2=24, class_="chance"))
+    if interval is not None:
+        low, high = (_share(at(end)) for end in interval)
+        parts.append(element("line", x1=low, x2=high, y1=mid, y2=mid, class_="interval"))
+        parts += [element("line", x1=end, x2=end, y1=mid - 4, y2=mid + 4, class_="end") for end in (low, high)]
+    return element("svg", *parts, class_=f"whisker c{color}", height=2 * mid, width="100%", role="img", aria_label=text)
+
+
+def bar_axis() -> Markup:
+    """Tick labels of the bars, in percent."""
+    places = ((0, "start"), (50, "middle"), (100, "end"))
+    labels = [
+        element("text", f"{share} %", x=f"{share}%", y=12, text_anchor=anchor, class_="tick")
+        for share, anchor in places
     ]
     return element("svg", *labels, class_="whisker", height=16, width="100%", aria_hidden="true")
 

@@ -78,6 +78,11 @@ def percent(value: float) -> str:
     return f"{_signed(f'{100 * value:.1f}')}{SPACE}%"
 
 
+def points(value: float) -> str:
+    """A difference of shares in percentage points with its sign always shown: `+4.7`."""
+    return f"{'+' if value > 0 else ''}{_signed(f'{100 * value:.1f}')}"
+
+
 def times(value: float) -> str:
     """A ratio: `1.84×`."""
     return f"{value:.2f}×"
@@ -130,6 +135,7 @@ FORMATS: dict[str, Callable[..., str]] = {
     "signed_loss": signed_loss,
     "perplexity": perplexity,
     "percent": percent,
+    "points": points,
     "times": times,
     "rate": rate,
     "error": error,
