@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 
+ALIGNMENT = 64  # bytes of a cache line
 PIECE = 1 << 24  # bytes moved by one system call, which takes no more than 2 GiB anyway
 SAMPLE_ALL = 1 << 20  # tensors up to 1 MiB are digested whole
 SAMPLE_BLOCKS, SAMPLE_BLOCK = 16, 1 << 14  # of larger ones 16 blocks of 16 KiB, evenly spread, both ends included
@@ -176,7 +178,7 @@ def _open_shards(directory: Path) -> dict[str, Entry]:
 
 def read_tensor(entry: Entry) -> Tensor:
     """Read one tensor; no other byte of the file is touched."""
-    tensor = torch.empty(entry.spec.shape, dtype=DTYPES[entry.spec.code])
+    tensor = _empty(entry.spec)
     view = _bytes(tensor)
     with open(entry.file, "rb", buffering=0) as file:
         file.seek(entry.start)
@@ -187,6 +189,13 @@ def read_tensor(entry: Entry) -> Tensor:
                 raise HalflapError(f"{entry.file} became shorter while it was read: copy or download it again")
             done += count
     return tensor
+
+
+def _empty(spec: TensorSpec) -> Tensor:
+    """Memory for a tensor from NumPy, which asks for large pages: small ones cost more at first touch than reading."""
+    memory = np.empty(spec.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return torch.from_numpy(memory[start : start + spec.nbytes]).view(DTYPES[spec.code]).reshape(spec.shape)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -356,9 +365,7 @@ def _listed(directory: Path) -> set[str]:
         names = set(json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
-    return {
-        name for name in names if isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
-    }
+    return {n for n in names if isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors")}
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -16,7 +16,7 @@ from halflap.compress.plan import Kept, PruningPlan, kept_indices
 from halflap.errors import HalflapError
 from halflap.models.layout import Dim, Layout, Span, dim_size, is_offset_gain, layout, shape
 
-# NumPy's `take` along the last dimension moves 2-byte items 3x as fast as torch.index_select (2 cores, 20000x4096).
+# NumPy's `take` moves 2-byte items 3 to 5x as fast as torch.index_select (20000x4096), into large pages.
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -135,11 +135,9 @@ def _take(tensor: Tensor, dimension: int, index: Tensor) -> Tensor:
     first, count = int(index[0]), len(index)
     if torch.equal(index, torch.arange(first, first + count)):
         return tensor.narrow(dimension, first, count)
-    if tensor.device.type == "cpu" and dimension == tensor.dim() - 1 and tensor.is_contiguous():
-        result = tensor.new_empty(*tensor.shape[:-1], count)
-        source, target = (t.view(_INTEGER[t.element_size()]).numpy() for t in (tensor, result))
-        np.take(source, index.numpy(), axis=-1, out=target, mode="clip")  # "raise" would write through a buffer
-        return result
+    if tensor.device.type == "cpu":
+        source = tensor.contiguous().view(_INTEGER[tensor.element_size()]).numpy()
+        return torch.from_numpy(np.take(source, index.numpy(), axis=dimension)).view(tensor.dtype)
     return tensor.index_select(dimension, index.to(tensor.device))
 
 
