@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +16,12 @@ from torch import Tensor
 
 from halflap.ops.vocabulary_loss import (
     DIVERGENCES,
-    Direction,
+    Divergence,
+    Tail,
     cross_entropy_sum,
     kl_divergence_sum,
     kl_from_top_k_sum,
+    top_k_error_sum,
     top_k_log_probs,
 )
 
@@ -57,20 +61,31 @@ def plain_cross_entropy(case: Case) -> Tensor:
     return (F.cross_entropy(case.hidden @ case.head.t(), case.targets, reduction="none") * case.weights).sum()
 
 
-def plain_kl(direction: str, temperature: float) -> Callable[[Case], Tensor]:
+def plain_kl(divergence: str, temperature: float, alpha: float = 0.1) -> Callable[[Case], Tensor]:
     def loss(case: Case) -> Tensor:
         student, teacher = case.log_probs(temperature)
+
+        def to_mixture(one: Tensor, other: Tensor, alpha: float) -> Tensor:
+            return (one.exp() * (one - (alpha * one.exp() + (1 - alpha) * other.exp()).log())).sum(-1)
+
         forward = (teacher.exp() * (teacher - student)).sum(-1)
         reverse = (student.exp() * (student - teacher)).sum(-1)
-        chosen = {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}[direction]
+        chosen = {
+            "forward": forward,
+            "reverse": reverse,
+            "symmetric": (forward + reverse) / 2,
+            "jensen_shannon": (to_mixture(teacher, student, 0.5) + to_mixture(student, teacher, 0.5)) / 2,
+            "skew": to_mixture(teacher, student, alpha),
+            "skew_reverse": to_mixture(student, teacher, alpha),
+        }[divergence]
         return (chosen * case.weights).sum() * temperature**2
 
     return loss
 
 
-def kl(case: Case, temperature: float = 1.0, direction: Direction = "forward", **more: Any) -> Tensor:
+def kl(case: Case, temperature: float = 1.0, divergence: Divergence = "forward", *more: float, **named: Any) -> Tensor:
     arguments = (case.hidden, case.head, case.teacher_hidden, case.teacher_head, case.weights)
-    return kl_divergence_sum(*arguments, temperature, direction, **more)
+    return kl_divergence_sum(*arguments, temperature, divergence, *more, **named)
 
 
 @settings(deadline=None, max_examples=15)
@@ -80,24 +95,37 @@ def test_cross_entropy_equals_plain(chunk: int, seed: int, scale: float) -> None
     assert_same(Case(seed, scale=scale), ours, plain_cross_entropy)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=40)
 @given(
     chunk=st.integers(1, M + 3),
     seed=st.integers(0, 3),
     temperature=st.sampled_from([0.5, 1.0, 3.0]),
-    direction=st.sampled_from(sorted(DIVERGENCES)),
+    divergence=st.sampled_from(sorted(DIVERGENCES)),
+    alpha=st.sampled_from([0.1, 0.7]),
 )
-def test_kl_equals_plain(chunk: int, seed: int, temperature: float, direction: Direction) -> None:
-    ours = lambda c: kl(c, temperature, direction, chunk=chunk)
-    assert_same(Case(seed), ours, plain_kl(direction, temperature))
+def test_kl_equals_plain(chunk: int, seed: int, temperature: float, divergence: Divergence, alpha: float) -> None:
+    ours = lambda c: kl(c, temperature, divergence, alpha, chunk=chunk)
+    assert_same(Case(seed), ours, plain_kl(divergence, temperature, alpha))
 
 
-@pytest.mark.parametrize("direction", sorted(DIVERGENCES))
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+def test_divergences_pass_gradcheck(divergence: Divergence) -> None:
+    case = Case(3)
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        return kl_divergence_sum(
+            hidden, head, case.teacher_hidden[:5], case.teacher_head, case.weights[1:6], 2.0, divergence, 0.3, chunk=2
+        )
+
+    assert torch.autograd.gradcheck(loss, (case.hidden.detach()[:5].requires_grad_(), case.head))
+
+
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kl_of_the_teacher_itself_is_zero_with_zero_gradient(direction: Direction, dtype: torch.dtype) -> None:
+def test_kl_of_the_teacher_itself_is_zero_with_zero_gradient(divergence: Divergence, dtype: torch.dtype) -> None:
     case = Case(dtype=dtype)
     case.teacher_hidden, case.teacher_head = case.hidden.detach(), case.head.detach()
-    value, hidden, head = case.gradients(lambda c: kl(c, 1.0, direction))
+    value, hidden, head = case.gradients(lambda c: kl(c, 1.0, divergence))
     assert abs(float(value)) < 1e-6
     assert float(hidden.abs().max()) < 1e-6 and float(head.abs().max()) < 1e-6
 
@@ -111,6 +139,47 @@ def test_kl_gradient_is_the_difference_of_probabilities() -> None:
     (gradient,) = torch.autograd.grad(loss, logits)
     expected = (logits.softmax(-1) - case.log_probs()[1].exp()).detach() / M
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-9)
+
+
+def test_bounded_divergences_are_bounded() -> None:
+    case = Case(1, torch.float32, scale=20.0)
+    each = lambda divergence: float(kl(case, 1.0, divergence, 0.1).detach())
+    counted = float(case.weights.sum())
+    assert each("jensen_shannon") <= counted * math.log(2)
+    assert max(each("skew"), each("skew_reverse")) <= counted * math.log(1 / 0.1)
+    assert each("forward") > 10 * counted
+
+
+@pytest.mark.parametrize("k", [1, 5, V])
+@pytest.mark.parametrize("chunk", [4, M])
+def test_renormalised_top_k_is_a_teacher_of_k_tokens(k: int, chunk: int) -> None:
+    def plain(case: Case) -> Tensor:
+        student, teacher = case.log_probs()
+        best, indices = teacher.topk(k)
+        best = best - best.logsumexp(1, keepdim=True)
+        return ((best.exp() * (best - student.gather(1, indices))).sum(1) * case.weights).sum()
+
+    case = Case(4)
+    best, indices = case.log_probs()[1].topk(k)
+    tail: Tail = "renormalise"
+    ours = lambda c: kl_from_top_k_sum(c.hidden, c.head, indices, best, c.weights, tail, chunk=chunk)
+    for mine, reference in zip(case.gradients(ours), case.gradients(plain)):
+        torch.testing.assert_close(mine, reference, rtol=1e-8, atol=1e-9)
+    if k == V:
+        torch.testing.assert_close(ours(case).detach(), kl(case).detach(), rtol=1e-9, atol=0)
+
+
+def test_top_k_error_is_what_spreading_the_rest_evenly_costs() -> None:
+    case = Case(5)
+    _, teacher = case.log_probs()
+    errors = []
+    for k in (2, 10, V):
+        best, indices = teacher.topk(k)
+        even = (1 - best.exp().sum(1)).clamp_min(1e-300) / max(V - k, 1)
+        known = even.log()[:, None].expand(M, V).scatter(1, indices, best)
+        errors.append(float(top_k_error_sum(case.teacher_hidden, case.teacher_head, indices, best, chunk=7)))
+        assert errors[-1] == pytest.approx(float((teacher.exp() * (teacher - known)).sum()), abs=1e-12)
+    assert errors[0] > errors[1] > abs(errors[2]) and abs(errors[2]) < 1e-12
 
 
 @pytest.mark.parametrize("k", [1, 5, V])
@@ -169,7 +238,9 @@ def test_ignored_targets_and_empty_batches() -> None:
 
 def test_huge_logits_stay_finite() -> None:
     case = Case(dtype=torch.float32, scale=60.0)
-    for loss in (lambda c: cross_entropy_sum(c.hidden, c.head, c.targets, c.weights), kl):
+    losses: list[Callable[[Case], Tensor]] = [lambda c: cross_entropy_sum(c.hidden, c.head, c.targets, c.weights)]
+    losses += [partial(kl, divergence=divergence) for divergence in DIVERGENCES]
+    for loss in losses:
         assert all(bool(torch.isfinite(value).all()) for value in case.gradients(loss))
 
 

@@ -1,26 +1,30 @@
-"""Cross-entropy and KL divergence over a large vocabulary that never hold a batch's logits.
+"""Cross-entropy and divergences to a teacher over a large vocabulary that never hold a batch's logits.
 
 Tokens are taken in chunks. A chunk's logits are made once, turned into the loss and at once into its gradient, and
-overwritten by the next chunk, so peak memory is a chunk and each matrix product is done once (forward; both
-gradients). Products run in the autocast dtype (or the hidden states'), softmax and sums in float32 (float64 for
-float64 input), and the head's gradient is accumulated in that wide dtype.
+overwritten by the next chunk, so peak memory is a chunk (its rows fewer, the larger the vocabulary) and each matrix
+product is done once (forward; both gradients). Products run in the autocast dtype (or the hidden states'), softmax and
+sums in float32 (float64 for float64 input), and the head's gradient is accumulated in that wide dtype.
 
-KL needs a factor: with z / temperature the gradient shrinks by 1 / temperature^2, so the sum is multiplied by
-temperature^2 (Hinton et al. 2015), which leaves temperature 1 as it is.
+A divergence needs a factor: with z / temperature the gradient shrinks by 1 / temperature^2, so the sum is multiplied
+by temperature^2 (Hinton et al. 2015), which leaves temperature 1 as it is.
 
-Legend: M tokens, D hidden, V vocabulary, k stored teacher entries. `weights` (M,) multiply each token's loss.
+Legend: M tokens, D hidden, V vocabulary, k stored teacher entries; p is the teacher's and q the student's distribution.
+`weights` (M,) multiply each token's loss.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Direction = Literal["forward", "reverse", "symmetric"]
+Divergence = Literal["forward", "reverse", "symmetric", "jensen_shannon", "skew", "skew_reverse"]
+Tail = Literal["bucket", "renormalise"]
 
 # Logits of a chunk should stay in the last-level cache on a CPU and fill the machine on a GPU; below `rows`
 # a matrix product would read the head more often than its arithmetic pays for.
@@ -46,17 +50,25 @@ def kl_divergence_sum(
     teacher_head: Tensor,
     weights: Tensor,
     temperature: float = 1.0,
-    direction: Direction = "forward",
+    divergence: Divergence = "forward",
+    skew_alpha: float = 0.1,
     *,
     chunk: int | None = None,
 ) -> Tensor:
-    """temperature^2 * sum_m weights[m] * KL of softmax(logits / temperature), a wide scalar.
+    """temperature^2 * sum_m weights[m] * divergence of softmax(logits / temperature), a wide scalar.
 
-    "forward" is KL(teacher || student), whose gradient for the student's logits is (p_s - p_t) at temperature 1;
-    "reverse" is KL(student || teacher); "symmetric" their mean. The teacher's width may differ; it gets no gradient.
+    forward         KL(p || q), whose gradient for the student's logits is q - p at temperature 1
+    reverse         KL(q || p)
+    symmetric       mean of both: half of Jeffreys' divergence
+    jensen_shannon  mean of KL(p || m) and KL(q || m), m = (p + q) / 2
+    skew            KL(p || alpha p + (1 - alpha) q), alpha = skew_alpha in (0, 1): its gradient stays bounded where q
+                    vanishes (Ko et al. 2024, DistiLLM)
+    skew_reverse    KL(q || (1 - alpha) p + alpha q)
+
+    The teacher's width may differ; it gets no gradient.
     """
     narrow, _ = _dtypes(student_hidden)
-    loss = _divergence(DIVERGENCES[direction], teacher_head.detach().to(narrow), temperature)
+    loss = _divergence(partial(DIVERGENCES[divergence], skew_alpha), teacher_head.detach().to(narrow), temperature)
     return _apply(loss, (student_hidden, student_head), (teacher_hidden.detach(),), weights, chunk)
 
 
@@ -66,15 +78,38 @@ def kl_from_top_k_sum(
     indices: Tensor,
     log_probs: Tensor,
     weights: Tensor,
+    tail: Tail = "bucket",
     *,
     chunk: int | None = None,
 ) -> Tensor:
-    """Forward KL against a teacher known by its k best entries: the rest of both is one lumped category.
+    """Forward KL against a teacher known by its k best entries.
 
-    indices (M, k) int64, log_probs (M, k) of the teacher at temperature 1. A lower bound of the full KL, equal to
-    it when k = V.
+    indices (M, k) int64, log_probs (M, k) of the teacher at temperature 1. tail "bucket" makes the rest of both
+    distributions one category, which is a divergence and a lower bound of the full KL; "renormalise" takes the k
+    entries for the whole teacher, which draws the student's other probabilities to 0. With k = V both are the full KL.
     """
-    return _apply(_top_k, (hidden, head_weight), (indices, log_probs), weights, chunk)
+    return _apply(partial(_top_k, tail == "bucket"), (hidden, head_weight), (indices, log_probs), weights, chunk)
+
+
+@torch.no_grad()
+def top_k_error_sum(
+    hidden: Tensor, head_weight: Tensor, indices: Tensor, log_probs: Tensor, *, chunk: int | None = None
+) -> Tensor:
+    """sum_m KL(full || known), a wide scalar, of the distribution of hidden (M, D) and what k entries (M, k) tell of it.
+
+    `known` has these log-probabilities, as they came back from where they were stored, and spreads the rest evenly.
+    """
+
+    def loss(logits: Tensor, rows: tuple[Tensor, ...], buffers: _Buffers) -> Tensor:
+        at, known = rows[0], rows[1].to(logits.dtype)
+        log_p = torch.log_softmax(logits, 1)
+        others = logits.shape[1] - at.shape[1]
+        even = (1 - known.exp().sum(1)).clamp_min(torch.finfo(known.dtype).tiny) / max(others, 1)
+        log_known = even.log()[:, None].expand_as(log_p).scatter(1, at, known)
+        return (log_p.exp() * (log_p - log_known)).sum(1)
+
+    weights = torch.ones(len(hidden), device=hidden.device)
+    return _apply(loss, (hidden, head_weight), (indices, log_probs), weights, chunk)
 
 
 @torch.no_grad()
@@ -122,38 +157,86 @@ def _divergence(divergence: Callable[..., Tensor], teacher_head: Tensor, tempera
     return loss
 
 
-def _forward_kl(student: Tensor, teacher: Tensor, difference: Tensor, offset: Tensor) -> Tensor:
-    """Probabilities of both, z_t - z_s and log Z_s - log Z_t; leaves the gradient in `student`."""
+# A divergence takes (alpha, q, p, z_t - z_s, log Z_s - log Z_t), of which the last two make log p - log q, and returns
+# each token's loss (C,), with the gradient for the student's scaled logits written over q. Each is a sum of f(p, q) over
+# the vocabulary, so that gradient is q (f' - sum q f') with f' = df/dq.
+PointwiseDivergence = Callable[[float, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _forward_kl(alpha: float, student: Tensor, teacher: Tensor, difference: Tensor, offset: Tensor) -> Tensor:
+    """f' = -p / q."""
     student.sub_(teacher)
     return difference.mul_(teacher).sum(1) + offset
 
 
-def _reverse_kl(student: Tensor, teacher: Tensor, difference: Tensor, offset: Tensor) -> Tensor:
+def _reverse_kl(alpha: float, student: Tensor, teacher: Tensor, difference: Tensor, offset: Tensor) -> Tensor:
+    """f' = log q - log p + 1."""
     per_token = -(difference * student).sum(1) - offset
     student.mul_(difference.add_((offset + per_token)[:, None]).neg_())
     return per_token
 
 
-def _symmetric_kl(student: Tensor, teacher: Tensor, difference: Tensor, offset: Tensor) -> Tensor:
-    reverse_gradient = student.clone()
-    reverse = _reverse_kl(reverse_gradient, teacher, difference.clone(), offset)
-    forward = _forward_kl(student, teacher, difference, offset)
-    student.add_(reverse_gradient).mul_(0.5)
-    return 0.5 * (forward + reverse)
+def _skew_kl(alpha: float, student: Tensor, teacher: Tensor, difference: Tensor, offset: Tensor) -> Tensor:
+    """f' = -(1 - alpha) p / m, m = alpha p + (1 - alpha) q; p / m is at most 1 / alpha."""
+    log_ratio = _log_over_mixture(alpha, difference.add_(offset[:, None]))
+    per_token = (teacher * log_ratio).sum(1)
+    _gradient_(student, log_ratio.exp_().mul_(alpha - 1))
+    return per_token
 
 
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+def _skew_reverse_kl(alpha: float, student: Tensor, teacher: Tensor, difference: Tensor, offset: Tensor) -> Tensor:
+    """f' = log(q / m) + 1 - alpha q / m, m = (1 - alpha) p + alpha q; the 1 falls out of the gradient."""
+    log_ratio = _log_over_mixture(alpha, difference.add_(offset[:, None]).neg_())
+    per_token = (student * log_ratio).sum(1)
+    _gradient_(student, log_ratio.sub_(log_ratio.exp().mul_(alpha)))
+    return per_token
+
+
+def _log_over_mixture(alpha: float, log_ratio: Tensor) -> Tensor:
+    """log(a / (alpha a + (1 - alpha) b)) of log(a / b)."""
+    other = math.log1p(-alpha) - log_ratio
+    return torch.logaddexp(torch.full_like(log_ratio, math.log(alpha)), other).neg_()
+
+
+def _gradient_(student: Tensor, derivative: Tensor) -> None:
+    """Write q (f' - sum q f') over q."""
+    mean = (student * derivative).sum(1, keepdim=True)
+    student.mul_(derivative.sub_(mean))
+
+
+def _mean_of(
+    first: PointwiseDivergence, second: PointwiseDivergence, fixed: float | None = None
+) -> PointwiseDivergence:
+    def mean(alpha: float, student: Tensor, teacher: Tensor, difference: Tensor, offset: Tensor) -> Tensor:
+        alpha, other = alpha if fixed is None else fixed, student.clone()
+        per_token = second(alpha, other, teacher, difference.clone(), offset)
+        per_token = per_token + first(alpha, student, teacher, difference, offset)
+        student.add_(other).mul_(0.5)
+        return 0.5 * per_token
+
+    return mean
+
+
+DIVERGENCES: dict[Divergence, PointwiseDivergence] = {
     "forward": _forward_kl,
     "reverse": _reverse_kl,
-    "symmetric": _symmetric_kl,
+    "symmetric": _mean_of(_forward_kl, _reverse_kl),
+    "jensen_shannon": _mean_of(_skew_kl, _skew_reverse_kl, fixed=0.5),
+    "skew": _skew_kl,
+    "skew_reverse": _skew_reverse_kl,
 }
 
 
-def _top_k(logits: Tensor, rows: tuple[Tensor, ...], buffers: _Buffers) -> Tensor:
+def _top_k(lumps: bool, logits: Tensor, rows: tuple[Tensor, ...], buffers: _Buffers) -> Tensor:
     """d/dz is q - p on the stored entries and q (1 - r / q_tail) elsewhere; r and q_tail are the lumped masses."""
     indices, log_p = rows[0], rows[1].to(logits.dtype)
+    if not lumps:
+        log_p = log_p - torch.logsumexp(log_p, 1, keepdim=True)
     p = log_p.exp()
-    rest = (1 - p.sum(1)).clamp_min(0) * (indices.shape[1] < logits.shape[1])  # with k = V only rounding is left
+    known_whole = not lumps or indices.shape[1] == logits.shape[1]
+    rest = (
+        torch.zeros_like(p[:, 0]) if known_whole else (1 - p.sum(1)).clamp_min(0)
+    )  # else rounding alone would be left
     picked = logits.gather(1, indices)
     log_total = _softmax_(logits)
     q = logits.gather(1, indices)

@@ -14,12 +14,12 @@ import torch
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.model import HybridModel
-from halflap.ops.vocabulary_loss import Direction, kl_divergence_sum, kl_from_top_k_sum
+from halflap.ops.vocabulary_loss import Divergence, kl_divergence_sum, kl_from_top_k_sum
 from halflap.train.losses import LossTerms
 from halflap.train.objectives.language import flat_hidden
 from halflap.train.teacher_logits import TeacherBatch
 
-LOSSES: dict[str, Direction] = {"forward_kl": "forward", "reverse_kl": "reverse", "symmetric_kl": "symmetric"}
+LOSSES: dict[str, Divergence] = {"forward_kl": "forward", "reverse_kl": "reverse", "symmetric_kl": "symmetric"}
 
 
 class Distillation:
@@ -39,7 +39,7 @@ class Distillation:
             raise HalflapError(f"the temperature is {temperature!r}; it must be greater than 0: correct --temperature")
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature = temperature
-        self.direction: Direction = LOSSES[loss]
+        self.direction: Divergence = LOSSES[loss]
 
     def count(self, batch: Batch) -> float:
         return float(batch.weights.sum())
