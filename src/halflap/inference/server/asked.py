@@ -33,6 +33,7 @@ class Asked:
     tool_format: ToolFormat | None = None
     tool_names: frozenset[str] = frozenset()
     most_calls: int | None = None
+    trimmed: bool = False  # space before the reply is the template's own
 
 
 def completion(body: CompletionBody, prompts: Prompts, settings: ServerSettings) -> Asked:
@@ -93,6 +94,7 @@ def chat(body: ChatBody, prompts: Prompts, settings: ServerSettings) -> Asked:
         tool_format=form,
         tool_names=frozenset(tool.function.name for tool in tools),
         most_calls=1 if body.parallel_tool_calls is False else None,
+        trimmed=not prompts.has_template,
     )
 
 

@@ -154,9 +154,10 @@ class ChatReply(_Reply):
         return self._object([self._choice(i) for i in range(self.count)], usage)
 
     def _parts(self, choice: int, piece: Piece) -> list[str | ToolCall]:
+        text = piece.text.lstrip() if self.asked.trimmed and not self._text[choice] else piece.text
         if self._parsers is None:
-            return [piece.text] if piece.text else []
-        parts = list(self._parsers[choice].push(piece.text))
+            return [text] if text else []
+        parts = list(self._parsers[choice].push(text))
         return parts + list(self._parsers[choice].finish()) if piece.finish_reason is not None else parts
 
     def _delta(self, choice: int, part: str | ToolCall) -> dict[str, Any]:

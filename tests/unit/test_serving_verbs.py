@@ -1,0 +1,159 @@
+"""`chat` and `serve` from the command line: conversations, their commands, and what is refused before loading."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halflap.data.tokenizer import train_tokenizer
+from halflap.errors import HalflapError
+
+Cli = Callable[..., Any]
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}<assistant>"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import dataclasses
+
+    from halflap.checkpoints.checkpoint import save_model
+    from halflap.models.model import HybridModel, initialize
+    from halflap.models.presets import preset
+
+    tokenizer = train_tokenizer(["the cat sat on the mat"] * 4, 280, progress=False).with_chat_template(TEMPLATE)
+    model = HybridModel(dataclasses.replace(preset("nemotron-h-tiny"), vocab_size=tokenizer.vocab_size))
+    initialize(model, seed=0)
+    directory = tmp_path_factory.mktemp("models") / "little"
+    save_model(model, directory)
+    tokenizer.save(directory)
+    return directory
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+
+
+def test_chat_keeps_the_conversation(
+    halflap: Cli, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "talk.json"
+    words = ("chat", directory, "--max-new-tokens", "6", "--prefix-cache", "off", "--seed", "1", "--json")
+    typed(
+        monkeypatch, "the cat", "", "/system be brief", "sat on", "the mat", f"/save {saved}", "/help", "/save", "/quit"
+    )
+    result = halflap(*words)
+    roles = [message["role"] for message in result.json["messages"]]
+    assert roles == ["system", "user", "assistant", "user", "assistant"] and result.json["turns"] == 3
+    assert json.loads(saved.read_text())["messages"] == result.json["messages"]
+    assert "/reset forgets" in result.err and "/save needs a file" in result.err
+    assert result.json["messages"][2]["content"] in result.err
+    typed(monkeypatch, "the cat", "/reset", "sat")
+    assert [message["role"] for message in halflap(*words).json["messages"]] == ["user", "assistant"]
+
+
+def test_ctrl_c_ends_the_reply_and_not_the_conversation(
+    halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halflap.inference.stream import Stream
+
+    plain, interrupted = Stream.__iter__, []
+
+    def once(stream: Stream) -> Any:
+        for number, piece in enumerate(plain(stream)):
+            if number == 2 and not interrupted:
+                interrupted.append(stream)
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(Stream, "__iter__", once)
+    typed(monkeypatch, "the cat", "sat")
+    result = halflap("chat", directory, "--max-new-tokens", "50", "--json")
+    assert interrupted[0].cancelled and "(stopped)" in result.err
+    assert [message["role"] for message in result.json["messages"]] == ["user", "assistant"] * 2
+
+
+def test_a_conversation_that_is_too_long_is_said(
+    halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed(monkeypatch, "the cat sat on the mat " * 20, "the")
+    result = halflap("chat", directory, "--max-context", "60", "--max-new-tokens", "4", "--json")
+    assert "/reset it" in result.err and result.json["turns"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("--prefix-cache", "much"), 2, "prefix_cache"),
+        (("--speculate", "sideways"), 2, "allowed are off, lookup"),
+        (("--api-key", " "), 2, "api_key is empty"),
+        (("--port", "99999999"), 1, "choose another port"),
+        (("--prefix-cache", "900TiB"), 1, "the prefix cache"),
+        (("--cache-memory", "12"), 2, "bytes with their unit"),
+        (("--prot", "1"), 2, "--port"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    halflap: Cli, directory: Path, words: tuple[str, ...], status: int, said: str
+) -> None:
+    result = (
+        halflap("serve", directory, "--port", "0", *words)
+        if "--port" not in words
+        else halflap("serve", directory, *words)
+    )
+    assert result.status == status and said in result.err and result.err.count("\n") == 1
+
+
+def test_a_model_that_does_not_fit_is_refused_with_numbers() -> None:
+    import torch
+
+    from halflap.commands.device import check_memory
+    from halflap.models.presets import preset
+
+    with pytest.raises(
+        HalflapError, match=r"the weights take \d+\.\d GiB as float32, a reply 2.0 GiB, and \d+\.\d GiB"
+    ):
+        check_memory(preset("nemotron-4-340b"), "float32", torch.device("cpu"), {"a reply": 2 << 30})
+
+
+def test_serve_listens_and_stops_when_told(halflap: Cli, directory: Path) -> None:
+    """SIGTERM reaches the main thread, which serves; another asks and then sends it."""
+    pytest.importorskip("uvicorn")
+    from halflap.inference.server import run as server
+
+    answers: list[Any] = []
+    plain = server.listen
+
+    def listen(host: str, port: int) -> Any:
+        listener = plain(host, port)
+        threading.Thread(target=ask, args=(listener.getsockname()[1],), daemon=True).start()
+        return listener
+
+    def ask(port: int) -> None:
+        url = f"http://127.0.0.1:{port}/v1/models"
+        for _ in range(200):
+            try:
+                with urllib.request.urlopen(
+                    urllib.request.Request(url, headers={"Authorization": "Bearer k"})
+                ) as reply:
+                    answers.append(json.load(reply))
+                    break
+            except OSError:
+                time.sleep(0.05)
+        os.kill(os.getpid(), 15)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("halflap.commands.serve.listen", listen)
+        result = halflap(
+            "serve", directory, "--port", "0", "--api-key", "k", "--served-model-name", "us/little", "--json"
+        )
+    assert answers[0]["data"][0]["id"] == "us/little" == result.json["model"]
+    assert "us/little is at http://127.0.0.1:" in result.err
