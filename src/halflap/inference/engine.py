@@ -52,6 +52,7 @@ class Engine:
         self._changed = threading.Condition()
         self._arrived: deque[tuple[Stream, GrammarMatcher | None]] = deque()
         self._closing = False
+        self._free = self.settings.max_batch
         self._rate: deque[tuple[float, int]] = deque()
         self._stats = self._counted()
         self._thread = threading.Thread(target=self._run, name="halflap-engine", daemon=True)
@@ -75,7 +76,7 @@ class Engine:
             if self._closing:
                 raise HalflapError("the engine is closed; make a new one")
             waiting, limit = len(self._scheduler.waiting) + len(self._arrived), self.settings.queue
-            if limit is not None and waiting >= limit + self._scheduler.free_slots:
+            if limit is not None and waiting >= limit + self._free:
                 raise QueueFull(f"{waiting} requests wait and at most {limit} may; try again in a moment")
             self._arrived.append((stream, matcher))
             self._changed.notify()
@@ -145,7 +146,7 @@ class Engine:
             LOG.exception("a step of the engine failed")
             message = f"the engine failed ({type(error).__name__}: {error}); send the request again"
             self._scheduler.abandon("error", message)
-        now = time.monotonic()
+        self._free, now = self._scheduler.free_slots, time.monotonic()
         if not self._scheduler.busy or now >= self._stats["time"] + PUBLISHED:
             self._stats = self._counted()
 

@@ -16,6 +16,7 @@ from halflap.models import slots
 from halflap.models.cache import Cache
 
 SHORTEST = 256  # tokens up to which replies are in the first group
+EXACT = (False, 1)  # to `Slots._size`: no more than needed
 STEEP = 4  # how much longer the next group's may be
 
 Size = tuple[int, int]  # rows, and tokens that each has room for
@@ -64,22 +65,22 @@ class Slots:
         asked is taken where it fits: twice the rows and some tokens.
         """
         wanted = self._wanted(width, arriving)
-        for slack in (True, False):
-            sizes = {bound: self._size(bound, count, tokens, slack) for bound, (count, tokens) in wanted.items()}
+        for slack in ((True, slots.GROW), (False, slots.GROW), (False, 8), EXACT):
+            sizes = {bound: self._size(bound, *size, *slack) for bound, size in wanted.items()}
             if self._fits(sizes, beside):
                 if not only_ask:
-                    self._apply(sizes, width)
+                    self._apply(sizes)
                 return True
         return False
 
     def force(self, width: int, arriving: int | None = None) -> None:
         """`fit` whatever the memory: of a single reply, which was found fit when it was asked for."""
         wanted = self._wanted(width, arriving)
-        self._apply({bound: self._size(bound, *size, slack=False) for bound, size in wanted.items()}, width)
+        self._apply({bound: self._size(bound, *size, *EXACT) for bound, size in wanted.items()})
 
-    def add(self, reply: Reply, row: Cache, width: int) -> None:
-        """Put a reply, whose state is a cache of one row, where `fit(width, arriving=its length)` made room."""
-        group = self._groups[self._bound(reply.length + width)]
+    def add(self, reply: Reply, row: Cache) -> None:
+        """Put a reply, whose state is a cache of one row, where `fit(.., arriving=its length)` made room."""
+        group = self._groups[self._bound(reply.length)]
         slots.insert(group.cache, row, len(group.rows))
         group.rows.append(reply)
 
@@ -100,35 +101,37 @@ class Slots:
     def clear(self) -> None:
         self._groups.clear()
 
-    def _bound(self, tokens: int) -> int:
+    def _bound(self, length: int) -> int:
+        """Of the group for a reply of so many tokens that goes on."""
         bound = SHORTEST
-        while bound < tokens and not self._alike:
+        while bound <= length and not self._alike:
             bound *= STEEP
         return bound
 
-    def _target(self, reply: Reply, group: Group, width: int) -> int:
+    def _target(self, reply: Reply, group: Group) -> int:
         """The group that it belongs to; one does not go back to a shorter one."""
-        return max(group.bound, self._bound(reply.length + width))
+        return max(group.bound, self._bound(reply.length))
 
     def _wanted(self, width: int, arriving: int | None) -> dict[int, Size]:
         """What each group must hold."""
         wanted: dict[int, Size] = {}
-        lengths = [(self._target(r, group, width), r.length + width) for group in self.groups for r in group.rows]
+        lengths = [(self._target(reply, group), reply.length) for group in self.groups for reply in group.rows]
         if arriving is not None:
-            lengths.append((self._bound(arriving + width), arriving + width))
-        for bound, tokens in lengths:
+            lengths.append((self._bound(arriving), arriving))
+        for bound, length in lengths:
             count, longest = wanted.get(bound, (0, 0))
-            wanted[bound] = count + 1, max(longest, tokens)
+            wanted[bound] = count + 1, max(longest, length + width)
         return wanted
 
-    def _size(self, bound: int, count: int, tokens: int, slack: bool) -> Size:
+    def _size(self, bound: int, count: int, tokens: int, double: bool, step: int) -> Size:
+        """Rows, perhaps twice as many as there were, of a multiple of `step` tokens; what suffices stays."""
         have, room = slots.capacity(self._groups[bound].cache) if bound in self._groups else (0, 0)
         if count <= have and tokens <= room:
             return have, room
-        if not slack:
-            return count, tokens
-        longer = room if tokens <= room else -(-tokens // slots.GROW) * slots.GROW
-        return have if count <= have else min(self.most, max(count, 2 * have)), longer
+        longer = -(-tokens // step) * step
+        if not double:
+            return count, longer
+        return (have if count <= have else min(self.most, max(count, 2 * have))), max(room, longer)
 
     def _fits(self, sizes: dict[int, Size], beside: int) -> bool:
         """Whether nothing new is taken, or all of it together fits."""
@@ -137,14 +140,14 @@ class Slots:
             return True
         return self._budget.fits(sizes.values(), beside)
 
-    def _apply(self, sizes: dict[int, Size], width: int) -> None:
+    def _apply(self, sizes: dict[int, Size]) -> None:
         for bound in sorted(sizes, reverse=True):  # so that who leaves a group has left when it is cut to size
             if bound not in self._groups:
                 self._groups[bound] = Group(bound, self._create())
             group = self._groups[bound]
             slots.resize(group.cache, *sizes[bound])
             for other in [other for other in self.groups if other.bound < bound]:
-                for reply in [r for r in other.rows if self._target(r, other, width) == bound]:
+                for reply in [r for r in other.rows if self._target(r, other) == bound]:
                     slots.insert(group.cache, slots.take(other.cache, other.rows.index(reply)), len(group.rows))
                     self.remove(reply)
                     group.rows.append(reply)

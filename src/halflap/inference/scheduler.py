@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from halflap.data.tokenizer import Tokenizer
 
 
+AHEAD = 32  # tokens that a reply must have room for beside others, so that it is not put aside again at once
+
+
 class Scheduler:
     """Everything that runs or waits; not thread-safe."""
 
@@ -49,9 +52,7 @@ class Scheduler:
         self.budget = Budget(configs, weight.dtype, settings.memory)
         self.prefix = PrefixCache(settings.prefix_cache, self.one_row) if settings.prefix_cache else None
         self.reader = Reader(model, settings.prefill_chunk, self.prefix, self.one_row, self.texts)
-        self.speculator: Speculator | None = Lookup() if settings.speculate == "lookup" else None
-        if draft is not None:
-            self.speculator = Draft(draft, model.config, settings.prefill_chunk)
+        self.speculator = self._new_speculator()
         self.pace = Pace()
         self.slots = Slots(
             lambda: slots.empty(model.config, weight.dtype, weight.device), self.budget, settings.max_batch
@@ -109,8 +110,14 @@ class Scheduler:
             parked.drop()
         self.parked, self.reading = [], None
         self.waiting.clear()
-        for reply in self.rows:
-            self._remove(reply)
+        self.slots.clear()
+        self.speculator = self._new_speculator()
+
+    def _new_speculator(self) -> Speculator | None:
+        guesser = self.settings.speculate
+        if isinstance(guesser, HybridModel):
+            return Draft(guesser, self.model.config, self.settings.prefill_chunk)
+        return Lookup() if guesser == "lookup" else None
 
     # ---- ends
 
@@ -220,11 +227,11 @@ class Scheduler:
         """Fill free slots with what is parked, the oldest first."""
         self.parked.sort(key=lambda parked: (parked.reply.order, parked.reply.choice))
         while self.parked and len(self.rows) < self.settings.max_batch:
-            reply = self.parked[0].reply
-            if not self._make_room(1, reply):
+            reply, width = self.parked[0].reply, AHEAD if self.rows else 1
+            if not self._make_room(width, reply):
                 return
             parked = self.parked.pop(0)
-            self.slots.add(reply, parked.bring(), 1)
+            self.slots.add(reply, parked.bring())
             parked.drop()
 
     def _make_room(self, width: int, arriving: Reply | None = None) -> bool:
