@@ -106,18 +106,21 @@ def test_stored_teacher_teaches_nearly_the_same(k: int, tmp_path: Path) -> None:
 def test_stored_error_shrinks_with_k(tmp_path: Path) -> None:
     student, teacher = make(STUDENT, 1), make(CONFIG, 0)
     live = float(Distillation(teacher).loss(student, batches(0)).sum.detach())
-    gaps = []
-    for k in (2, 8, 24):
-        store_teacher_logits(teacher, batches, 1, tmp_path / str(k), k=k, dtype="float32")
+    gaps, errors = [], []
+    for k in (2, 8, 24, VOCAB):
+        errors.append(store_teacher_logits(teacher, batches, 1, tmp_path / str(k), k=k, dtype="float32").error)
         stored = TopKTeacher(tmp_path / str(k)).read(0, batches(0))
         gaps.append(live - float(TopKDistillation().loss(student, stored).sum.detach()))
     assert gaps[0] > gaps[1] > gaps[2] > -2e-3 * live
+    assert errors[0] > errors[1] > errors[2] > errors[3] and abs(errors[3]) < 1e-5  # float16 alone is left
 
 
 def test_fit_from_a_stored_teacher(tmp_path: Path) -> None:
     student, teacher = make(STUDENT, 1), make(CONFIG, 0)
-    size = store_teacher_logits(teacher, batches, 20, tmp_path, k=8)
-    assert size == sum(path.stat().st_size for path in tmp_path.glob("batch-*.npz"))
+    stored = store_teacher_logits(teacher, batches, 20, tmp_path, k=8)
+    assert stored.bytes == sum(path.stat().st_size for path in tmp_path.glob("batch-*.npz"))
+    assert stored.bytes_per_token == stored.bytes / (20 * ROWS * LENGTH)
+    assert json.loads((tmp_path / "manifest.json").read_text())["error"] == stored.error > 0
     first = float(plain_kl(student, teacher, batches(99)).detach())
     with_teacher = TopKTeacher(tmp_path).batches(batches)
     fit(student, TopKDistillation(), with_teacher, SETTINGS, tokens=20 * ROWS * (LENGTH - 1), progress=False)
@@ -136,7 +139,7 @@ def test_storing_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         store_teacher_logits(teacher, counted, 4, tmp_path, k=4)
     store_teacher_logits(teacher, counted, 4, tmp_path, k=4)
-    assert asked == [0, 1, 2, 2, 3]
+    assert asked == [0, 1, 2, 2, 3, 0]  # and the first again, to measure what is lost
     assert json.loads((tmp_path / "manifest.json").read_text())["k"] == 4
 
 

@@ -95,7 +95,7 @@ def kl_from_top_k_sum(
 def top_k_error_sum(
     hidden: Tensor, head_weight: Tensor, indices: Tensor, log_probs: Tensor, *, chunk: int | None = None
 ) -> Tensor:
-    """sum_m KL(full || known), a wide scalar, of the distribution of hidden (M, D) and what k entries (M, k) tell of it.
+    """sum_m KL(full || known), a wide scalar, of the distribution of hidden (M, D) and what k entries (M, k) say.
 
     `known` has these log-probabilities, as they came back from where they were stored, and spreads the rest evenly.
     """
@@ -158,8 +158,8 @@ def _divergence(divergence: Callable[..., Tensor], teacher_head: Tensor, tempera
 
 
 # A divergence takes (alpha, q, p, z_t - z_s, log Z_s - log Z_t), of which the last two make log p - log q, and returns
-# each token's loss (C,), with the gradient for the student's scaled logits written over q. Each is a sum of f(p, q) over
-# the vocabulary, so that gradient is q (f' - sum q f') with f' = df/dq.
+# each token's loss (C,), with the gradient for the student's scaled logits written over q. Each is a sum of f(p, q)
+# over the vocabulary, so that gradient is q (f' - sum q f') with f' = df/dq.
 PointwiseDivergence = Callable[[float, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 

@@ -5,7 +5,8 @@ vocabulary) and log-probabilities (float16), each as byte planes of shape (bytes
 rank are alike and their high bytes nearly constant, which is what zlib finds; and the mass of all other tokens
 (float32). Files appear whole, so an interrupted writing goes on where it stopped. A batch file carries the digest of
 its tokens and refuses other ones. float16 costs at most 2^-11 of a log-probability, and reading restores the exact
-total; lumping the tail makes the loss a lower bound of the full KL.
+total; lumping the tail makes the loss a lower bound of the full KL. When all is written, the manifest says the bytes a
+token takes and what is lost: KL(full || stored with the rest spread evenly) on the first batch, in nats a token.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.files import atomic_write, write_json
 from halflap.models.model import HybridModel
-from halflap.ops.vocabulary_loss import top_k_log_probs
+from halflap.ops.vocabulary_loss import top_k_error_sum, top_k_log_probs
 from halflap.progress import track
 from halflap.train.numerics import precision, resolve_dtype
 
@@ -41,6 +42,15 @@ class TeacherBatch(Batch):
     teacher_log_probs: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What storing has cost: bytes of all files, of a token on average, and nats a token of KL(full || stored)."""
+
+    bytes: int
+    bytes_per_token: float
+    error: float
+
+
 def store_teacher_logits(
     teacher: HybridModel,
     batches: Callable[[int], Batch],
@@ -51,8 +61,8 @@ def store_teacher_logits(
     digest: str = "",
     device: str = "cpu",
     dtype: str = "auto",
-) -> int:
-    """Store the teacher's k best of batches 0 ... count - 1 that are not yet there; return the bytes of all.
+) -> Stored:
+    """Store the teacher's k best of batches 0 ... count - 1 that are not yet there.
 
     digest names the teacher. Raises HalflapError when the directory holds another teacher's or another k.
     """
@@ -67,8 +77,7 @@ def store_teacher_logits(
     for index in track(missing, "teacher"):
         batch = batches(index)
         with torch.no_grad(), precision(torch.device(device), resolve_dtype(dtype, device)):
-            hidden = teacher.hidden_states(batch.tokens.to(device), segments=_moved(batch.segments, device))
-            indices, log_probs = top_k_log_probs(hidden.flatten(0, 1), teacher.head_weight, k)
+            indices, log_probs = top_k_log_probs(_hidden(teacher, batch, device), teacher.head_weight, k)
         narrow = np.uint16 if teacher.config.vocab_size <= 1 << 16 else np.uint32
         with atomic_write(_file(place, index)) as file:
             np.savez_compressed(
@@ -78,7 +87,14 @@ def store_teacher_logits(
                 rest=(1 - log_probs.exp().sum(1)).clamp_min(0).cpu().numpy(),
                 tokens=np.frombuffer(_tokens_digest(batch), dtype=np.uint8),
             )
-    return sum(_file(place, index).stat().st_size for index in range(count))
+    size = sum(_file(place, index).stat().st_size for index in range(count))
+    first = batches(0)
+    known = TopKTeacher(place).read(0, first)
+    with torch.no_grad(), precision(torch.device(device), resolve_dtype(dtype, device)):
+        error = _error(teacher, known, device)
+    stored = Stored(size, size / (count * first.tokens.numel()), error)
+    write_json(place / "manifest.json", {**manifest, **dataclasses.asdict(stored)})
+    return stored
 
 
 class TopKTeacher:
@@ -140,6 +156,19 @@ def _check_manifest(place: Path, manifest: dict[str, object]) -> None:
 
 def _file(place: Path, index: int) -> Path:
     return place / f"batch-{index:08d}.npz"
+
+
+def _hidden(teacher: HybridModel, batch: Batch, device: str) -> Tensor:
+    """Final hidden states (M, D)."""
+    return teacher.hidden_states(batch.tokens.to(device), segments=_moved(batch.segments, device)).flatten(0, 1)
+
+
+def _error(teacher: HybridModel, known: TeacherBatch, device: str) -> float:
+    """Nats a token of KL(full || known)."""
+    assert known.teacher_indices is not None and known.teacher_log_probs is not None
+    indices, log_probs = (entry.flatten(0, 1).to(device) for entry in (known.teacher_indices, known.teacher_log_probs))
+    total = top_k_error_sum(_hidden(teacher, known, device), teacher.head_weight, indices, log_probs)
+    return float(total) / known.tokens.numel()
 
 
 def _moved(tensor: Tensor | None, device: str) -> Tensor | None:

@@ -1,45 +1,92 @@
-"""Train a student on its teacher's distribution over the next token: KL divergence on logits, nothing else.
+"""Train a student on its teacher's distribution over the next token, and on inner states if asked.
 
 The default, forward KL at temperature 1 without a cross-entropy term, is Minitron's and Nemotron-H's. The teacher
 runs beside the student (`Distillation`), or its k best log-probabilities were stored before (`TopKDistillation`
-over the batches of `train.teacher_logits.TopKTeacher`). The loss is a mean over the tokens with weight, in nats.
+over the batches of `train.teacher_logits.TopKTeacher`). Losses are means over the tokens with weight, in nats:
+
+    L = (1 - share) divergence + share next-token loss + weight * inner states
+
+where weight, unless fixed, is the two losses' ratio, held constant for the gradient (Muralidharan et al. 2024), of each
+micro-batch: the only place where a step's gradient depends on how it is cut up.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.model import HybridModel
-from halflap.ops.vocabulary_loss import Divergence, kl_divergence_sum, kl_from_top_k_sum
+from halflap.ops.vocabulary_loss import (
+    Divergence,
+    Tail,
+    cross_entropy_sum,
+    kl_divergence_sum,
+    kl_from_top_k_sum,
+    top_k_log_probs,
+)
 from halflap.train.losses import LossTerms
+from halflap.train.objectives.intermediate import InnerStates
 from halflap.train.objectives.language import flat_hidden
 from halflap.train.teacher_logits import TeacherBatch
 
-LOSSES: dict[str, Divergence] = {"forward_kl": "forward", "reverse_kl": "reverse", "symmetric_kl": "symmetric"}
+LOSSES: dict[str, Divergence] = {
+    "forward_kl": "forward",
+    "reverse_kl": "reverse",
+    "symmetric_kl": "symmetric",
+    "jensen_shannon": "jensen_shannon",
+    "skew_kl": "skew",
+    "skew_reverse_kl": "skew_reverse",
+}
 
 
 class Distillation:
-    """KL between the next-token distributions of a frozen teacher and the student.
+    """Divergence between the next-token distributions of a frozen teacher and the student.
 
-    loss is forward_kl = KL(teacher || student), reverse_kl or symmetric_kl (their mean). A temperature other than
-    1 softens both and multiplies by its square. Raises HalflapError for an unknown loss, a temperature that is not
-    positive, and, at the first batch, a teacher of another vocabulary.
+    loss              a row of LOSSES, `ops.vocabulary_loss.kl_divergence_sum` says which; skew_alpha is for the skewed
+    temperature       other than 1 softens both distributions and multiplies the loss by its square
+    top_k, tail       teach the k best entries alone, as a stored teacher would (forward KL at temperature 1)
+    next_token_share  of the text's own next-token loss in the mix
+    inner             losses on inner states, times inner_weight or, when None, balanced with the rest
+
+    Raises HalflapError on a value that is not allowed and, at the first batch, on a teacher of another vocabulary.
     """
 
-    def __init__(self, teacher: HybridModel, temperature: float = 1.0, loss: str = "forward_kl") -> None:
+    def __init__(
+        self,
+        teacher: HybridModel,
+        temperature: float = 1.0,
+        loss: str = "forward_kl",
+        *,
+        skew_alpha: float = 0.1,
+        top_k: int = 0,
+        tail: Tail = "bucket",
+        next_token_share: float = 0.0,
+        inner: InnerStates | None = None,
+        inner_weight: float | None = None,
+    ) -> None:
         if loss not in LOSSES:
             raise HalflapError(
                 f"distillation loss {loss!r} is not known; allowed are {', '.join(LOSSES)}: correct --loss"
             )
         if not temperature > 0:
             raise HalflapError(f"the temperature is {temperature!r}; it must be greater than 0: correct --temperature")
+        if not 0 < skew_alpha < 1:
+            raise HalflapError(f"skew_alpha is {skew_alpha!r}; it must lie between 0 and 1: correct --skew-alpha")
+        if not 0 <= top_k <= teacher.config.vocab_size:
+            raise HalflapError(
+                f"top_k is {top_k}; the teacher's vocabulary allows 1 to {teacher.config.vocab_size}, and 0 for all: "
+                "correct --top-k"
+            )
         self.teacher = teacher.eval().requires_grad_(False)
-        self.temperature = temperature
-        self.direction: Divergence = LOSSES[loss]
+        self.temperature, self.name, self.skew_alpha = temperature, loss, skew_alpha
+        self.top_k = top_k
+        self.tail: Tail = tail
+        self.share, self.inner, self.inner_weight = next_token_share, inner, inner_weight
 
     def count(self, batch: Batch) -> float:
         return float(batch.weights.sum())
@@ -47,25 +94,69 @@ class Distillation:
     def loss(self, model: Any, batch: Batch) -> LossTerms:
         check_vocabulary(self.teacher.config.vocab_size, model)
         self.teacher.to(batch.tokens.device)
-        with torch.no_grad():
+        inner, student = self.inner, getattr(model, "student", model)  # beside its projections
+        states: Any = {}
+        sums: list[Tensor] = []
+        with contextlib.ExitStack() as watching, torch.no_grad():
+            if inner is not None:
+                states = watching.enter_context(inner.of_teacher(self.teacher, batch))
             known, _, _ = flat_hidden(self.teacher, batch)
-        hidden, _, weights = flat_hidden(model, batch)
-        heads = (model.head_weight, self.teacher.head_weight)
-        divergence = kl_divergence_sum(hidden, heads[0], known, heads[1], weights, self.temperature, self.direction)
-        return LossTerms(divergence)
+        with contextlib.ExitStack() as watching:
+            if inner is not None:
+                sums = watching.enter_context(inner.of_student(student, batch, states))
+            hidden, targets, weights = flat_hidden(model, batch)
+        divergence = self._divergence(hidden, model.head_weight, known, weights)
+        terms = _mixed(self.name, divergence, self.share, hidden, model.head_weight, targets, weights)
+        return terms if inner is None else _with_inner(terms, torch.stack(sums).sum(), self.inner_weight, weights)
+
+    def _divergence(self, hidden: Tensor, head: Tensor, known: Tensor, weights: Tensor) -> Tensor:
+        teacher_head = self.teacher.head_weight
+        if self.top_k:
+            indices, log_probs = top_k_log_probs(known, teacher_head, self.top_k)
+            return kl_from_top_k_sum(hidden, head, indices, log_probs, weights, self.tail)
+        kind = LOSSES[self.name]
+        return kl_divergence_sum(hidden, head, known, teacher_head, weights, self.temperature, kind, self.skew_alpha)
 
 
 class TopKDistillation:
-    """Forward KL against a stored teacher's k best entries, the rest lumped into one category."""
+    """Forward KL against a stored teacher's k best entries; tail and next_token_share as in `Distillation`."""
+
+    def __init__(self, tail: Tail = "bucket", next_token_share: float = 0.0) -> None:
+        self.tail: Tail = tail
+        self.share = next_token_share
 
     def count(self, batch: TeacherBatch) -> float:
         return float(batch.weights.sum())
 
     def loss(self, model: Any, batch: TeacherBatch) -> LossTerms:
-        hidden, _, weights = flat_hidden(model, batch)
+        hidden, targets, weights = flat_hidden(model, batch)
         assert batch.teacher_indices is not None and batch.teacher_log_probs is not None
         indices, log_probs = batch.teacher_indices.flatten(0, 1), batch.teacher_log_probs.flatten(0, 1)
-        return LossTerms(kl_from_top_k_sum(hidden, model.head_weight, indices, log_probs, weights))
+        divergence = kl_from_top_k_sum(hidden, model.head_weight, indices, log_probs, weights, self.tail)
+        return _mixed("forward_kl", divergence, self.share, hidden, model.head_weight, targets, weights)
+
+
+def _mixed(
+    name: str, divergence: Tensor, share: float, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor
+) -> LossTerms:
+    """The divergence with a share of next-token loss, and each of both as a metric when there is one."""
+    if not share:
+        return LossTerms(divergence)
+    text = cross_entropy_sum(hidden, head, targets, weights)
+    count = weights.sum()
+    metrics = {name: (divergence.detach(), count), "next_token": (text.detach(), count)}
+    return LossTerms((1 - share) * divergence + share * text, metrics)
+
+
+def _with_inner(terms: LossTerms, inner: Tensor, weight: float | None, weights: Tensor) -> LossTerms:
+    """The logits' loss and the inner states', balanced when no weight is fixed."""
+    outer, states = terms.sum.detach(), inner.detach()
+    tiny = torch.finfo(states.dtype).tiny
+    factor = outer / states.clamp_min(tiny) if weight is None else torch.full_like(states, weight)
+    factor = torch.where(states > 0, factor, 0.0)
+    count = weights.sum()
+    metrics = {"logits": (outer, count), "inner_states": (states, count), "inner_weight": (factor, 1.0)}
+    return LossTerms(terms.sum + factor * inner, {**terms.metrics, **metrics})
 
 
 def check_vocabulary(teacher_size: int, student: Any) -> None:
