@@ -76,7 +76,10 @@ class TemplateWorker:
             self._end()
             command = [sys.executable, "-m", "halflap.data.sandbox", str(self._memory)]
             pipe = subprocess.PIPE
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8")
+            # A session of its own: Ctrl-C on the terminal is not meant for it.
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8", start_new_session=True
+            )
         return self._process
 
     def _end(self) -> None:

@@ -6,7 +6,7 @@ Names and meanings are those of OpenAI's API. Unknown names are refused; those t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -78,10 +78,7 @@ class ScoreBody(Body):
     """`POST /v1/score`: how likely continuations of a context are."""
 
     model: str | None = Field(None, description="The served model's id.")
-    context: Text | Annotated[list[TokenId], Field()] = Field(description="A text, or token ids; may be empty.")
+    context: Text | list[TokenId] = Field(description="A text, or token ids; may be empty.")
     continuations: Annotated[list[Text | Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
     token_log_probs: bool | None = Field(None, description="Report every token's log-probability, too.")
     user: str | None = Field(None, description="Accepted; changes nothing.")
-
-
-Accepted = Literal["auto", "default", "flex", "priority", "scale"]

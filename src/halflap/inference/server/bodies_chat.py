@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from halflap.inference.server.bodies import MOST_TOP, Accepted, Body, SamplingBody, Text
+from halflap.inference.server.bodies import MOST_TOP, Body, SamplingBody, Text
 
 MOST_MESSAGES = 10_000
 MOST_TOOLS = 128
@@ -117,6 +117,8 @@ class ChatBody(SamplingBody):
     parallel_tool_calls: bool | None = Field(None, description="false keeps the first call only.")
     store: bool | None = Field(None, description="Accepted; changes nothing.")
     metadata: dict[str, str] | None = Field(None, description="Accepted; changes nothing.")
-    service_tier: Accepted | None = Field(None, description="Accepted; changes nothing.")
+    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = Field(
+        None, description="Accepted; changes nothing."
+    )
     safety_identifier: str | None = Field(None, description="Accepted; changes nothing.")
     prompt_cache_key: str | None = Field(None, description="Accepted; changes nothing.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from halflap.errors import HalflapError
+
 
 @dataclass(frozen=True)
 class ServerSettings:
@@ -21,3 +23,10 @@ class ServerSettings:
     seconds: float = 600.0
     grace: float = 30.0
     keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_context", "requests", "body_bytes", "seconds"):
+            if not getattr(self, name) > 0:
+                raise HalflapError(
+                    f"{name} of the server is {getattr(self, name)}; it must be above 0: raise the limit"
+                )

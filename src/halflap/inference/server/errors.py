@@ -35,6 +35,8 @@ MEANINGS = {
     503: "The server is stopping.",
     504: "The reply was not finished in time.",
 }
+_TYPE_NAMES = ("str", "int", "float", "bool", "none")  # as pydantic calls members of unions
+_TELLING = {"literal_error": 0, "extra_forbidden": 1}
 
 
 class ApiError(Exception):
@@ -95,10 +97,6 @@ def _place(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part.isidentifier() and part not in _KINDS and not part[0].isupper():
+        elif part.isidentifier() and part not in _TYPE_NAMES and not part[0].isupper():
             text += f".{part}" if text else part
     return text
-
-
-_KINDS = ("str", "int", "float", "bool", "none")
-_TELLING = {"literal_error": 0, "extra_forbidden": 1}

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from halflap.inference.detokenize import REPLACEMENT
 from halflap.inference.requests import Piece, Token, Usage
 from halflap.inference.server.asked import Asked
 from halflap.inference.server.tools import ToolCall, ToolParser
@@ -187,13 +188,13 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 def _chat_token(token: Token) -> dict[str, Any]:
-    top = [{"token": t.text, "logprob": t.log_prob, "bytes": list(t.text.encode())} for t in token.top]
-    return {
-        "token": token.text,
-        "logprob": token.log_prob,
-        "bytes": list(token.text.encode()),
-        "top_logprobs": top,
-    }
+    top = [{"token": t.text, "logprob": t.log_prob, "bytes": _bytes(t.text)} for t in token.top]
+    return {"token": token.text, "logprob": token.log_prob, "bytes": _bytes(token.text), "top_logprobs": top}
+
+
+def _bytes(text: str) -> list[int] | None:
+    """UTF-8 of a token's text; None for a part of a character, whose text does not say which."""
+    return None if REPLACEMENT in text else list(text.encode())
 
 
 def _reason(piece: Piece) -> str:

@@ -11,7 +11,7 @@ from halflap.data.chat import Message
 from halflap.data.sandbox import TemplateWorker
 from halflap.errors import HalflapError
 from halflap.inference.generate import encode_prompts
-from halflap.inference.server.tools import INSTRUCTIONS, ToolFormat, format_of
+from halflap.inference.server.tools import INSTRUCTIONS, WHOLE, ToolFormat, format_of
 
 if TYPE_CHECKING:
     from halflap.data.tokenizer import Tokenizer
@@ -26,6 +26,8 @@ class Prompts:
         self.tokenizer = tokenizer if self.has_template else tokenizer.with_chat_template(chat.PLAIN)
         self.stop = () if self.has_template else chat.PLAIN_STOP
         self.tool_format: ToolFormat = format_of(self.tokenizer.chat_template or "")
+        if self._vanishes(self.tool_format.opening):  # what is left of a call is its JSON
+            self.tool_format = WHOLE
         self._config = config
         self._worker = TemplateWorker()
 
@@ -47,8 +49,6 @@ class Prompts:
         if isinstance(context, str) and isinstance(continuation, str):
             whole, alone = self.text(context + continuation), self.text(context)
             shared = next((i for i, (a, b) in enumerate(zip(whole, alone)) if a != b), min(len(whole), len(alone)))
-            if not context and shared == len(whole):  # nothing before it: its first token has no probability
-                shared = 0
         else:
             alone, more = self.text(context), self._ids(continuation)
             whole, shared = alone + more, len(alone)
@@ -74,6 +74,10 @@ class Prompts:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
+
+    def _vanishes(self, mark: str) -> bool:
+        """Whether a text is a special token, which replies come without."""
+        return not self.tokenizer.decode(self.tokenizer.encode(mark), skip_special_tokens=True)
 
     def _ids(self, text: str | Sequence[int]) -> tuple[int, ...]:
         if not isinstance(text, str):

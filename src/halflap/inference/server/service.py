@@ -124,7 +124,7 @@ class Service:
         began = time.monotonic()
         self._enter()
         try:
-            streams = self._submit(asked)
+            streams = await run_in_threadpool(self._submit, asked)  # a grammar takes time to compile
         except BaseException:
             self._leave()
             raise

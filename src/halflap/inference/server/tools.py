@@ -123,13 +123,9 @@ class ToolParser:
 
 
 def parse_calls(text: str, names: Collection[str]) -> list[ToolCall]:
-    """The calls that a text of JSON asks for; none unless all of it is calls to known functions."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        return []
+    """The calls that a text of JSON asks for, one object, a list or several; none unless all are of known functions."""
     calls = []
-    for item in data if isinstance(data, list) else [data]:
+    for item in _values(text):
         if not isinstance(item, dict) or item.get("name") not in names:
             return []
         arguments = item.get("arguments", item.get("parameters", {}))
@@ -138,6 +134,19 @@ def parse_calls(text: str, names: Collection[str]) -> list[ToolCall]:
         else:
             calls.append(ToolCall(item["name"], json.dumps(arguments, ensure_ascii=False)))
     return calls
+
+
+def _values(text: str) -> list[Any]:
+    """The JSON values that a text consists of, those of lists one by one; none when there is anything else."""
+    found, rest = [], text.strip()
+    while rest:
+        try:
+            value, end = json.JSONDecoder().raw_decode(rest)
+        except (ValueError, RecursionError):
+            return []
+        found += value if isinstance(value, list) else [value]
+        rest = rest[end:].lstrip(" \n\t;,")
+    return found
 
 
 def _beginning(text: str, mark: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -98,6 +99,14 @@ def test_a_call_that_is_required_comes(client: Any, events: Any, choice: Any) ->
     assert [c["function"] for c in streamed] == [call["function"]] and streamed[0]["index"] == 0
 
 
+def test_marks_that_are_special_tokens_leave_bare_calls(make_service: Any, tokenizer: Any) -> None:
+    from halflap.inference.server.tools import HERMES, WHOLE
+
+    assert make_service().prompts.tool_format is HERMES
+    special = dataclasses.replace(tokenizer, content=tokenizer.content.replace('"<pad>"', '"<tool_call>"'))
+    assert make_service(tokenizer=special).prompts.tool_format is WHOLE
+
+
 def test_answers_of_tools_go_through_the_template(client: Any) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [
@@ -111,8 +120,6 @@ def test_answers_of_tools_go_through_the_template(client: Any) -> None:
 
 
 def test_without_a_template_turns_are_written_plainly(make_client: Any, tokenizer: Any, model: Any) -> None:
-    import dataclasses
-
     plain = dataclasses.replace(tokenizer, chat_template=None)
     text = render(PLAIN, HELLO, add_generation_prompt=True)
     wanted = generate(model, [tokenizer.encode(text)], 6, tokenizer=tokenizer)[0].text

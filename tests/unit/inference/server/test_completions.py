@@ -70,6 +70,8 @@ def test_echo_scores_the_prompt_as_the_model_does(client: Any, model: Any, token
     )
     assert found["text"].startswith("the cat sat on the mat")
     assert scores["text_offset"][1] == len(scores["tokens"][0])
+    two = post(client, prompt=[ids, ids[:3]], max_tokens=1, n=2, logprobs=1, echo=True, seed=1)["choices"]
+    assert [len(c["logprobs"]["tokens"]) for c in two] == [len(ids) + 1] * 2 + [4] * 2
     none = post(client, prompt="the cat", max_tokens=0, echo=True)["choices"][0]
     assert none["text"] == "the cat" and none["finish_reason"] == "length" and none["logprobs"] is None
 

@@ -29,6 +29,8 @@ CASES = [
     (HERMES, '<tool_call>{"name": "rm"}</tool_call>', '<tool_call>{"name": "rm"}</tool_call>', 0),
     (NEMOTRON, f"<TOOLCALL>[{CALL}, {CALL}]</TOOLCALL>", "", 2),
     (WHOLE, '{"name": "sub", "parameters": {}}', "", 1),
+    (WHOLE, f"{CALL}\n{CALL}; {CALL}", "", 3),
+    (WHOLE, f"{CALL} and", f"{CALL} and", 0),
     (WHOLE, ' {"answer": 3}', ' {"answer": 3}', 0),
     (WHOLE, 'so {"name": "add"}', 'so {"name": "add"}', 0),
     (WHOLE, '{"name": "add", "arguments": "{\\"a\\": 1}"}', "", 1),
