@@ -164,6 +164,6 @@ def test_generate_shows_text_on_a_terminal_as_it_comes(
     terminal = Terminal()
     words = ("generate", model, "--prompt", "The sea", "--max-new-tokens", "8", "--ignore-eos")
     expected = halflap(*words, "--json").json["text"]
-    monkeypatch.setattr(generate_verb, "terminal", lambda: terminal)
+    monkeypatch.setattr(generate_verb, "_terminal", lambda: terminal)
     outcome = halflap(*words)
     assert terminal.getvalue() == expected + "\n" and outcome.out == ""

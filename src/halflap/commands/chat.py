@@ -10,7 +10,6 @@ from typing import Any
 
 from halflap.commands.config import ChatRecipe
 from halflap.commands.engines import Opened, open_engine
-from halflap.commands.generate import terminal
 from halflap.data.chat import Message
 from halflap.errors import HalflapError
 from halflap.files import write_json
@@ -25,7 +24,7 @@ def chat(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
     """Talk until the input ends; returns the `messages` and the number of `turns` answered."""
     opened = open_engine(recipe.model, recipe.decoding, recipe.common)
     prompts = Prompts(opened.tokenizer, opened.config)
-    output = terminal() or sys.stdout
+    output = sys.stdout if recipe.common.json or sys.__stdout__ is None else sys.__stdout__
 
     def write(text: str) -> None:
         print(text, end="", file=output, flush=True)
@@ -40,7 +39,8 @@ def chat(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
     finally:
         prompts.close()
         opened.engine.close()
-    return {"turns": talk.turns, "messages": talk.messages}
+    result = {"turns": talk.turns, "messages": talk.messages}
+    return result if recipe.common.json else result | {"shown": True}
 
 
 class Conversation:

@@ -24,7 +24,7 @@ def generate(recipe: GenerateRecipe, run: Run) -> dict[str, Any]:
     tokenizer = Tokenizer.load(directory)
     device = choose_device(recipe.common.device)
     model = load_model(directory, choose_dtype(recipe.common.dtype, device), device)
-    shown = terminal() if len(prompts) == 1 and run.directory is None and not recipe.common.json else None
+    terminal = _terminal() if len(prompts) == 1 and run.directory is None and not recipe.common.json else None
     try:
         completions = continue_prompts(
             model,
@@ -35,18 +35,18 @@ def generate(recipe: GenerateRecipe, run: Run) -> dict[str, Any]:
             stop=recipe.stop,
             ignore_eos=recipe.ignore_eos,
             tokenizer=tokenizer,
-            stream=None if shown is None else _writer(shown),
+            stream=None if terminal is None else _writer(terminal),
         )
     finally:
-        if shown is not None:
-            print(file=shown, flush=True)
+        if terminal is not None:
+            print(file=terminal, flush=True)
     results = [{"text": c.text, "tokens": c.tokens, "finish_reason": c.finish_reason} for c in completions]
     if len(results) > 1:
         return {name: [result[name] for result in results] for name in ("text", "tokens", "finish_reason")}
-    return results[0] if shown is None else results[0] | {"shown": True}
+    return results[0] if terminal is None else results[0] | {"shown": True}
 
 
-def terminal() -> TextIO | None:
+def _terminal() -> TextIO | None:
     """Standard output where it is a terminal; while a verb works, `sys.stdout` is not it."""
     real = sys.__stdout__
     return real if real is not None and real.isatty() and sys.stdout is not real else None

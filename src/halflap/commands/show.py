@@ -387,6 +387,7 @@ VIEWS: dict[str, Callable[[Mapping[str, Any], Console], None]] = {
     "evaluate": evaluate,
     "bench": bench,
     "generate": generate,
+    "chat": generate,
     "score": score,
     "search": search,
     "verify": verify,
