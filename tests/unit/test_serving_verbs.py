@@ -81,6 +81,18 @@ def test_ctrl_c_ends_the_reply_and_not_the_conversation(
     assert [message["role"] for message in result.json["messages"]] == ["user", "assistant"] * 2
 
 
+@pytest.mark.parametrize("guesser", ["lookup", "itself"])
+def test_guessing_leaves_text_as_it_is(
+    halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch, guesser: str
+) -> None:
+    words = ("chat", directory, "--max-new-tokens", "24", "--temperature", "0", "--json")
+    typed(monkeypatch, "the cat sat on the mat")
+    plain = halflap(*words).json
+    typed(monkeypatch, "the cat sat on the mat")
+    guessed = halflap(*words, "--speculate", directory if guesser == "itself" else guesser)
+    assert guessed.json == plain
+
+
 def test_a_conversation_that_is_too_long_is_said(
     halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
