@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from halflap.checkpoints import hymba
@@ -124,6 +126,11 @@ def test_configs_both_ways(changes):
     assert hymba.read_config(json.loads(json.dumps(hymba.write_config(config)))) == config
 
 
+@given(hidden=st.integers(1, 9000), inner=st.integers(1, 20000))
+def test_the_expansion_of_a_pruned_model_rounds_down_to_its_channels(hidden, inner):
+    assert int(hymba._expand(inner, hidden) * hidden) == inner
+
+
 def test_variants_of_the_released_config():
     no_windows = hymba.read_config(RELEASED | {"sliding_window": None, "kv_reuse_group": None})
     assert {b.attention.window for b in no_windows.blocks[::2]} == {None}
@@ -156,6 +163,7 @@ def test_variants_of_the_released_config():
         ({"num_key_value_heads": 4}, r"num_attention_heads=25 is not divisible by num_key_value_heads=4"),
         ({"num_attention_heads": 0}, r"num_attention_heads=0; it must be a whole number of at least 1"),
         ({"v_head_dim": 64}, r"v_head_dim=64, .* make it 128"),
+        ({"mamba_expand": 0}, r"mamba_expand=0; it must be a number that makes of hidden_size the SSM's channels"),
         ({"conv_dim": {"0": 1600}}, r"conv_dim of 1600 where mamba_expand makes 3200"),
         ({"orig_max_position_embeddings": None}, r"'ntk' and no orig_max_position_embeddings"),
         ({"global_attn_idx": [0, 32]}, r"global_attn_idx .* names layer 32 of 32"),

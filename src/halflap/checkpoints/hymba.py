@@ -9,6 +9,7 @@ config's `pad_token_id` of 0 is kept as it is, and no loss ever looks at it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,9 +43,9 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "mamba_d_state", "mamba_d_conv", "mamba_expand", "max_position_embeddings"),
+    *("num_key_value_heads", "mamba_d_state", "mamba_d_conv", "max_position_embeddings"),
 )
-NEEDED = (*SIZES, "mamba_dt_rank", "num_memory_tokens", "global_attn_idx", "tie_word_embeddings")
+NEEDED = (*SIZES, "mamba_expand", "mamba_dt_rank", "num_memory_tokens", "global_attn_idx", "tie_word_embeddings")
 READ = (
     *("attn_hidden_size", "kq_head_dim", "v_head_dim", "sliding_window", "kv_reuse_group", "mamba_conv_bias"),
     *("mamba_inner_layernorms", "conv_dim", "layer_type", "rope", "rope_theta", "orig_max_position_embeddings"),
@@ -71,7 +72,7 @@ def read_config(data: Json) -> ModelConfig:
     """The model of a released `config.json`. Raises HalflapError, by name, for the missing, unknown or unsupported."""
     _check_keys(data)
     hidden, layers, heads = (data[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    inner = data["mamba_expand"] * hidden
+    inner = int(data["mamba_expand"] * hidden)
     attention = AttentionConfig(
         num_attention_heads=heads,
         num_key_value_heads=data["num_key_value_heads"],
@@ -142,6 +143,11 @@ def _check_keys(data: Json) -> None:
             raise HalflapError(
                 f"config.json has {key}={data[key]!r}; it must be a whole number of at least 1: correct it"
             )
+    if not isinstance(data["mamba_expand"], int | float) or data["mamba_expand"] * data["hidden_size"] < 1:
+        raise HalflapError(
+            f"config.json has mamba_expand={data['mamba_expand']!r}; it must be a number that makes of hidden_size "
+            "the SSM's channels: correct it"
+        )
     if kinds := sorted({str(kind) for kind in pick(data, [], "layer_type")} - {"h"}):
         raise HalflapError(
             f"config.json has a layer of type {kinds[0]!r}; allowed is 'h', attention and SSM heads side by side: "
@@ -248,9 +254,7 @@ def cannot_write(config: ModelConfig) -> str | None:
 
 def _cannot_write_layer(config: ModelConfig, hybrid: HybridConfig, mlp: MLPConfig) -> str | None:
     """The same for models whose layers are alike."""
-    attention, hidden = hybrid.attention, config.hidden_size
-    if hybrid.ssm.inner_size % hidden:  # mamba_expand is their ratio, a whole number
-        return f"its SSM's inner size {hybrid.ssm.inner_size} is not a multiple of its hidden size {hidden}"
+    attention = hybrid.attention
     if (mlp.activation, mlp.gated, mlp.bias) not in (("silu", True, False), ("relu2", False, False)):
         return "its MLPs are neither gated SiLU nor plain squared ReLU without biases"
     if (rope := attention.rope) is not None:
@@ -262,6 +266,17 @@ def _cannot_write_layer(config: ModelConfig, hybrid: HybridConfig, mlp: MLPConfi
         if rope.fraction != 1 or not expected:
             return "its rotary embedding is partial or stretched in another way"
     return None
+
+
+def _expand(inner: int, hidden: int) -> int | float:
+    """The factor that the released class multiplies the hidden size by, rounding down; a pruned model's is no whole
+    number."""
+    if inner % hidden == 0:
+        return inner // hidden
+    factor = inner / hidden
+    while int(factor * hidden) < inner:
+        factor = math.nextafter(factor, math.inf)
+    return factor
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -298,7 +313,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "mamba_d_state": ssm.state_size,
         "mamba_d_conv": ssm.conv_kernel,
         "mamba_dt_rank": ssm.dt_rank,
-        "mamba_expand": ssm.inner_size // config.hidden_size,
+        "mamba_expand": _expand(ssm.inner_size, config.hidden_size),
         "mamba_conv_bias": ssm.conv_bias,
         "mamba_proj_bias": False,
         "mamba_inner_layernorms": ssm.inner_norms,
