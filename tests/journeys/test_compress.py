@@ -139,6 +139,64 @@ def test_compress_does_it_all(halflap: Callable[..., Any], place: Path, tmp_path
     assert finished.json == result and "finished" in finished.err
 
 
+def test_distill_in_phases_by_a_mix_of_losses(
+    halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path
+) -> None:
+    cut = ("prune", place / "nemotron-h-tiny", "--importance", scored, "--params", "60%", "--out", tmp_path / "pruned")
+    halflap(*cut)
+    phases = {"phases": [{"tokens": 256, "end": 1e-3}, {"tokens": 256, "end": 1e-4, "batch_size": 2}]}
+    (tmp_path / "phases.yaml").write_text(json.dumps(phases))
+    words = ("distill", tmp_path / "pruned", "--data", place / "text.jsonl", *FIT, "--phases", tmp_path / "phases.yaml")
+    losses = ("--loss", "skew_kl", "--skew-alpha", 0.2, "--next-token-share", 0.1)
+    inner = ("--intermediate", "embedding", "blocks", "mamba_x", "--intermediate-loss", "cosine")
+    result = halflap(*words, *losses, *inner, "--out", tmp_path / "run", "--json").json
+    keep = json.loads((tmp_path / "pruned" / "checkpoint" / "pruning_plan.json").read_text())["keep_blocks"]
+    assert result["steps"] == 2 + 4 and result["block_map"] == keep
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["loss"] == pytest.approx(2 * (0.9 * row["skew_kl"] + 0.1 * row["next_token"]), rel=1e-3)
+    student = load_model(tmp_path / "run" / "checkpoint")
+    assert sum(p.numel() for p in student.parameters()) == count_parameters(student.config)
+    stored = ("--top-k", 8, "--next-token-share", 0.5)
+    result = halflap(*words, *stored, "--out", tmp_path / "stored", "--json").json
+    assert result["steps"] == 6 and result["teacher_logits"]["error"] > 0
+    outcome = halflap(*words, "--top-k", 8, "--loss", "reverse_kl", "--out", tmp_path / "wrong")
+    assert outcome.status == 2 and "allow forward_kl at temperature 1" in outcome.err
+    outcome = halflap(*words, *inner, "--block-map", 0, "--out", tmp_path / "wrong")
+    assert outcome.status == 1 and "--block-map" in outcome.err
+
+
+def test_compress_in_steps_after_correcting_the_teacher(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the last step: the first step and the teacher's correction are found, not done again."""
+    teacher, out = place / "nemotron-h-tiny", tmp_path / "run"
+    words = ("compress", teacher, "--data", place / "text.jsonl", "--tokens", "1K", "--params", "40%", *SMALL, *FIT)
+    words = (*words, "--steps", 2, "--teacher-correction", 256, "--intermediate", "blocks", "--out", out, "--json")
+    write = students.write_student
+
+    def only_the_first(directory: Path, *rest: Any) -> Any:
+        if directory == out / "pruned":
+            raise KeyboardInterrupt
+        return write(directory, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(students, "write_student", only_the_first)
+        assert halflap(*words).status == 130
+    done = [out / "steps" / "1" / "status.json", out / "teacher" / "checkpoint" / "model.safetensors"]
+    before = [file.stat().st_mtime_ns for file in done]
+    result = halflap(*words).json
+    assert before == [file.stat().st_mtime_ns for file in done]
+    assert result["parameters_ratio"] <= 0.4 < result["steps"][0]["parameters_ratio"] <= 0.4**0.5
+    assert result["teacher_correction"]["tokens"] >= 256 and result["verified"]
+    steps = read_lineage(out / "checkpoint")
+    assert [step["verb"] for step in steps] == ["teacher_correction", "prune", "distill", "prune", "distill"]
+    taught = {step["inputs"]["teacher"] for step in steps if step["verb"] == "distill"}
+    assert taught == {steps[1]["inputs"]["teacher"]} != {steps[3]["inputs"]["teacher"]}
+    assert "steps/1" in (out / "report.html").read_text()
+    outcome = halflap(*words[:6], "--sizes.hidden-size", 64, "--steps", 2, "--out", tmp_path / "sizes")
+    assert outcome.status == 2 and "steps divide a budget" in outcome.err
+
+
 def test_an_interrupted_compress_goes_on(
     halflap: Callable[..., Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 
 from halflap.checkpoints.checkpoint import load_model
 from halflap.checkpoints.config import lineage_step, read_json
-from halflap.commands import students
+from halflap.commands import students, teaching
 from halflap.commands.config import CompressRecipe, SearchRecipe
 from halflap.commands.corpora import Corpora, held_out_batches
 from halflap.commands.sections import LossSettings
 from halflap.commands.students import Teacher
+from halflap.commands.teaching import Tutor
 from halflap.compress.axes import Sizes
 from halflap.compress.controls import blind_heads, blind_tensors
 from halflap.compress.importance import Importance
@@ -46,6 +47,7 @@ class Setting:
     importance: Importance
     loader: Loader
     corpora: Corpora
+    tutor: Tutor
 
     @property
     def pruned(self) -> Path:
@@ -76,6 +78,7 @@ def short_distillation(
     model: HybridModel,
     loader: Loader,
     recipe: SearchRecipe | CompressRecipe,
+    tutor: Tutor,
 ) -> HybridModel:
     """A candidate after `shortlist_tokens` of distillation; its weights are kept for the long one to go on from."""
     directory = place / "shortlist" / plan.digest[:12]
@@ -83,17 +86,18 @@ def short_distillation(
         student = students.build(model, plan)
         students.write_student(directory / "cut", teacher, plan, iter(student.state_dict().items()))
         loss = recipe.loss_settings if isinstance(recipe, CompressRecipe) else LossSettings()
-        done = students.distill_into(
+        done = teaching.distill_into(
             student,
-            teacher,
+            tutor.teacher,
             loader,
             recipe.fit,
             tokens=recipe.settings.shortlist_tokens,
             directory=directory / "training",
             loss=dataclasses.replace(loss, top_k=0),
             log=lambda row: None,
+            origin=tutor.origin_after(plan),
         )
-        step = lineage_step("distill", {"teacher": teacher.digest}, tokens=done["tokens"], loss=done["loss"])
+        step = lineage_step("distill", {"teacher": tutor.teacher.digest}, tokens=done["tokens"], loss=done["loss"])
         students.save_trained(directory / "checkpoint", student, directory / "cut", step)
         shutil.rmtree(directory / "training", ignore_errors=True)
     return load_model(directory / "checkpoint", "float32", teacher.device)
@@ -104,7 +108,7 @@ def short_distillation(
 
 def _arm(setting: Setting, name: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     """One row of the table, of which `rows` are there; None for a control that this student does not have."""
-    judged = {"teacher": setting.teacher.checkpoint.path, "pruned": setting.pruned}
+    judged = {"teacher": setting.tutor.teacher.checkpoint.path, "pruned": setting.pruned}
     if name in judged:
         return _judge(setting, load_model(judged[name], "float32")) | {"tokens_trained": 0}
     start = STARTS[name](setting)
@@ -130,23 +134,24 @@ def _train(setting: Setting, name: str, start: HybridModel, place: Path) -> dict
     if summary.exists():
         return read_json(summary)
     before = _short_tokens(setting) if name == "student" else 0
-    loss = dataclasses.replace(recipe.loss_settings, loss="next_token") if name == "scratch" else recipe.loss_settings
-    done = students.distill_into(
+    tutor = setting.tutor
+    done = teaching.distill_into(
         start,
-        setting.teacher,
+        tutor.teacher,
         setting.loader,
         recipe.fit,
         tokens=max(1, recipe.tokens - before),
         directory=place / "training",
-        loss=loss,
+        loss=LossSettings(loss="next_token") if name == "scratch" else recipe.loss_settings,
         log=lambda row: setting.run.log({"phase": "train", "arm": name, **row}),
         held_out=held_out_batches(setting.corpora, recipe.fit, recipe.tokens),
+        origin=tutor.origin_after(setting.plan),
     )
     numbers = {"tokens": done["tokens"] + before, "loss": done["loss"], "continues_short_distillation": bool(before)}
     if name == "scratch":
         students.save_trained(place / "checkpoint", start, setting.pruned, lineage_step("pretrain", {}, **numbers), [])
     else:
-        step = lineage_step("distill", {"teacher": setting.teacher.digest}, **numbers)
+        step = lineage_step("distill", {"teacher": tutor.teacher.digest}, **numbers)
         students.save_trained(place / "checkpoint", start, setting.pruned, step)
     trained = {"tokens_trained": numbers["tokens"], "seconds": done["tokens"] / max(done["tokens_per_second"], 1e-9)}
     write_json(summary, trained)

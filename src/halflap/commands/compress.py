@@ -12,7 +12,7 @@ from typing import Any
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_json
-from halflap.commands import arms, students
+from halflap.commands import arms, chain, students, teaching
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.config import (
     CompressRecipe,
@@ -22,9 +22,11 @@ from halflap.commands.config import (
     SearchRecipe,
     VerifyRecipe,
 )
-from halflap.commands.corpora import held_out_batches, open_corpora, training_loader
+from halflap.commands.corpora import Corpora, held_out_batches, open_corpora, training_loader
+from halflap.commands.resolve import plan_of
 from halflap.commands.sections import Budgets, ScoreSettings, SearchSettings
 from halflap.commands.students import Teacher, has_ceiling, open_teacher
+from halflap.commands.teaching import Origin, Tutor
 from halflap.compress.axes import Sizes, check_sizes, largest_sizes
 from halflap.compress.importance import Importance
 from halflap.compress.plan import PruningPlan
@@ -37,8 +39,9 @@ from halflap.data.loader import Loader
 from halflap.errors import HalflapError, RecipeError
 from halflap.models.count import count_non_embedding_parameters, count_parameters
 from halflap.parallel import mesh
+from halflap.recipe import inputs_of, settings_of
 from halflap.report.page import build as build_report
-from halflap.run import Run
+from halflap.run import Run, open_run
 
 IMPORTANCE, SEARCH = "importance.safetensors", "search.json"
 
@@ -73,7 +76,7 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
         )
     importance = _read_importance(recipe.importance, teacher)
     candidates = _candidates(teacher, importance, recipe.budgets, Sizes(), recipe.space)
-    result = _search(recipe, run, teacher, importance, candidates, loader)
+    result = _search(recipe, run, teacher, importance, candidates, loader, Tutor(teacher))
     shown = {name: value for name, value in result.to_json().items() if name != "plan"}
     return shown | {"path": str(run.path / SEARCH)}
 
@@ -120,11 +123,12 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
     directory = find_directory(recipe.student)
     teacher = open_teacher(students.teacher_of(directory, recipe.teacher), recipe.common, recipe.text.data)
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus", recipe.eval_data)
+    phases = plan_of(recipe.loss_settings.phases, recipe.fit, len(corpora.train), mesh.world_size())
     loader = training_loader(
-        corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed
+        corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed, phases
     )
     student = load_model(directory, "float32")
-    result = students.distill_into(
+    result = teaching.distill_into(
         student,
         teacher,
         loader,
@@ -134,6 +138,8 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
         loss=recipe.loss_settings,
         log=lambda row: run.log({"phase": "distill", **row}),
         held_out=held_out_batches(corpora, recipe.fit, recipe.tokens),
+        origin=_origin(directory, teacher),
+        phases=phases,
     )
     if mesh.is_main():
         step = lineage_step("distill", {"teacher": teacher.digest}, tokens=result["tokens"], loss=result["loss"])
@@ -144,17 +150,42 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
 
 
 def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
-    """Everything: importance, sizes, student, certificate, distillation, controls, judgement, page."""
+    """Everything: the teacher corrected if asked, then in one or more steps what `_compress` does, and a page."""
     _require_target(recipe.budgets, recipe.sizes)
+    chain.check_steps(recipe)
     teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
     check_sizes(teacher.config, recipe.sizes)
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus", recipe.eval_data)
     if not corpora.held_out:
         raise HalflapError(f"there is no text to judge on ({corpora.held_out_is}); name some with --eval-data")
+    correction = None
+    if recipe.loss_settings.teacher_correction:
+        loader = training_loader(
+            corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed
+        )
+        teacher = teaching.corrected(recipe, run.path / "teacher", teacher, loader, run.log)
+        correction = teaching.correction_of(run.path / "teacher")
+    *before, last = chain.recipes_of_steps(recipe, teacher.config, run.path)
+    tutor, source, steps = Tutor(teacher), teacher, []
+    for step in before:
+        step = dataclasses.replace(step, model=str(source.checkpoint.path))
+        with open_run("compress", settings_of(step), inputs_of(step)) as inner:
+            result = inner.result or inner.finish(_compress(step, inner, source, tutor, corpora))
+        steps.append({"path": str(inner.path), **{name: result[name] for name in ("parameters_ratio", "student")}})
+        tutor = Tutor(teacher, tutor.origin_after(PruningPlan.load(inner.path / "pruned" / PLAN)))
+        source = open_teacher(inner.checkpoint_dir, recipe.common, recipe.text.data)
+    result = _compress(last, run, source, tutor, corpora)
+    pages = [*(Path(step["path"]) for step in steps), run.path]
+    extra = {"steps": steps} if steps else {}
+    extra |= {"teacher_correction": correction} if correction else {}
+    return result | extra | {"report": str(build_report(pages, run.path / "report.html"))}
+
+
+def _compress(recipe: CompressRecipe, run: Run, teacher: Teacher, tutor: Tutor, corpora: Corpora) -> dict[str, Any]:
+    """Importance, sizes, student, certificate, distillation, controls, judgement: `teacher` is cut, `tutor` teaches."""
     length, seed = recipe.fit.sequence_length, recipe.common.seed
     scoring = training_loader(corpora, recipe.text, length, recipe.fit.micro_batch_rows, seed)
     training = training_loader(corpora, recipe.text, length, recipe.fit.batch_size, seed)
-
     if recipe.importance is not None:
         importance = _read_importance(recipe.importance, teacher)
     else:
@@ -163,12 +194,12 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
     sizes, remark = recipe.sizes, None
     if has_ceiling(recipe.budgets):
         candidates = _candidates(teacher, importance, recipe.budgets, recipe.sizes, recipe.space)
-        found = _search(recipe, run, teacher, importance, candidates, scoring)
+        found = _search(recipe, run, teacher, importance, candidates, scoring, tutor)
         sizes, remark = _with_dropped(found.chosen.sizes, recipe.sizes), found.remark
     plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
     certificate = _prune(run.path / "pruned", teacher, plan)
 
-    setting = arms.Setting(recipe, run, teacher, plan, importance, training, corpora)
+    setting = arms.Setting(recipe, run, teacher, plan, importance, training, corpora, tutor)
     table = arms.train_and_judge(setting)
     write_card(run.checkpoint_dir, certificate=certificate, rows=table, judged_on=corpora.held_out_is)
     return {
@@ -181,11 +212,18 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
         "controls": [{"name": name, **table[name]} for name in recipe.controls if name in table],
         "held_out": corpora.held_out_is,
         "remark": _remarks(remark, [name for name in recipe.controls if name not in table]),
-        "report": str(build_report([run.path], run.path / "report.html")),
     }
 
 
 # ---- steps
+
+
+def _origin(student: Path, teacher: Teacher) -> Origin | None:
+    """Where a student lies in its teacher, when it has the plan that cut it from this very shape."""
+    if not (student / PLAN).exists():
+        return None
+    plan = PruningPlan.load(student / PLAN)
+    return Origin.of(plan) if plan.teacher_config == teacher.config else None
 
 
 def _importance(file: Path, teacher: Teacher, loader: Loader, tokens: int, settings: ScoreSettings) -> Importance:
@@ -239,6 +277,7 @@ def _search(
     importance: Importance,
     candidates: Fitting,
     loader: Loader,
+    tutor: Tutor,
 ) -> SearchResult:
     """Losses of the likeliest candidates as cut, and of the best after a short distillation if tokens are given."""
     settings: SearchSettings = recipe.settings
@@ -246,7 +285,7 @@ def _search(
     model = teacher.load()
     fixed = recipe.sizes if isinstance(recipe, CompressRecipe) else Sizes()
 
-    def plan_of(sizes: Sizes) -> PruningPlan:
+    def plan_of_sizes(sizes: Sizes) -> PruningPlan:
         sizes = _with_dropped(sizes, fixed)
         return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
 
@@ -254,12 +293,12 @@ def _search(
         return students.next_token_loss(students.build(model, plan), batches, teacher)
 
     def loss_after_distillation(plan: PruningPlan) -> float:
-        student = arms.short_distillation(run.path, teacher, plan, model, loader, recipe)
+        student = arms.short_distillation(run.path, teacher, plan, model, loader, recipe, tutor)
         return students.next_token_loss(student, batches, teacher)
 
     return search_candidates(
         candidates,
-        plan_of,
+        plan_of_sizes,
         loss_as_cut,
         made_from={
             "teacher": teacher.digest,

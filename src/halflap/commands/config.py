@@ -12,9 +12,10 @@ from cyclopts import Parameter
 
 from halflap.commands.sections import (
     Budgets,
+    CompressSettings,
     Decoding,
+    DistillSettings,
     Listening,
-    LossSettings,
     NormCorrection,
     Sampling,
     ScoreSettings,
@@ -85,8 +86,7 @@ class ExportRecipe:
     model: Model = field(kw_only=False)
     """Hugging Face directory or run directory."""
     format: Literal["hf", "gguf", "megatron"] = "hf"
-    """Target form: stock classes of transformers; one file for llama.cpp; names and fused QKV of Megatron and NeMo (for
-    Nemotron-4)."""
+    """Target form: stock classes of transformers; a file for llama.cpp; Megatron's names and fused QKV (Nemotron-4)."""
     pad_to_stock: Annotated[bool, SWITCH] = False
     """Pad unequal blocks with zeros to equal widths, so that stock classes load them with the same logits."""
     common: ExportCommon = ExportCommon()
@@ -208,7 +208,7 @@ class DistillRecipe:
     text: Text = Text()
     tokens: Positive = 10_000_000
     """Tokens to train on."""
-    loss_settings: LossSettings = LossSettings()
+    loss_settings: DistillSettings = DistillSettings()
     eval_data: Files = ()
     """Held-out text for the loss curve."""
     fit: Annotated[Fit, section(TRAINING)] = Fit()
@@ -239,7 +239,7 @@ class CompressRecipe:
     score_settings: ScoreSettings = ScoreSettings()
     norm_correction: NormCorrection = "masked"
     """What replaces the cut channels in the mean of the norms."""
-    loss_settings: LossSettings = LossSettings()
+    loss_settings: CompressSettings = CompressSettings()
     controls: tuple[Literal["scratch", "group_blind", "random"], ...] = ()
     """Arms to train beside the student: the same shape from scratch, a group-blind cut, a random ranking."""
     fit: Annotated[Fit, section(TRAINING)] = Fit()

@@ -32,7 +32,8 @@ def estimate(verb: str, recipe: Any) -> dict[str, Any]:
         return result
     main = next(iter(shapes.values()))
     result["parameters"] = count_parameters(main)
-    plan = plan_of(recipe.phases, recipe.fit, len(recipe.text.data)) if verb == "pretrain" else None
+    phases = settings.get("phases")
+    plan = plan_of(phases, recipe.fit, len(recipe.text.data)) if phases else None
     if tokens := plan.tokens if plan else settings.get("tokens"):
         length = settings.get("fit.sequence_length") or settings.get("sequence_length") or 2048
         result |= {"tokens": tokens, "flops": _flops(verb, main, shapes.get("teacher"), settings, tokens, length)}

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from halflap.amounts import Amount
 from halflap.data.config import Data
+from halflap.errors import RecipeError
 from halflap.recipe import (
     BUDGETS,
     DISTILLATION,
@@ -24,6 +25,7 @@ from halflap.recipe import (
     Bytes,
     Count,
     Duration,
+    File,
     Files,
     Positive,
     Tokens,
@@ -33,6 +35,7 @@ from halflap.recipe import (
 Phase = Literal["decode", "prefill"]
 NormCorrection = Literal["none", "masked", "calibrated"]
 WidthMetric = Literal["activation", "weight_norm", "random"]
+Loss = Literal["forward_kl", "reverse_kl", "symmetric_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "next_token"]
 DepthMetric = Literal["kl", "block_influence", "loss", "hidden_mse", "logit_mse"]
 
 
@@ -119,12 +122,77 @@ class ScoreSettings:
 class LossSettings:
     """What the student learns from its teacher."""
 
-    loss: Literal["forward_kl", "next_token"] = "forward_kl"
-    """Divergence to the teacher's distribution, or plain next-token loss."""
+    loss: Loss = "forward_kl"
+    """Divergence to the teacher's distribution (symmetric_kl is half of Jeffreys'), or plain next-token loss."""
     temperature: float = 1.0
     """Temperature of both distributions."""
+    skew_alpha: float = 0.1
+    """Share of the other distribution that skew_kl and skew_reverse_kl mix in."""
+    next_token_share: float = 0.0
+    """Share of next-token loss in a mix with the divergence."""
     top_k: int = 0
     """Keep only this many teacher logits a token; 0 keeps all."""
+    top_k_tail: Literal["bucket", "renormalise"] = "bucket"
+    """All other tokens as one category, or the kept logits as the whole distribution."""
+    top_k_from: Literal["disk", "live"] = "disk"
+    """Compute the kept logits once and store them, or at every step."""
+    intermediate: tuple[Literal["embedding", "blocks", "mamba_x"], ...] = ()
+    """Inner states to learn too: the embedding's output, blocks' outputs, the x of Mamba."""
+    intermediate_loss: Literal["mse", "cosine"] = "mse"
+    """Mean squared difference, or 1 - cosine; states of another width than the teacher's get a learned projection."""
+    intermediate_weight: float | None = None
+    """Weight of the inner states' loss; balanced with the rest of the loss at every step when not given."""
+    intermediate_blocks: tuple[int, ...] = ()
+    """The student's blocks whose states are learned; all when not given."""
+    block_map: tuple[int, ...] = ()
+    """The teacher's block for each of the student's; by the pruning plan, else in proportion, when not given."""
+
+    def __post_init__(self) -> None:
+        _require("temperature", self.temperature, self.temperature > 0, "above 0")
+        _require("skew_alpha", self.skew_alpha, 0 < self.skew_alpha < 1, "above 0 and below 1")
+        _require("next_token_share", self.next_token_share, 0 <= self.next_token_share < 1, "from 0 to below 1")
+        _require("top_k", self.top_k, self.top_k >= 0, "at least 0")
+        weight = self.intermediate_weight
+        _require("intermediate_weight", weight, weight is None or weight >= 0, "at least 0")
+        if self.loss == "next_token" and (self.top_k or self.intermediate or self.next_token_share):
+            raise RecipeError(
+                "loss is next_token, which has no teacher, and top_k, intermediate or next_token_share was given; "
+                "leave those out or choose a divergence with --loss"
+            )
+        if self.top_k and (self.loss != "forward_kl" or self.temperature != 1):
+            raise RecipeError(
+                f"top_k is {self.top_k} with loss {self.loss} at temperature {self.temperature:g}; a teacher's best "
+                "logits allow forward_kl at temperature 1: leave out --top-k, or the others"
+            )
+        if self.top_k and self.top_k_from == "disk" and self.intermediate:
+            raise RecipeError(
+                "intermediate states need a teacher that runs, and top_k_from is disk; choose --top-k-from live"
+            )
+
+
+@flat(DISTILLATION)
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(LossSettings):
+    """The same, and the schedule of `distill`."""
+
+    phases: File | None = None
+    """YAML of phases, each with its tokens, blend, learning rate and batch, in place of --tokens and the schedule."""
+
+
+@flat(DISTILLATION)
+@dataclass(frozen=True, kw_only=True)
+class CompressSettings(LossSettings):
+    """The same, and what `compress` may do before and between distillations."""
+
+    steps: Positive = 1
+    """Cut and distil in so many steps, the budget falling by the same factor at each; the first teacher teaches all."""
+    teacher_correction: Tokens = 0
+    """Tokens of the text to train the teacher on first, where it has not seen such text; 0 leaves it as it is."""
+
+
+def _require(name: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise RecipeError(f"{name} is {value!r}; it must be {allowed}: correct --{name.replace('_', '-')}")
 
 
 @flat(SAMPLING)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from halflap.checkpoints.config import Lineage, find_directory, lineage_step, re
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.corpora import Corpora, tokenizer_place
 from halflap.commands.device import choose_device
-from halflap.commands.sections import Budgets, LossSettings, ScoreSettings
+from halflap.commands.sections import Budgets, ScoreSettings
 from halflap.compress.depth import depth_scores
 from halflap.compress.importance import Importance
 from halflap.compress.metrics import collect
@@ -41,13 +41,9 @@ from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel
 from halflap.recipe import Common
-from halflap.train.config import Fit
-from halflap.train.fit import fit
 from halflap.train.losses import mean_loss
 from halflap.train.numerics import resolve_dtype
-from halflap.train.objectives.distillation import Distillation, TopKDistillation
 from halflap.train.objectives.language import NextToken
-from halflap.train.teacher_logits import TopKTeacher, store_teacher_logits
 
 DEPTH_SHARE = 8
 """Blocks are removed one by one on this fraction of the calibration text: each costs a pass, and a quarter of the
@@ -262,60 +258,3 @@ def certify(
     write_json(directory / CERTIFICATE, certificate)
     write_card(directory)
     return certificate
-
-
-# ---- training
-
-
-def distill_into(
-    student: HybridModel,
-    teacher: Teacher,
-    loader: Loader,
-    settings: Fit,
-    *,
-    tokens: int,
-    directory: Path,
-    loss: LossSettings,
-    log: Callable[[dict[str, Any]], None],
-    held_out: list[Batch] | None = None,
-) -> dict[str, Any]:
-    """Train the student in place, on its teacher's outputs or on the text itself; goes on from a saved state."""
-    batches: Callable[[int], Any] = loader.batch
-    if loss.loss == "next_token":
-        objective: Any = NextToken()
-    elif loss.top_k:
-        place = directory.parent / "teacher-logits"
-        count = _steps(loader, tokens)
-        store_teacher_logits(
-            teacher.load(), loader.batch, count, place, k=loss.top_k, digest=teacher.digest, device=str(teacher.device)
-        )
-        batches, objective = TopKTeacher(place).batches(loader.batch), TopKDistillation()
-    else:
-        objective = Distillation(teacher.load(), loss.temperature, loss.loss)
-
-    def logged(row: dict[str, Any]) -> None:
-        named = {loss.loss: row["loss"]} if loss.loss != "next_token" and "loss" in row else {}
-        log({**row, **named})
-
-    return fit(
-        student,
-        objective,
-        batches,
-        settings,
-        tokens=tokens,
-        directory=directory,
-        log=logged,
-        held_out=held_out or None,
-        device=teacher.device,
-        dtype=teacher.dtype,
-        seed=teacher.seed,
-    )
-
-
-def _steps(loader: Loader, tokens: int) -> int:
-    """Steps until so many tokens with a target have been seen."""
-    seen, step = 0.0, 0
-    while seen < tokens:
-        seen += float((loader.batch(step).weights > 0).sum()) * loader.world
-        step += 1
-    return step

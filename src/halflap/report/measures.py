@@ -91,7 +91,7 @@ def describe_sizes(node: Node) -> str:
 
 # ---- loss curves
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric_kl")
+DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl")
 """What a distilled student minimises: not a next-token loss, so it gets axes of its own."""
 
 

@@ -1,0 +1,197 @@
+"""Training a student on its teacher: whose outputs, by which losses, on which batches; and correcting a teacher first.
+
+A student that was cut in several steps is taught by the first teacher, which is better than any of its students;
+`Origin` says where the student's blocks and channels lie in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halflap.checkpoints.config import lineage_step, read_json
+from halflap.commands import students
+from halflap.commands.config import CompressRecipe
+from halflap.commands.sections import LossSettings
+from halflap.commands.students import Teacher, open_teacher
+from halflap.compress.plan import PruningPlan
+from halflap.data.batch import Batch
+from halflap.data.loader import Loader
+from halflap.files import write_json
+from halflap.models.config import ModelConfig
+from halflap.models.model import HybridModel
+from halflap.train.config import Fit
+from halflap.train.fit import fit
+from halflap.train.objectives.distillation import Distillation, TopKDistillation
+from halflap.train.objectives.intermediate import InnerStates, WithProjections, pair_states, proportional_map
+from halflap.train.objectives.language import NextToken
+from halflap.train.phases import Plan
+from halflap.train.teacher_logits import TopKTeacher, store_teacher_logits
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The teacher's block of each of a student's, and the teacher's channel of each of its residual stream's."""
+
+    blocks: tuple[int, ...]
+    hidden: tuple[int, ...]
+
+    @staticmethod
+    def of(plan: PruningPlan) -> Origin:
+        kept: Any = plan.keep.get("hidden", range(plan.teacher_config.hidden_size))
+        return Origin(plan.keep_blocks, tuple(kept))
+
+    def then(self, later: Origin) -> Origin:
+        """Of a student of this one, whose own origin in this one is `later`."""
+        blocks = tuple(self.blocks[index] for index in later.blocks)
+        return Origin(blocks, tuple(self.hidden[index] for index in later.hidden))
+
+
+@dataclass(frozen=True)
+class Tutor:
+    """Who teaches, and where what is being cut lies in it: None when the teacher itself is cut."""
+
+    teacher: Teacher
+    origin: Origin | None = None
+
+    def origin_after(self, plan: PruningPlan) -> Origin:
+        cut = Origin.of(plan)
+        return cut if self.origin is None else self.origin.then(cut)
+
+
+def distill_into(
+    student: HybridModel,
+    teacher: Teacher,
+    loader: Loader,
+    settings: Fit,
+    *,
+    tokens: int,
+    directory: Path,
+    loss: LossSettings,
+    log: Callable[[dict[str, Any]], None],
+    held_out: Sequence[Batch] = (),
+    origin: Origin | None = None,
+    phases: Plan | None = None,
+) -> dict[str, Any]:
+    """Train the student in place, on its teacher's outputs or on the text itself; goes on from a saved state.
+
+    Returns what `fit` does and, where there are such, what the stored teacher costs and the map of blocks.
+    """
+    batches: Callable[[int], Any] = (
+        loader.batch if phases is None else lambda step: loader.rows_from(*phases.rows(step))
+    )
+    model: Any = student
+    said: dict[str, Any] = {}
+    if loss.loss == "next_token":
+        objective: Any = NextToken()
+    elif loss.top_k and loss.top_k_from == "disk":
+        count = _steps(batches, tokens, loader.world) if phases is None else phases.steps
+        place, device = directory.parent / "teacher-logits", str(teacher.device)
+        stored = store_teacher_logits(
+            teacher.load(),
+            batches,
+            count,
+            place,
+            k=loss.top_k,
+            digest=teacher.digest,
+            device=device,
+            dtype=teacher.dtype,
+        )
+        said["teacher_logits"] = dataclasses.asdict(stored)
+        batches = TopKTeacher(place).batches(batches)
+        objective = TopKDistillation(loss.top_k_tail, loss.next_token_share)
+    else:
+        inner = _inner_states(student.config, teacher, loss, origin, said)
+        if inner is not None and any(True for _ in inner.parameters()):
+            model = WithProjections(student, inner)
+        objective = Distillation(
+            teacher.load(),
+            loss.temperature,
+            loss.loss,
+            skew_alpha=loss.skew_alpha,
+            top_k=loss.top_k,
+            tail=loss.top_k_tail,
+            next_token_share=loss.next_token_share,
+            inner=inner,
+            inner_weight=loss.intermediate_weight,
+        )
+
+    def logged(row: dict[str, Any]) -> None:
+        if loss.loss != "next_token" and "loss" in row:
+            row = {**row, loss.loss: row.get(loss.loss, row.get("logits", row["loss"]))}
+        log(row)
+
+    result = fit(
+        model,
+        objective,
+        batches,
+        settings,
+        tokens=tokens if phases is None else phases.tokens,
+        directory=directory,
+        log=logged,
+        held_out=held_out or None,
+        device=teacher.device,
+        dtype=teacher.dtype,
+        seed=teacher.seed,
+        plan=phases,
+    )
+    return result | said
+
+
+def _inner_states(
+    student: ModelConfig, teacher: Teacher, loss: LossSettings, origin: Origin | None, said: dict[str, Any]
+) -> InnerStates | None:
+    """The losses on inner states; the map of blocks goes into `said`."""
+    if not loss.intermediate:
+        return None
+    blocks = loss.block_map or (
+        origin.blocks if origin else proportional_map(len(student.blocks), len(teacher.config.blocks))
+    )
+    pairs = pair_states(student, teacher.config, loss.intermediate, blocks, loss.intermediate_blocks)
+    said["block_map"] = list(blocks)
+    kept = origin.hidden if origin else None
+    return InnerStates(student, teacher.config, pairs, loss.intermediate_loss, kept, teacher.seed)
+
+
+def _steps(batches: Callable[[int], Batch], tokens: int, world: int) -> int:
+    """Steps until so many tokens with a target have been seen."""
+    seen, step = 0.0, 0
+    while seen < tokens:
+        seen += float((batches(step).weights > 0).sum()) * world
+        step += 1
+    return step
+
+
+def corrected(
+    recipe: CompressRecipe, place: Path, teacher: Teacher, loader: Loader, log: Callable[..., None]
+) -> Teacher:
+    """The teacher after training on the text itself (Sreenivas et al. 2024); kept in `place`, whose summary is last.
+
+    Where the text is not what the teacher was trained on, its distribution is a poor guide there until it is corrected.
+    """
+    summary, checkpoint = place / "training.json", place / "checkpoint"
+    if not summary.exists():
+        model = teacher.load()
+        done = distill_into(
+            model,
+            teacher,
+            loader,
+            recipe.fit,
+            tokens=recipe.loss_settings.teacher_correction,
+            directory=place / "training",
+            loss=LossSettings(loss="next_token"),
+            log=lambda row: log({"phase": "teacher_correction", **row}),
+        )
+        numbers = {"tokens": done["tokens"], "loss": done["loss"]}
+        step = lineage_step("teacher_correction", {"teacher": teacher.digest}, **numbers)
+        students.save_trained(checkpoint, model, teacher.checkpoint.path, step, teacher.checkpoint.lineage)
+        write_json(summary, numbers)
+    return open_teacher(checkpoint, recipe.common, recipe.text.data)
+
+
+def correction_of(place: Path) -> dict[str, Any] | None:
+    """What `corrected` left there: tokens and training loss."""
+    return read_json(place / "training.json") if (place / "training.json").exists() else None
