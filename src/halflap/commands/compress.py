@@ -175,14 +175,14 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
         tutor = Tutor(teacher, tutor.origin_after(PruningPlan.load(inner.path / "pruned" / PLAN)))
         source = open_teacher(inner.checkpoint_dir, recipe.common, recipe.text.data)
     result = _compress(last, run, source, tutor, corpora)
-    pages = [*(Path(step["path"]) for step in steps), run.path]
-    extra = {"steps": steps} if steps else {}
-    extra |= {"teacher_correction": correction} if correction else {}
-    return result | extra | {"report": str(build_report(pages, run.path / "report.html"))}
+    if steps:
+        build_report([*(Path(step["path"]) for step in steps), run.path], Path(result["report"]))  # of the whole chain
+        result["steps"] = steps
+    return result | ({"teacher_correction": correction} if correction else {})
 
 
 def _compress(recipe: CompressRecipe, run: Run, teacher: Teacher, tutor: Tutor, corpora: Corpora) -> dict[str, Any]:
-    """Importance, sizes, student, certificate, distillation, controls, judgement: `teacher` is cut, `tutor` teaches."""
+    """Importance, sizes, student, certificate, distillation, controls, judgement, page; `teacher` is what is cut."""
     length, seed = recipe.fit.sequence_length, recipe.common.seed
     scoring = training_loader(corpora, recipe.text, length, recipe.fit.micro_batch_rows, seed)
     training = training_loader(corpora, recipe.text, length, recipe.fit.batch_size, seed)
@@ -212,6 +212,7 @@ def _compress(recipe: CompressRecipe, run: Run, teacher: Teacher, tutor: Tutor, 
         "controls": [{"name": name, **table[name]} for name in recipe.controls if name in table],
         "held_out": corpora.held_out_is,
         "remark": _remarks(remark, [name for name in recipe.controls if name not in table]),
+        "report": str(build_report([run.path], run.path / "report.html")),
     }
 
 

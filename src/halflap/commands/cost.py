@@ -38,14 +38,14 @@ def estimate(verb: str, recipe: Any) -> dict[str, Any]:
         length = settings.get("fit.sequence_length") or settings.get("sequence_length") or 2048
         result |= {"tokens": tokens, "flops": _flops(verb, main, shapes.get("teacher"), settings, tokens, length)}
     if plan:
-        result["phases"] = _phases(plan, main)
+        each = _flops(verb, main, shapes.get("teacher"), {}, 1, plan.sequence_length)
+        result["phases"] = _phases(plan, each)
     result["memory_bytes"] = _memory(verb, main, shapes.get("teacher"))
     return result
 
 
-def _phases(plan: Plan, model: ModelConfig) -> list[dict[str, Any]]:
-    """Each phase as one rank would run it: its tokens in whole steps, learning rates, blend and operations."""
-    each = PASSES["pretrain"] * flops_per_token(model, plan.sequence_length, "prefill")
+def _phases(plan: Plan, each: int) -> list[dict[str, Any]]:
+    """Each phase as one rank would run it: its tokens in whole steps, learning rates, blend and `each` token's work."""
     rows, before, first = [], 0, 0
     for number, (phase, end) in enumerate(zip(plan.phases, plan.ends, strict=True)):
         batches = [stretch for stretch in plan.stretches if stretch.phase == number]
@@ -73,7 +73,8 @@ def _flops(
     total = tokens * flops_per_token(main, length, "prefill") * PASSES.get(verb, 1)
     if verb in ("distill", "compress"):
         total += tokens * flops_per_token(teacher or main, length, "prefill")
-    return total + settings.get("calibration_tokens", 0) * flops_per_token(main, length, "prefill")
+    passes = settings.get("calibration_tokens", 0) + PASSES["pretrain"] * settings.get("teacher_correction", 0)
+    return total + passes * flops_per_token(main, length, "prefill")
 
 
 def _memory(verb: str, main: ModelConfig, teacher: ModelConfig | None) -> int:
