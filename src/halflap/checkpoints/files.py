@@ -258,9 +258,8 @@ def write_shards(
             f"writing {needed / 1e6:,.1f} MB of weights to {directory} needs more than the {free / 1e6:,.1f} MB free "
             "there: free some space or choose another --out"
         )
-    temporary = {
-        shard.final: directory / f".{shard.final}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp" for shard in shards
-    }
+    tag = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    temporary = {shard.final: directory / f".{shard.final}.{tag}.tmp" for shard in shards}
     try:
         with full_disk_named(directory):
             _write_data(shards, temporary, specs, tensors)

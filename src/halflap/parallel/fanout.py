@@ -78,7 +78,7 @@ def require_ray() -> Any:
     """The module. Raises HalflapError when it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told that it ran
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise HalflapError(
             "a Ray cluster was asked for and ray is not installed; pip install 'halflap[cluster]', or use --workers"
