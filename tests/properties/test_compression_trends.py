@@ -1,8 +1,9 @@
 """Trends on a small trained teacher, over several seeds: property 24, and that the group matters before training.
 
 Bytes of English as tokens. Losses are means over seeds of the short distillation, on text that no model has seen.
-That width-only students beat depth-only ones is a finding about models of 52 blocks; of these 8 blocks on bytes three
-do as well at equal size, so it is not asserted here.
+That width-only students beat depth-only ones is a finding about models of 52 blocks and is not asserted here: of these
+8 blocks on bytes three do as well at equal size, and of the carried teacher's 14 blocks 10 and 8 do better by 0.01 to
+0.03 nats after 60 and 180 thousand tokens.
 """
 
 from __future__ import annotations
