@@ -20,7 +20,6 @@ import torch
 
 import halflap
 from common import RESULTS, THREADS, Report
-from halflap.files import write_json
 from halflap.report.arms import Arms, across_seeds, arms_markdown
 
 TEACHERS = ("hymba-8m", "nemotron-4-8m")
@@ -43,7 +42,7 @@ def main() -> None:
     for name in chosen.teachers:
         teacher = str(chosen.work / name)
         trained = halflap.pretrain(
-            name, data=text["train"], tokens=chosen.tokens, dtype="bfloat16", fit=TEACHER_FIT, out=teacher
+            name, data=text["train"], tokens=chosen.tokens, dtype="auto", fit=TEACHER_FIT, out=teacher
         )
         results = [compressed(teacher, text, chosen, seed) for seed in chosen.seeds]
         tables = [Arms.load(chosen.work / f"{name}-half-{seed}" / "arms.json") for seed in chosen.seeds]
@@ -85,16 +84,17 @@ def files(data: Path, part: str) -> list[str]:
 def compressed(teacher: str, text: dict[str, list[str]], chosen: argparse.Namespace, seed: int) -> dict[str, Any]:
     """The result of `compress` with one seed, and the loss of the student read back from its export."""
     place = f"{teacher}-half-{seed}"
-    judging = {"data": text["validation"], "tokens": chosen.eval_tokens, "context": STUDENT_FIT["sequence_length"]}
     result = halflap.compress(
         teacher, data=text["train"], eval_data=text["validation"], params="50%", tokens=chosen.distill,
         calibration_tokens="64k", eval_tokens=chosen.eval_tokens, controls=["scratch", "random"], shortlist=6,
-        score_tokens="16k", dtype="bfloat16", fit=STUDENT_FIT, seed=seed, out=place,
+        score_tokens="16k", dtype="auto", fit=STUDENT_FIT, seed=seed, out=place,
     )  # fmt: skip
     exported = f"{place}-exported"
     halflap.export(place, out=exported)
-    judged = halflap.evaluate(exported, **judging)
-    write_json(Path(exported) / "judged.json", judged)
+    judged = halflap.evaluate(
+        exported, data=text["validation"], tokens=chosen.eval_tokens, context=STUDENT_FIT["sequence_length"],
+        out=f"{place}-judged",
+    )  # fmt: skip
     return {**result, "exported_loss": judged["loss"]}
 
 

@@ -18,11 +18,10 @@ import psutil
 import torch
 
 from common import Report, arguments, hymba_and_transformer, interleave, random_model, shape_of, spread
-from halflap.models.cache import Cache
+from halflap.models.cache import Cache, fields, parts
 from halflap.models.config import ModelConfig
 from halflap.models.count import cache_bytes
 from halflap.models.model import HybridModel
-from halflap.models.slots import fields, parts
 from halflap.report.plots import Frame
 from halflap.report.svg import Scale, element, picture
 

@@ -200,7 +200,7 @@ def test_every_failure_is_a_status_and_a_sentence(
 
 
 def test_out_may_name_the_artifact_itself(halflap: Cli, corpus_verb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(VERBS, "corpus", Verb("CorpusRecipe", "x:y", artifact="importance.safetensors"))
+    monkeypatch.setitem(VERBS, "corpus", Verb("config:CorpusRecipe", "x:y", artifact="importance.safetensors"))
 
     def write(recipe: Any, run: Run) -> dict[str, Any]:
         (run.path / "importance.safetensors").write_bytes(b"x")

@@ -17,7 +17,7 @@ from typing import Any
 from halflap.checkpoints.checkpoint import load_model
 from halflap.checkpoints.config import lineage_step, read_json
 from halflap.commands import students, teaching
-from halflap.commands.config import CompressRecipe, SearchRecipe
+from halflap.commands.config_compress import CompressRecipe, SearchRecipe
 from halflap.commands.corpora import Corpora, held_out_batches
 from halflap.commands.sections import LossSettings
 from halflap.commands.students import Teacher

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from halflap.amounts import Amount
-from halflap.commands.config import CompressRecipe
+from halflap.commands.config_compress import CompressRecipe
 from halflap.commands.sections import Budgets
 from halflap.commands.students import CEILINGS, budget_of, has_ceiling
 from halflap.compress.axes import Sizes

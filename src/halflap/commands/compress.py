@@ -14,7 +14,7 @@ from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_json
 from halflap.commands import arms, chain, students, teaching
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
-from halflap.commands.config import (
+from halflap.commands.config_compress import (
     CompressRecipe,
     DistillRecipe,
     PruneRecipe,
@@ -163,8 +163,7 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
         loader = training_loader(
             corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed
         )
-        teacher = teaching.corrected(recipe, run.path / "teacher", teacher, loader, run.log)
-        correction = teaching.correction_of(run.path / "teacher")
+        teacher, correction = teaching.corrected(recipe, run.path / "teacher", teacher, loader, run.log)
     *before, last = chain.recipes_of_steps(recipe, teacher.config, run.path)
     tutor, source, steps = Tutor(teacher), teacher, []
     for step in before:

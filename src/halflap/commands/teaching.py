@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from halflap.checkpoints.config import lineage_step, read_json
 from halflap.commands import students
-from halflap.commands.config import CompressRecipe
+from halflap.commands.config_compress import CompressRecipe
 from halflap.commands.sections import LossSettings
 from halflap.commands.students import Teacher, open_teacher
 from halflap.compress.plan import PruningPlan
@@ -62,6 +62,16 @@ class Tutor:
         return cut if self.origin is None else self.origin.then(cut)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What `fit` trains, by which objective, on which batches; and what is to be said of it beside the result."""
+
+    model: Any
+    objective: Any
+    batches: Callable[[int], Any]
+    said: dict[str, Any] = field(default_factory=dict)
+
+
 def distill_into(
     student: HybridModel,
     teacher: Teacher,
@@ -83,41 +93,11 @@ def distill_into(
     batches: Callable[[int], Any] = (
         loader.batch if phases is None else lambda step: loader.rows_from(*phases.rows(step))
     )
-    model: Any = student
-    said: dict[str, Any] = {}
-    if loss.loss == "next_token":
-        objective: Any = NextToken()
-    elif loss.top_k and loss.top_k_from == "disk":
+    if loss.loss != "next_token" and loss.top_k and loss.top_k_from == "disk":
         count = _steps(batches, tokens, loader.world) if phases is None else phases.steps
-        place, device = directory.parent / "teacher-logits", str(teacher.device)
-        stored = store_teacher_logits(
-            teacher.load(),
-            batches,
-            count,
-            place,
-            k=loss.top_k,
-            digest=teacher.digest,
-            device=device,
-            dtype=teacher.dtype,
-        )
-        said["teacher_logits"] = dataclasses.asdict(stored)
-        batches = TopKTeacher(place).batches(batches)
-        objective = TopKDistillation(loss.top_k_tail, loss.next_token_share)
+        lesson = _stored(student, teacher, batches, count, loss, directory.parent / "teacher-logits")
     else:
-        inner = _inner_states(student.config, teacher, loss, origin, said)
-        if inner is not None and any(True for _ in inner.parameters()):
-            model = WithProjections(student, inner)
-        objective = Distillation(
-            teacher.load(),
-            loss.temperature,
-            loss.loss,
-            skew_alpha=loss.skew_alpha,
-            top_k=loss.top_k,
-            tail=loss.top_k_tail,
-            next_token_share=loss.next_token_share,
-            inner=inner,
-            inner_weight=loss.intermediate_weight,
-        )
+        lesson = _lesson(student, teacher, batches, loss, origin)
 
     def logged(row: dict[str, Any]) -> None:
         if loss.loss != "next_token" and "loss" in row:
@@ -125,9 +105,9 @@ def distill_into(
         log(row)
 
     result = fit(
-        model,
-        objective,
-        batches,
+        lesson.model,
+        lesson.objective,
+        lesson.batches,
         settings,
         tokens=tokens if phases is None else phases.tokens,
         directory=directory,
@@ -138,7 +118,49 @@ def distill_into(
         seed=teacher.seed,
         plan=phases,
     )
-    return result | said
+    return result | lesson.said
+
+
+def _lesson(
+    student: HybridModel, teacher: Teacher, batches: Callable[[int], Any], loss: LossSettings, origin: Origin | None
+) -> Lesson:
+    """On the text itself, or on what the teacher says while the student learns."""
+    if loss.loss == "next_token":
+        return Lesson(student, NextToken(), batches)
+    said: dict[str, Any] = {}
+    inner = _inner_states(student.config, teacher, loss, origin, said)
+    trained = inner is not None and any(True for _ in inner.parameters())
+    objective = Distillation(
+        teacher.load(),
+        loss.temperature,
+        loss.loss,
+        skew_alpha=loss.skew_alpha,
+        top_k=loss.top_k,
+        tail=loss.top_k_tail,
+        next_token_share=loss.next_token_share,
+        inner=inner,
+        inner_weight=loss.intermediate_weight,
+    )
+    return Lesson(WithProjections(student, inner) if trained and inner else student, objective, batches, said)
+
+
+def _stored(
+    student: HybridModel, teacher: Teacher, batches: Callable[[int], Any], steps: int, loss: LossSettings, place: Path
+) -> Lesson:
+    """On the teacher's largest logits, which are computed once and kept in `place`."""
+    stored = store_teacher_logits(
+        teacher.load(),
+        batches,
+        steps,
+        place,
+        k=loss.top_k,
+        digest=teacher.digest,
+        device=str(teacher.device),
+        dtype=teacher.dtype,
+    )
+    objective = TopKDistillation(loss.top_k_tail, loss.next_token_share)
+    said = {"teacher_logits": dataclasses.asdict(stored)}
+    return Lesson(student, objective, TopKTeacher(place).batches(batches), said)
 
 
 def _inner_states(
@@ -167,9 +189,10 @@ def _steps(batches: Callable[[int], Batch], tokens: int, world: int) -> int:
 
 def corrected(
     recipe: CompressRecipe, place: Path, teacher: Teacher, loader: Loader, log: Callable[..., None]
-) -> Teacher:
-    """The teacher after training on the text itself (Sreenivas et al. 2024); kept in `place`, whose summary is last.
+) -> tuple[Teacher, dict[str, Any]]:
+    """The teacher after training on the text itself (Sreenivas et al. 2024), and of how many tokens to what loss.
 
+    It is kept in `place`, whose summary is written last.
     Where the text is not what the teacher was trained on, its distribution is a poor guide there until it is corrected.
     """
     summary, checkpoint = place / "training.json", place / "checkpoint"
@@ -189,9 +212,4 @@ def corrected(
         step = lineage_step("teacher_correction", {"teacher": teacher.digest}, **numbers)
         students.save_trained(checkpoint, model, teacher.checkpoint.path, step, teacher.checkpoint.lineage)
         write_json(summary, numbers)
-    return open_teacher(checkpoint, recipe.common, recipe.text.data)
-
-
-def correction_of(place: Path) -> dict[str, Any] | None:
-    """What `corrected` left there: tokens and training loss."""
-    return read_json(place / "training.json") if (place / "training.json").exists() else None
+    return open_teacher(checkpoint, recipe.common, recipe.text.data), read_json(summary)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
-from halflap.models.meta import text_places
+from halflap.models.meta import at_places, text_places
 from halflap.models.model import HybridModel
 from halflap.ops.vocabulary_loss import cross_entropy_sum, kl_divergence_sum
 from halflap.progress import Progress
@@ -76,7 +76,7 @@ def _finish(model: HybridModel, stream: Tensor, context: Any, start: int, places
     for block in list(model.blocks)[start:]:
         stream = block(stream, context)
     if places is not None:
-        stream = stream.gather(1, places[..., None].expand(-1, -1, stream.shape[2]))
+        stream = at_places(stream, places)
     return model.norm(stream).to(model.norm.weight.dtype)
 
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from halflap.inference.replies import Reply
-from halflap.models import slots
-from halflap.models.cache import Cache
+from halflap.models.cache import Cache, fields, mapped, parts
 
 
 class Parked:
@@ -42,7 +41,7 @@ class SwappedOut(Parked):
     def __init__(self, reply: Reply, cache: Cache) -> None:
         self._device = cache.lengths.device
         self.swapped = cache.nbytes()
-        tensors = [tensor for state in slots.parts(cache) for tensor in slots.fields(state).values()]
+        tensors = [tensor for state in parts(cache) for tensor in fields(state).values()]
         self._tensors: list[Tensor] = []
         self._file: Path | None = None
         if self._device.type == "cpu":
@@ -51,7 +50,7 @@ class SwappedOut(Parked):
             self._file = Path(file.name)
         else:
             self._tensors = [tensor.cpu() for tensor in tensors]
-        hollow = [slots.mapped(state, lambda _, tensor: tensor.new_empty(0)) for state in cache.blocks]
+        hollow = [mapped(state, lambda _, tensor: tensor.new_empty(0)) for state in cache.blocks]
         super().__init__(reply, dataclasses.replace(cache, blocks=hollow))
 
     @property
@@ -61,8 +60,8 @@ class SwappedOut(Parked):
     def bring(self) -> Cache:
         tensors = self._tensors if self._file is None else torch.load(self._file, weights_only=True)
         waiting = iter(tensors)
-        for state in slots.parts(self.cache):
-            for name in slots.fields(state):
+        for state in parts(self.cache):
+            for name in fields(state):
                 setattr(state, name, next(waiting).to(self._device))
         return self.cache
 

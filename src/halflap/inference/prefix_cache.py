@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from halflap.models import slots
-from halflap.models.cache import Cache, KeyValueState
+from halflap.models.cache import Cache, KeyValueState, State, parts
 
 Span = tuple[Tensor, Tensor]  # keys and values (K, tokens, h) of one block
 NEAR = 16  # tokens that a snapshot where prompts part must save
@@ -28,7 +28,7 @@ NEAR = 16  # tokens that a snapshot where prompts part must save
 
 @dataclass
 class Snapshot:
-    """The states of a row after a node's last token: tensors in the order of `slots.parts`; its hidden state (D,)."""
+    """The states of a row after a node's last token: tensors in the order of `cache.parts`; its hidden state (D,)."""
 
     states: list[Tensor]
     hidden: Tensor | None
@@ -78,7 +78,7 @@ class PrefixCache:
         self.budget, self._create = budget, create
         self._root = Node([], None, 0, [])
         self._age = 0.0
-        self._pure = all(_is_whole(state) for state in slots.parts(create(1)))
+        self._pure = all(_is_whole(state) for state in parts(create(1)))
         self.bytes = self.asked = self.hits = self.hit_tokens = self.asked_tokens = self.evicted = 0
 
     def find(self, prompt: Sequence[int], room: int) -> Hit | None:
@@ -109,7 +109,7 @@ class PrefixCache:
         if node.snapshot is None:
             states = [
                 tensor[row].clone()
-                for state in slots.parts(cache)
+                for state in parts(cache)
                 if not _is_whole(state)
                 for tensor in slots.trimmed(state, len(tokens)).values()
             ]
@@ -166,7 +166,7 @@ class PrefixCache:
         return (min(matched, length - 1), None) if self._pure else (0, None)
 
     def _restore(self, cache: Cache, path: list[Node], depth: int, snapshot: Snapshot | None) -> None:
-        whole = [state for state in slots.parts(cache) if _is_whole(state)]
+        whole = [state for state in parts(cache) if _is_whole(state)]
         for node in path:
             start = node.depth - len(node.tokens)
             count = min(node.depth, depth) - start
@@ -177,7 +177,7 @@ class PrefixCache:
                 for held, part in zip((state.keys, state.values), span, strict=True):  # type: ignore[union-attr]
                     held[0, :, at] = part[:, :count]
         if snapshot is not None:
-            others = (state for state in slots.parts(cache) if not _is_whole(state))
+            others = (state for state in parts(cache) if not _is_whole(state))
             targets = [tensor for state in others for tensor in slots.trimmed(state, depth).values()]
             for target, source in zip(targets, snapshot.states, strict=True):
                 target[0] = source
@@ -195,7 +195,7 @@ class PrefixCache:
         at = slice(cache.meta + place, cache.meta + len(tokens))
         spans = [
             (state.keys[row, :, at].clone(), state.values[row, :, at].clone())
-            for state in slots.parts(cache)
+            for state in parts(cache)
             if isinstance(state, KeyValueState) and state.window is None
         ]
         new = Node(list(tokens[place:]), node, len(tokens), spans)
@@ -266,7 +266,7 @@ class PrefixCache:
             node.snapshot = None
 
 
-def _is_whole(state: slots.State) -> bool:
+def _is_whole(state: State) -> bool:
     """Keys and values of whole attention, which stay as they are while tokens follow."""
     return isinstance(state, KeyValueState) and state.window is None
 

@@ -68,17 +68,20 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    @property
-    def penalises(self) -> bool:
-        """Whether the logits depend on the tokens before."""
-        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
-
 
 def require_number(name: str, value: object, *, whole: bool) -> None:
     """Raise HalflapError unless a value from Python is a number of the kind that its field needs."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         kind = "a whole number" if whole else "a number"
         raise HalflapError(f"{name} is {value!r}; it must be {kind}: choose another value")
+
+
+def _require_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise HalflapError unless the value is a whole number of at least `low` and, if given, at most `high`."""
+    require_number(name, value, whole=True)
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"{low} to {high}"
+        raise HalflapError(f"{name} is {value}; it must be {allowed}: choose another value")
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,8 @@ class Request:
             ("prompt_logprobs", self.prompt_logprobs, 0, MOST_LOGPROBS),
         )
         for name, value, low, high in limits:
-            if value is None:
-                continue
-            require_number(name, value, whole=True)
-            if value < low or (high is not None and value > high):
-                allowed = f"at least {low}" if high is None else f"{low} to {high}"
-                raise HalflapError(f"{name} is {value}; it must be {allowed}: choose another value")
+            if value is not None:
+                _require_whole(name, value, low, high)
         if "" in self.stop:
             raise HalflapError("a stop string is empty; it must have at least one character: remove it")
 
@@ -201,11 +200,8 @@ class EngineSettings:
             ("queue", self.queue, 0),
         )
         for name, value, low in limits:
-            if value is None and name in ("max_context", "memory", "queue"):
-                continue
-            require_number(name, value, whole=True)
-            if value is None or value < low:
-                raise HalflapError(f"{name} is {value}; it must be at least {low}: choose another value")
+            if value is not None or name not in ("max_context", "memory", "queue"):
+                _require_whole(name, value, low)
         if isinstance(self.speculate, str) and self.speculate != "lookup":
             raise HalflapError(
                 f"speculate is {self.speculate!r}; it must be None, 'lookup' or a draft model: choose one of them"

@@ -132,7 +132,8 @@ class HybridState:
             self.attention.start_from(other.attention)
 
 
-BlockState = KeyValueState | ConvSSMState | HybridState
+State = KeyValueState | ConvSSMState
+BlockState = State | HybridState
 Held = list[Callable[[Tensor], None]]  # what each block does once it is known how many tokens of each row count
 
 
@@ -203,17 +204,18 @@ class Cache:
     @property
     def dtype(self) -> torch.dtype:
         """Of keys, values and convolution tails."""
-        return next((t.dtype for state in self.blocks for _, t in _tensors(state)), torch.float32)
+        return next((t.dtype for state in parts(self) for t in fields(state).values()), torch.float32)
 
     def select(self, rows: Tensor | list[int]) -> Cache:
         """A new cache of the given rows, repeats allowed (beam reorder, one prompt to many samples)."""
         index = torch.as_tensor(rows, device=self.lengths.device)
-        blocks = [_map(state, lambda tensor: tensor.index_select(0, index)) for state in self.blocks]
-        lengths = self.lengths[index]
-        uniform = bool((lengths == lengths[0]).all())
-        return dataclasses.replace(
-            self, blocks=blocks, lengths=lengths, used=int(lengths.max()), uniform=uniform, held=None
-        )
+        blocks = [mapped(state, lambda _, tensor: tensor.index_select(0, index)) for state in self.blocks]
+        return self.of_rows(blocks, self.lengths[index])
+
+    def of_rows(self, blocks: list[BlockState | None], lengths: Tensor) -> Cache:
+        """The same kind of cache with rows of these states and lengths (B,)."""
+        used, uniform = int(lengths.max()), bool((lengths == lengths[0]).all())
+        return dataclasses.replace(self, blocks=blocks, lengths=lengths, used=used, uniform=uniform, held=None)
 
     def row(self, index: int) -> Cache:
         return self.select([index])
@@ -225,10 +227,10 @@ class Cache:
     def nbytes(self, *, tokens_only: bool = False) -> int:
         """Bytes held now; with `tokens_only` the key/value bytes count written tokens, not capacity."""
         total = 0
-        for state in self.blocks:
-            for owner, tensor in _tensors(state):
+        for state in parts(self):
+            for tensor in fields(state).values():
                 share = 1.0
-                if tokens_only and isinstance(owner, KeyValueState) and tensor.shape[2]:
+                if tokens_only and isinstance(state, KeyValueState) and tensor.shape[2]:
                     share = min(self.meta + self.used, tensor.shape[2]) / tensor.shape[2]
                 total += round(tensor.nbytes * share)
         return total
@@ -282,23 +284,24 @@ def _conv_ssm(
     return ConvSSMState(conv, torch.zeros(batch, *inner, block.state_size, dtype=wide, device=device))
 
 
-def _tensors(state: BlockState | None) -> Iterator[tuple[BlockState, Tensor]]:
-    """Every tensor of a state with the part that holds it."""
-    for value in () if state is None else vars(state).values():
-        if isinstance(value, Tensor):
-            yield state, value  # type: ignore[misc]
-        elif isinstance(value, KeyValueState | ConvSSMState):
-            yield from _tensors(value)
+def parts(cache: Cache) -> Iterator[State]:
+    """Every key/value and every convolution and SSM state, in the order of the blocks."""
+    for state in cache.blocks:
+        if isinstance(state, HybridState):
+            yield from (state.ssm,) if state.attention is None else (state.attention, state.ssm)
+        elif state is not None:
+            yield state
 
 
-def _map(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The state with a function applied to every tensor."""
+def fields(state: State) -> dict[str, Tensor]:
+    """Its tensors by name."""
+    return {name: value for name, value in vars(state).items() if isinstance(value, Tensor)}
+
+
+def mapped(state: BlockState | None, function: Callable[[State, Tensor], Tensor]) -> Any:
+    """The state of a block with a function applied to its tensors."""
+    if isinstance(state, HybridState):
+        return HybridState(mapped(state.attention, function), mapped(state.ssm, function))
     if state is None:
         return None
-    changed: dict[str, Any] = {}
-    for name, value in vars(state).items():
-        if isinstance(value, Tensor):
-            changed[name] = function(value)
-        elif isinstance(value, KeyValueState | ConvSSMState):
-            changed[name] = _map(value, function)
-    return dataclasses.replace(state, **changed)
+    return dataclasses.replace(state, **{name: function(state, tensor) for name, tensor in fields(state).items()})

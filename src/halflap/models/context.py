@@ -15,6 +15,7 @@ from halflap.models.rope import inverse_frequencies, rotary_tables
 from halflap.ops.attention import cached_mask, packed_mask, within_window
 
 Mask = Callable[[], Tensor | None]
+Scan = Callable[[Tensor | None], tuple[Tensor, Tensor]]  # of the first tokens of each row, or all: output, final state
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,19 @@ class SequenceContext:
             window=window,
             meta=self.meta,
         )
+
+    def scanned(self, scan: Scan, leave: Callable[[Tensor, Tensor | None], None] | None) -> Tensor:
+        """What `scan(lengths)` puts out; `leave(its final state, lengths)` moves a state, None where there is none.
+
+        Of a held pass the scan alone runs again, and the state moves, once it is known how many tokens count.
+        """
+        if leave is None or self.held is None:
+            y, final = scan(self.lengths)
+            if leave is not None:
+                leave(final, self.lengths)
+            return y
+        self.held.append(lambda counts: leave(scan(counts)[1], counts))
+        return scan(None)[0]
 
     def attention_mask(self, keys: int) -> Tensor | None:
         """Mask (B, 1, T, keys), made once a pass; None where plain causal attention is meant."""

@@ -67,18 +67,12 @@ class Mamba1Inner(nn.Module):
                 state=ssm, runs=context.runs, lengths=lengths, dt_bias=self.dt_bias, gate=z,
             )  # fmt: skip
 
-        def leave(state: ConvSSMState, final: Tensor, lengths: Tensor | None) -> None:
+        def leave(final: Tensor, lengths: Tensor | None) -> None:
+            assert state is not None
             state.ssm = final.to(state.ssm.dtype)
             state.conv = final_conv_state(x, c.conv_kernel, tail, lengths).to(state.conv.dtype)
 
-        if state is None or context.held is None:
-            y, final = scan(context.lengths)
-        else:  # the scan alone runs again once it is known how many tokens count
-            (y, final), kept = scan(None), state
-            context.held.append(lambda counts: leave(kept, scan(counts)[1], counts))
-        if state is not None and context.held is None:
-            leave(state, final, context.lengths)
-        return y
+        return context.scanned(scan, None if state is None else leave)
 
 
 class Mamba1Mixer(Mamba1Inner):

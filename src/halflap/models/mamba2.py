@@ -51,30 +51,21 @@ class Mamba2Inner(nn.Module):
         if state is not None and projected.shape[1] == 1 and context.lengths is None and context.held is None:
             mixed, state.conv, state.ssm = select.mamba2_step(projected[:, 0], *self._inner(), state.conv, state.ssm)
             return mixed[:, None]
-        past = (state.conv, state.ssm) if state is not None and context.past else (None, None)
+        c = self.config
+        tail, ssm = (state.conv, state.ssm) if state is not None and context.past else (None, None)
 
         def scan(lengths: Tensor | None) -> tuple[Tensor, Tensor]:
             return select.mamba2_mix(
-                projected, *self._inner(), conv_state=past[0], ssm_state=past[1], runs=context.runs, lengths=lengths
+                projected, *self._inner(), conv_state=tail, ssm_state=ssm, runs=context.runs, lengths=lengths
             )
 
-        if state is None or context.held is None:
-            mixed, final = scan(context.lengths)
-        else:  # the scan alone runs again once it is known how many tokens count
-            (mixed, final), kept = scan(None), state
-            context.held.append(lambda counts: self._leave(kept, projected, past[0], scan(counts)[1], counts))
-        if state is not None and context.held is None:
-            self._leave(state, projected, past[0], final, context.lengths)
-        return mixed
+        def leave(final: Tensor, lengths: Tensor | None) -> None:
+            assert state is not None
+            xBC = projected[..., c.inner_size : c.inner_size + c.conv_size]
+            state.conv = final_conv_state(xBC, c.conv_kernel, tail, lengths).to(state.conv.dtype)
+            state.ssm = final.to(state.ssm.dtype)
 
-    def _leave(
-        self, state: ConvSSMState, projected: Tensor, tail: Tensor | None, final: Tensor, lengths: Tensor | None
-    ) -> None:
-        """Put both parts of the state to where they are after `lengths` tokens of projected, `tail` before them."""
-        c = self.config
-        xBC = projected[..., c.inner_size : c.inner_size + c.conv_size]
-        state.conv = final_conv_state(xBC, c.conv_kernel, tail, lengths).to(state.conv.dtype)
-        state.ssm = final.to(state.ssm.dtype)
+        return context.scanned(scan, None if state is None else leave)
 
     def _inner(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Mamba2Config]:
         """What lies between the two projections."""

@@ -52,3 +52,8 @@ def with_meta_tokens(embedded: Tensor, slot: Tensor, meta_tokens: Tensor) -> Ten
 def text_places(tokens: Tensor, segments: Tensor | None, count: int) -> Tensor:
     """Where each of tokens (B, T) stands among the positions of a pass without a cache: (B, T) int64."""
     return widen(tokens, torch.ones_like(tokens) if segments is None else segments, count).place
+
+
+def at_places(hidden: Tensor, places: Tensor) -> Tensor:
+    """hidden (B, L, D) at places (B, T): (B, T, D)."""
+    return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2]))

@@ -28,7 +28,7 @@ from halflap.models.layout import is_offset_gain
 from halflap.models.linear import Linear
 from halflap.models.mamba1 import Mamba1Mixer
 from halflap.models.mamba2 import Mamba2Mixer
-from halflap.models.meta import widen, with_meta_tokens
+from halflap.models.meta import at_places, widen, with_meta_tokens
 from halflap.models.mlp import MLPMixer
 from halflap.models.norm import NORMS
 from halflap.ops import select
@@ -134,7 +134,7 @@ class HybridModel(nn.Module):
             context = self._context(_steps(hidden), wide.runs)
         hidden = self._run(hidden, context)
         if place is not None:
-            hidden = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
+            hidden = at_places(hidden, place)
         elif meta:
             hidden = hidden[:, meta:]
         return self.norm(hidden)

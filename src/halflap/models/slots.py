@@ -8,31 +8,15 @@ the longest row needs and may grow a little at a time: a growth costs about as m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from halflap.models.cache import BlockState, Cache, ConvSSMState, HybridState, KeyValueState
+from halflap.models.cache import Cache, ConvSSMState, KeyValueState, State, fields, mapped, parts
 from halflap.models.config import ModelConfig
 
-State = KeyValueState | ConvSSMState
 GROW = 128  # tokens that room is made for at once
 UNLIMITED = 1 << 60
-
-
-def parts(cache: Cache) -> Iterator[State]:
-    """Every key/value and every convolution and SSM state, in the order of the blocks."""
-    for state in cache.blocks:
-        if isinstance(state, HybridState):
-            yield from (state.ssm,) if state.attention is None else (state.attention, state.ssm)
-        elif state is not None:
-            yield state
-
-
-def fields(state: State) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(state).items() if isinstance(value, Tensor)}
 
 
 def trimmed(state: State, tokens: int) -> dict[str, Tensor]:
@@ -85,10 +69,8 @@ def rounded(cache: Cache, tokens: int) -> int:
 
 def view(cache: Cache, rows: int) -> Cache:
     """The first `rows` rows: its tensors are parts of the cache's own."""
-    lengths = cache.lengths[:rows]
-    used, uniform = int(lengths.max()), bool((lengths == lengths[0]).all())
     blocks = [mapped(state, lambda _, tensor: tensor[:rows]) for state in cache.blocks]
-    return dataclasses.replace(cache, blocks=blocks, lengths=lengths, used=used, uniform=uniform, held=None)
+    return cache.of_rows(blocks, cache.lengths[:rows])
 
 
 def absorb(cache: Cache, viewed: Cache) -> None:
@@ -133,8 +115,7 @@ def take(cache: Cache, slot: int) -> Cache:
         row, held = tensor[slot : slot + 1], _slots(state, length)
         return (row if held is None else row[:, :, :held]).clone()
 
-    blocks, lengths = [mapped(state, taken) for state in cache.blocks], cache.lengths[slot : slot + 1].clone()
-    return dataclasses.replace(cache, blocks=blocks, lengths=lengths, used=length, uniform=True, held=None)
+    return cache.of_rows([mapped(state, taken) for state in cache.blocks], cache.lengths[slot : slot + 1].clone())
 
 
 def fork(cache: Cache) -> Cache:
@@ -163,12 +144,3 @@ def _copy(target: Tensor, source: Tensor, slots: int | None) -> None:
         slots = min(slots, source.shape[2], target.shape[2])
         target, source = target[:, :, :slots], source[:, :, :slots]
     target.copy_(source)
-
-
-def mapped(state: BlockState | None, function: Callable[[State, Tensor], Tensor]) -> Any:
-    """The state with a function applied to its tensors."""
-    if isinstance(state, HybridState):
-        return HybridState(mapped(state.attention, function), mapped(state.ssm, function))
-    if state is None:
-        return None
-    return dataclasses.replace(state, **{name: function(state, tensor) for name, tensor in fields(state).items()})

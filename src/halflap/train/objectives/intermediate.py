@@ -20,7 +20,7 @@ from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.config import Mamba1Config, ModelConfig
 from halflap.models.layout import dim_size, layout
-from halflap.models.meta import text_places
+from halflap.models.meta import at_places, text_places
 
 State = Literal["embedding", "blocks", "mamba_x"]
 Distance = Literal["mse", "cosine"]
@@ -200,8 +200,7 @@ def _at_text(state: Tensor, batch: Batch, meta: int) -> Tensor:
     """state (B, L, channels) at the batch's tokens (B, T, channels): meta tokens stand between them."""
     if state.shape[1] == batch.tokens.shape[1]:
         return state
-    places = text_places(batch.tokens, batch.segments, meta)
-    return state.gather(1, places[..., None].expand(-1, -1, state.shape[2]))
+    return at_places(state, text_places(batch.tokens, batch.segments, meta))
 
 
 def _x_rows(config: ModelConfig, index: int) -> slice:

@@ -16,6 +16,14 @@ from halflap.inference.stream import Stream
 
 BODY = {"prompt": "the cat", "max_tokens": 2}
 PATH = "/v1/completions"
+POSTED = {
+    "type": "http",
+    "method": "POST",
+    "path": PATH,
+    "raw_path": b"",
+    "query_string": b"",
+    "headers": [(b"content-type", b"application/json")],
+}  # of one request, as an ASGI server puts it
 
 
 class Held:
@@ -183,16 +191,7 @@ def test_a_client_that_hangs_up_frees_its_place(make_service: Any, stream: bool)
         async def send(message: dict[str, Any]) -> None:
             pass
 
-        headers = [(b"content-type", b"application/json")]
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": PATH,
-            "raw_path": b"",
-            "query_string": b"",
-            "headers": headers,
-        }
-        task = asyncio.create_task(app(scope, receive, send))  # pyright: ignore[reportArgumentType]
+        task = asyncio.create_task(app(POSTED, receive, send))  # pyright: ignore[reportArgumentType]
         while not engine.streams:
             await asyncio.sleep(0.01)
         arrived.set()
@@ -221,16 +220,7 @@ def test_a_reader_that_stops_reading_holds_up_nobody(make_service: Any) -> None:
             if message["type"] == "http.response.body":
                 await asyncio.Event().wait()
 
-        headers = [(b"content-type", b"application/json")]
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": PATH,
-            "raw_path": b"",
-            "query_string": b"",
-            "headers": headers,
-        }
-        await asyncio.wait_for(app(scope, receive, send), 5)  # pyright: ignore[reportArgumentType]
+        await asyncio.wait_for(app(POSTED, receive, send), 5)  # pyright: ignore[reportArgumentType]
 
     from halflap.inference.server import exchange
 
