@@ -34,7 +34,7 @@ OWNERS = {  # who may import what, beyond the ladder
     "gguf": ("checkpoints.gguf_",),
     "ray": ("parallel.fanout",),
     "yaml": ("recipe", "evaluate."),
-    "cyclopts": ("recipe", "binding", "commands.config", "commands.sections"),
+    "cyclopts": ("recipe", "binding", "commands.config", "commands.config_compress", "commands.sections"),
     "triton": ("ops.triton_",),
     "mamba_ssm": ("ops.external",),
 }
@@ -45,7 +45,7 @@ MODULES = {name: file for file, name in NAMES.items() if not name.endswith("__in
 
 def is_pure(name: str) -> bool:
     head, _, tail = name.partition(".")
-    return head in BESIDE | RECIPES or tail in ("config", "sections") or name in PURE
+    return head in BESIDE | RECIPES or tail in ("config", "config_compress", "sections") or name in PURE
 
 
 @cache

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 class Verb(NamedTuple):
-    """A recipe of commands/config.py, the function in commands/ that follows it, and what it leaves on disk."""
+    """Its recipe and the function that follows it, both as module:name in commands/, and what it leaves on disk."""
 
-    recipe_name: str
+    recipe_place: str
     function: str
     keeps: bool = True
     """Whether there is a run directory when --out is not given."""
@@ -40,31 +40,32 @@ class Verb(NamedTuple):
 
     @property
     def recipe(self) -> type:
-        return getattr(import_module("halflap.commands.config"), self.recipe_name)
+        module, _, name = self.recipe_place.partition(":")
+        return getattr(import_module(f"halflap.commands.{module}"), name)
 
 
 VERBS: dict[str, Verb] = {
-    "inspect": Verb("InspectRecipe", "checkpoint:inspect", keeps=False),
-    "import": Verb("ImportRecipe", "checkpoint:import_"),
-    "export": Verb("ExportRecipe", "export:export"),
-    "tokenizer": Verb("TokenizerRecipe", "pretrain:tokenizer"),
-    "corpus": Verb("CorpusRecipe", "pretrain:corpus"),
-    "pretrain": Verb("PretrainRecipe", "pretrain:pretrain"),
-    "score": Verb("ScoreRecipe", "compress:score", artifact="importance.safetensors"),
-    "search": Verb("SearchRecipe", "compress:search", artifact="search.json"),
-    "prune": Verb("PruneRecipe", "compress:prune"),
-    "verify": Verb("VerifyRecipe", "compress:verify", keeps=False),
-    "distill": Verb("DistillRecipe", "compress:distill"),
-    "compress": Verb("CompressRecipe", "compress:compress"),
-    "evaluate": Verb("EvaluateRecipe", "evaluate:evaluate", keeps=False),
-    "analyze": Verb("AnalyzeRecipe", "analyze:analyze"),
-    "bench": Verb("BenchRecipe", "evaluate:bench", keeps=False),
-    "generate": Verb("GenerateRecipe", "generate:generate", keeps=False),
-    "chat": Verb("ChatRecipe", "chat:chat", keeps=False),
-    "serve": Verb("ServeRecipe", "serve:serve", keeps=False),
-    "report": Verb("ReportRecipe", "report:report", keeps=False, artifact="report.html"),
-    "study": Verb("StudyRecipe", "study:study"),
-    "doctor": Verb("DoctorRecipe", "doctor:doctor", keeps=False),
+    "inspect": Verb("config:InspectRecipe", "checkpoint:inspect", keeps=False),
+    "import": Verb("config:ImportRecipe", "checkpoint:import_"),
+    "export": Verb("config:ExportRecipe", "export:export"),
+    "tokenizer": Verb("config:TokenizerRecipe", "pretrain:tokenizer"),
+    "corpus": Verb("config:CorpusRecipe", "pretrain:corpus"),
+    "pretrain": Verb("config:PretrainRecipe", "pretrain:pretrain"),
+    "score": Verb("config_compress:ScoreRecipe", "compress:score", artifact="importance.safetensors"),
+    "search": Verb("config_compress:SearchRecipe", "compress:search", artifact="search.json"),
+    "prune": Verb("config_compress:PruneRecipe", "compress:prune"),
+    "verify": Verb("config_compress:VerifyRecipe", "compress:verify", keeps=False),
+    "distill": Verb("config_compress:DistillRecipe", "compress:distill"),
+    "compress": Verb("config_compress:CompressRecipe", "compress:compress"),
+    "evaluate": Verb("config:EvaluateRecipe", "evaluate:evaluate", keeps=False),
+    "analyze": Verb("config:AnalyzeRecipe", "analyze:analyze"),
+    "bench": Verb("config:BenchRecipe", "evaluate:bench", keeps=False),
+    "generate": Verb("config:GenerateRecipe", "generate:generate", keeps=False),
+    "chat": Verb("config:ChatRecipe", "chat:chat", keeps=False),
+    "serve": Verb("config:ServeRecipe", "serve:serve", keeps=False),
+    "report": Verb("config:ReportRecipe", "report:report", keeps=False, artifact="report.html"),
+    "study": Verb("config:StudyRecipe", "study:study"),
+    "doctor": Verb("config:DoctorRecipe", "doctor:doctor", keeps=False),
 }
 EXTRAS = {
     **{"transformers": "hf", "lm_eval": "eval", "gguf": "gguf", "pyarrow": "data", "zstandard": "data"},

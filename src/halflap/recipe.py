@@ -1,9 +1,9 @@
 """Recipes: one frozen dataclass a verb, built the same way from flags, a YAML file and Python keywords.
 
 This module holds what all recipes share: the common fields, the annotated types of their fields, the names a field
-has in YAML and Python (`fit.learning_rate`), and the file form. The recipes stand in commands/config.py; cli.py
-builds them. A recipe's *settings* are a flat mapping from dotted name to plain value (None, bool, int, float, str or
-a list of those). No torch.
+has in YAML and Python (`fit.learning_rate`), and the file form. The recipes stand in commands/config.py and
+config_compress.py; cli.py builds them. A recipe's *settings* are a flat mapping from dotted name to plain value (None,
+bool, int, float, str or a list of those). No torch.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from halflap.commands import show_compress
+from halflap.commands.tables import generic, number, records, short, size
+
 COLOURS = {"M": "cyan", "S": "blue", "*": "bold yellow", "H": "magenta", "-": "green"}
 KINDS = {"M": "Mamba-2", "S": "Mamba-1", "*": "attention", "H": "attention and SSM", "-": "MLP"}
 
@@ -16,69 +19,6 @@ KINDS = {"M": "Mamba-2", "S": "Mamba-1", "*": "attention", "H": "attention and S
 def show(verb: str, result: Mapping[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     VIEWS.get(verb, generic)(result, console)
-
-
-def generic(result: Mapping[str, Any], console: Console) -> None:
-    """Name and value a line; a list of records becomes a table."""
-    pairs = Table.grid(padding=(0, 2))
-    tables: list[tuple[str, Sequence[Mapping[str, Any]]]] = []
-    for name, value in result.items():
-        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-            tables.append((name, value))
-        elif isinstance(value, Mapping):
-            inner = ", ".join(
-                f"{key} {number(item)}" for key, item in value.items() if not isinstance(item, dict | list)
-            )
-            pairs.add_row(Text(name.replace("_", " "), style="bold"), inner)
-        else:
-            pairs.add_row(Text(name.replace("_", " "), style="bold"), number(value))
-    console.print(pairs)
-    for name, rows in tables:
-        console.print(records(rows, name.replace("_", " ")))
-
-
-def records(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    columns = list(
-        dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict | list))
-    )
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        numeric = all(isinstance(row.get(column), int | float | None) for row in rows)
-        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*(number(row.get(column)) for column in columns))
-    return table
-
-
-def number(value: Any) -> str:
-    """Whole numbers with separators, fractions with four digits, text as it is."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
-    if isinstance(value, list | tuple):
-        return ", ".join(number(item) for item in value)
-    return "" if value is None else str(value)
-
-
-def size(value: int) -> str:
-    """Bytes with a binary unit."""
-    amount = float(value)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:.4g} {unit}"
-        amount /= 1024
-    return f"{amount:.4g} TiB"
-
-
-def short(value: float) -> str:
-    """Counts as 4.49 B, 12 M, 512 K."""
-    for scale, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " K")):
-        if abs(value) >= scale:
-            return f"{value / scale:.4g}{suffix}"
-    return f"{value:.4g}"
 
 
 def strip(pattern: str) -> Text:
@@ -242,93 +182,6 @@ def generate(result: Mapping[str, Any], console: Console) -> None:
         console.print(text, markup=False)
 
 
-SIZE_WORDS = {
-    "hidden_size": "hidden",
-    "intermediate_size": "neurons",
-    "mamba_num_heads": "Mamba heads",
-    "mamba_intermediate_size": "Mamba channels",
-    "mamba_head_dim": "channels",
-    "ssm_state_size": "states",
-    "num_attention_heads": "query heads",
-    "num_key_value_heads": "key/value heads",
-    "num_blocks": "blocks",
-}
-SHOWN_CANDIDATES = 10
-
-
-def sizes_text(sizes: Mapping[str, Any]) -> str:
-    """What is cut, in a line: `hidden 64, neurons 224`."""
-    parts = [
-        f"{SIZE_WORDS.get(name, name.replace('_', ' '))} {number(value)}" for name, value in sizes.items() if value
-    ]
-    return ", ".join(parts) or "nothing"
-
-
-def score(result: Mapping[str, Any], console: Console) -> None:
-    console.print(f"importance by {result['metric']} on {result['tokens']:,} tokens, in {result['path']}")
-    console.print(f"axes: {sizes_text({row['axis']: row['size'] for row in result['axes']})}")
-    for metric, scores in result["depth"].items():
-        least = sorted(range(len(scores)), key=lambda index: scores[index])[:8]
-        listed = ", ".join(f"{index} ({scores[index]:.2g})" for index in least)
-        console.print(f"least important blocks by {metric.replace('_', ' ')}: {listed}")
-
-
-def search(result: Mapping[str, Any], console: Console) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column, justify in (
-        ("parameters", "right"),
-        ("loss as cut", "right"),
-        ("distilled", "right"),
-        ("sizes", "left"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for row in result["candidates"][:SHOWN_CANDIDATES]:
-        losses = ["" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "refined_loss")]
-        style = "bold" if row["chosen"] else ""
-        table.add_row(number(row["costs"]["params"]), *losses, sizes_text(row["sizes"]), style=style)
-    console.print(table)
-    console.print(f"{len(result['candidates']):,} of {result['tried']:,} sizes fit; all of them in {result['path']}")
-    if result["remark"]:
-        console.print(result["remark"])
-
-
-def verify(result: Mapping[str, Any], console: Console) -> None:
-    console.print(f"passed: the student equals {result['reference']}")
-    scale = f"of logits up to {result['logit_scale']:.3g}"
-    console.print(f"largest difference {result['exact_max_abs_error']:.2g} {scale} in {result['arithmetic']}")
-    console.print(f"as stored ({result['stored']}) {result['max_abs_error']:.2g}, tensors identical to a fresh cut")
-    rows = [{name: row[name] for name in ("axis", "kept", "total", "max_abs_error")} for row in result["axes"]]
-    if rows:
-        console.print(records(rows, ""))
-
-
-def compress(result: Mapping[str, Any], console: Console) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("", "parameters", "trained on", "loss", "95 % interval", "perplexity", "bits a byte"):
-        table.add_column(column, justify="left" if not column else "right")
-    arms = [
-        ("teacher", result["teacher"]),
-        ("pruned only", result["pruned"]),
-        ("pruned + distilled", result["student"]),
-    ]
-    for name, row in [*arms, *((row["name"].replace("_", "-"), row) for row in result["controls"])]:
-        low, high = row["loss_interval"] or (None, None)
-        span = "" if low is None else f"{low:.4f} to {high:.4f}"
-        trained = f"{short(row['tokens_trained'])} tokens" if row["tokens_trained"] else ""
-        numbers = (f"{row['loss']:.4f}", span, f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.4f}")
-        table.add_row(
-            name, f"{row['parameters']:,}", trained, *numbers, style="bold" if row is result["student"] else ""
-        )
-    console.print(table)
-    ratio = f"{100 * result['parameters_ratio']:.1f} % of the teacher's parameters: {sizes_text(result['sizes'])}"
-    proof = {True: ", certified", False: ", NOT certified", None: ""}[result["verified"]]
-    console.print(f"{ratio}{proof}")
-    console.print(f"judged on {result['held_out']}")
-    if result["remark"]:
-        console.print(result["remark"])
-    console.print(f"report: {result['report']}")
-
-
 def study(result: Mapping[str, Any], console: Console) -> None:
     seeds = len(result["seeds"])
     console.print(f"{result['study']}, {result['size']}: {result['asks']}", style="bold")
@@ -388,10 +241,10 @@ VIEWS: dict[str, Callable[[Mapping[str, Any], Console], None]] = {
     "bench": bench,
     "generate": generate,
     "chat": generate,
-    "score": score,
-    "search": search,
-    "verify": verify,
-    "compress": compress,
+    "score": show_compress.score,
+    "search": show_compress.search,
+    "verify": show_compress.verify,
+    "compress": show_compress.compress,
     "study": study,
     "analyze": analyze,
 }

@@ -1,0 +1,97 @@
+"""Results of the verbs that make a model smaller, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from halflap.commands.tables import number, records, short
+
+SIZE_WORDS = {
+    "hidden_size": "hidden",
+    "intermediate_size": "neurons",
+    "mamba_num_heads": "Mamba heads",
+    "mamba_intermediate_size": "Mamba channels",
+    "mamba_head_dim": "channels",
+    "ssm_state_size": "states",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "key/value heads",
+    "num_blocks": "blocks",
+}
+SHOWN_CANDIDATES = 10
+
+
+def sizes_text(sizes: Mapping[str, Any]) -> str:
+    """What is cut, in a line: `hidden 64, neurons 224`."""
+    parts = [
+        f"{SIZE_WORDS.get(name, name.replace('_', ' '))} {number(value)}" for name, value in sizes.items() if value
+    ]
+    return ", ".join(parts) or "nothing"
+
+
+def score(result: Mapping[str, Any], console: Console) -> None:
+    console.print(f"importance by {result['metric']} on {result['tokens']:,} tokens, in {result['path']}")
+    console.print(f"axes: {sizes_text({row['axis']: row['size'] for row in result['axes']})}")
+    for metric, scores in result["depth"].items():
+        least = sorted(range(len(scores)), key=lambda index: scores[index])[:8]
+        listed = ", ".join(f"{index} ({scores[index]:.2g})" for index in least)
+        console.print(f"least important blocks by {metric.replace('_', ' ')}: {listed}")
+
+
+def search(result: Mapping[str, Any], console: Console) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column, justify in (
+        ("parameters", "right"),
+        ("loss as cut", "right"),
+        ("distilled", "right"),
+        ("sizes", "left"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for row in result["candidates"][:SHOWN_CANDIDATES]:
+        losses = ["" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "refined_loss")]
+        style = "bold" if row["chosen"] else ""
+        table.add_row(number(row["costs"]["params"]), *losses, sizes_text(row["sizes"]), style=style)
+    console.print(table)
+    console.print(f"{len(result['candidates']):,} of {result['tried']:,} sizes fit; all of them in {result['path']}")
+    if result["remark"]:
+        console.print(result["remark"])
+
+
+def verify(result: Mapping[str, Any], console: Console) -> None:
+    console.print(f"passed: the student equals {result['reference']}")
+    scale = f"of logits up to {result['logit_scale']:.3g}"
+    console.print(f"largest difference {result['exact_max_abs_error']:.2g} {scale} in {result['arithmetic']}")
+    console.print(f"as stored ({result['stored']}) {result['max_abs_error']:.2g}, tensors identical to a fresh cut")
+    rows = [{name: row[name] for name in ("axis", "kept", "total", "max_abs_error")} for row in result["axes"]]
+    if rows:
+        console.print(records(rows, ""))
+
+
+def compress(result: Mapping[str, Any], console: Console) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("", "parameters", "trained on", "loss", "95 % interval", "perplexity", "bits a byte"):
+        table.add_column(column, justify="left" if not column else "right")
+    arms = [
+        ("teacher", result["teacher"]),
+        ("pruned only", result["pruned"]),
+        ("pruned + distilled", result["student"]),
+    ]
+    for name, row in [*arms, *((row["name"].replace("_", "-"), row) for row in result["controls"])]:
+        low, high = row["loss_interval"] or (None, None)
+        span = "" if low is None else f"{low:.4f} to {high:.4f}"
+        trained = f"{short(row['tokens_trained'])} tokens" if row["tokens_trained"] else ""
+        numbers = (f"{row['loss']:.4f}", span, f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.4f}")
+        table.add_row(
+            name, f"{row['parameters']:,}", trained, *numbers, style="bold" if row is result["student"] else ""
+        )
+    console.print(table)
+    ratio = f"{100 * result['parameters_ratio']:.1f} % of the teacher's parameters: {sizes_text(result['sizes'])}"
+    proof = {True: ", certified", False: ", NOT certified", None: ""}[result["verified"]]
+    console.print(f"{ratio}{proof}")
+    console.print(f"judged on {result['held_out']}")
+    if result["remark"]:
+        console.print(result["remark"])
+    console.print(f"report: {result['report']}")
