@@ -75,7 +75,7 @@ def student(
         tokens=chosen.tokens,
         eval_tokens=chosen.eval_tokens,
         seed=seed,
-        dtype="bfloat16",
+        dtype="auto",
         out=str(chosen.work / f"{cut.replace(' ', '-')}-{correction}-{seed}"),
         **target,
         **{"fit.sequence_length": 512, "fit.batch_size": 8, "fit.learning_rate": 1e-3, "fit.schedule": "cosine"},

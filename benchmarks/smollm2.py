@@ -5,8 +5,9 @@
 DIR of --data holds `wikitext2`, `lambada_openai` and the training text (`books`, `textbooks`, `techdocs`,
 `code_python`, each with train and validation files). Calibration, search and distillation read the training text only;
 the test files are read once, by the finished models. Steps: import; perplexity of WikiText-2 test by halflap and by
-transformers on the same windows of tokens; `halflap compress`; the same sizes and blocks cut by two other rankings
-(random, weight norm); all five judged. A finished step is passed over, so that an interrupted run goes on.
+transformers on the same windows of tokens; score, search and prune; the same sizes and blocks cut by two other
+rankings (random, weight norm); distillation; all five judged. A finished step is passed over, so that an interrupted
+run goes on.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from halflap.inference.log_probs import score_tokens
 
 CORPORA = ("books", "textbooks", "techdocs", "code_python")
 CONTEXT = 2048
+PARITY_TOKENS = 65536
 FIT = {"sequence_length": 512, "batch_size": 8, "learning_rate": 3e-4, "warmup": 0.05, "schedule": "cosine"}
 ARMS = ("teacher", "random", "weight_norm", "activation", "distilled")
 
@@ -45,7 +47,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokens", default="2M", help="tokens of distillation")
     parser.add_argument("--limit", type=int, default=None, help="tokens and items of each test at most (for a trial)")
-    parser.add_argument("--dtype", default="float32", help="precision of the judging")
+    parser.add_argument("--plan", type=Path, default=None, help="the student's plan, in place of a search for it")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS)
+    parser.add_argument("--dtype", default="float32", help="arithmetic of training and judging")
     parser.add_argument("--work", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -55,9 +59,9 @@ def main() -> None:
     report = Report("smollm2", chosen.out, chosen.threads)
     teacher = imported(chosen.model, chosen.work)
     wikitext = chosen.data / "wikitext2" / "test.txt.xz"
-    report.add(**kept(chosen.work / "parity.json", lambda: parity(teacher, wikitext, chosen.limit)))
-    models = {"teacher": teacher} | students(teacher, chosen)
-    for arm in ARMS:
+    report.add(**kept(chosen.work / "parity.json", lambda: parity(teacher, wikitext, chosen.limit or PARITY_TOKENS)))
+    models = students(teacher, chosen)
+    for arm in chosen.arms:
         row = kept(chosen.work / f"judged-{arm}.json", lambda arm=arm: judged(models[arm], wikitext, chosen))
         report.add(arm=arm, **row)
     report.write()
@@ -80,8 +84,8 @@ def imported(model: Path, work: Path) -> Path:
 # --- the same tokens through both ------------------------------------------------------------------------------------
 
 
-def parity(teacher: Path, text: Path, limit: int | None) -> dict[str, Any]:
-    """WikiText-2 test in windows of CONTEXT tokens, float32, by halflap and by transformers."""
+def parity(teacher: Path, text: Path, limit: int) -> dict[str, Any]:
+    """PARITY_TOKENS of WikiText-2 test in windows of CONTEXT, float32, by halflap and by transformers."""
     tokenizer = halflap.tokenizer(str(teacher))
     documents = tokenise(["\n\n".join(read_documents([str(text)]))], tokenizer, limit=limit)
     ours = halflap.load(str(teacher), dtype="float32")
@@ -104,7 +108,7 @@ def parity(teacher: Path, text: Path, limit: int | None) -> dict[str, Any]:
 
 
 def total_loss(
-    documents: list[Document], loss_of: Callable[[torch.Tensor, torch.Tensor], float], limit: int | None
+    documents: list[Document], loss_of: Callable[[torch.Tensor, torch.Tensor], float], limit: int
 ) -> tuple[float, int]:
     total, count = 0.0, 0
     for window in windows(documents, CONTEXT, CONTEXT, limit):
@@ -120,20 +124,32 @@ def total_loss(
 def students(teacher: Path, chosen: argparse.Namespace) -> dict[str, Path]:
     """The compressed model, as cut and distilled, and the same sizes by the two other rankings."""
     train = [str(chosen.data / name / "train.jsonl.xz") for name in CORPORA]
-    text = {"data": train, "weights": [1.0] * len(train)}
-    run = chosen.work / "compress"
-    halflap.compress(
-        str(teacher), **text, eval_data=[str(chosen.data / name / "validation.jsonl.xz") for name in CORPORA],
-        non_embedding_params="75%", tokens=chosen.tokens, calibration_tokens="64k", eval_tokens="64k",
-        shortlist=6, score_tokens="16k", dtype="bfloat16", out=str(run), **{f"fit.{k}": v for k, v in FIT.items()},
-    )  # fmt: skip
-    plan = PruningPlan.load(run / "pruned" / "pruning_plan.json")
-    found = {"activation": run / "pruned", "distilled": run / "checkpoint"}
-    for metric in ("random", "weight_norm"):
+    text = {"data": train, "data.weights": [1.0] * len(train), "dtype": chosen.dtype}
+    settings = {f"fit.{name}": value for name, value in FIT.items()}
+    place = chosen.work / "activation"
+    plan_file = chosen.plan or chosen.work / "pruning_plan.json"
+    if not plan_file.exists():
+        scored = halflap.score(str(teacher), **text, tokens="64k", out=str(place / "score"))
+        found = halflap.search(
+            str(teacher), **text, importance=scored["path"], non_embedding_params="75%", shortlist=6,
+            score_tokens="16k", **settings, out=str(place / "search"),
+        )  # fmt: skip
+        PruningPlan.load(found["path"]).save(plan_file)
+    halflap.prune(str(teacher), plan=str(plan_file), out=str(place / "pruned"))
+    found = {"teacher": teacher, "activation": place / "pruned" / "checkpoint"}
+    for metric in {"random", "weight_norm"} & set(chosen.arms):
         place = chosen.work / metric
         scored = halflap.score(str(teacher), **text, metric=metric, tokens="8k", out=str(place / "score"))
-        halflap.prune(str(teacher), importance=scored["path"], out=str(place / "pruned"), **sizes_of(plan))
+        sizes = sizes_of(PruningPlan.load(plan_file))
+        halflap.prune(str(teacher), importance=scored["path"], out=str(place / "pruned"), **sizes)
         found[metric] = place / "pruned" / "checkpoint"
+    if "distilled" in chosen.arms:
+        validation = [str(chosen.data / name / "validation.jsonl.xz") for name in CORPORA]
+        halflap.distill(
+            str(found["activation"]), teacher=str(teacher), **text, eval_data=validation, tokens=chosen.tokens,
+            **settings, out=str(chosen.work / "distilled"),
+        )  # fmt: skip
+        found["distilled"] = chosen.work / "distilled" / "checkpoint"
     return found
 
 

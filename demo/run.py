@@ -41,7 +41,7 @@ def compress(out: Path, seed: int) -> dict[str, Any]:
 def measure_speed(out: Path) -> None:
     """Teacher and student in one file, which the page shows side by side."""
     models = {"teacher": HERE / "teacher", "student": out / "checkpoint"}
-    grid = {"prompt": [512], "output": [32], "batch": [1, 8], "dtype": "bfloat16"}
+    grid = {"prompt": [512], "output": [32], "batch": [1, 8]}
     write_json(out / "bench.json", {name: halflap.bench(str(path), **grid) for name, path in models.items()})
 
 

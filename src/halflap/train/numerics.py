@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+import warnings
 from collections.abc import Mapping
 
 import psutil
@@ -15,14 +16,18 @@ from halflap.errors import HalflapError
 
 
 def resolve_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the device has instructions for it."""
-    if dtype == "auto":
-        on_cpu = torch.device(device).type == "cpu"
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    if dtype not in ("float32", "bfloat16"):
+    """ "auto" is bfloat16 where the device has instructions for it; bfloat16 without them is taken with a warning."""
+    if dtype not in ("auto", "float32", "bfloat16"):
         raise HalflapError(f"dtype {dtype!r} is not known; allowed are auto, float32 and bfloat16: correct --dtype")
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    on_cpu = torch.device(device).type == "cpu"
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
+    if dtype == "bfloat16" and not fast:
+        warnings.warn(
+            "this processor has no bfloat16 instructions, so bfloat16 is many times slower here than float32; take "
+            "--dtype auto",
+            stacklevel=2,
+        )
+    return torch.float32 if dtype == "float32" or (dtype == "auto" and not fast) else torch.bfloat16
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
