@@ -14,6 +14,8 @@ keys and values, which is why their worth is counted by what they save (Marconi,
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -78,6 +80,9 @@ class PrefixCache:
         self.budget, self._create = budget, create
         self._root = Node([], None, 0, [])
         self._age = 0.0
+        self._queue: list[tuple[float, int, int, Node]] = []  # priority, uses, turn; stale entries are passed over
+        self._turn = itertools.count()
+        self._nodes = self._snapshots = 0
         self._pure = all(_is_whole(state) for state in parts(create(1)))
         self.bytes = self.asked = self.hits = self.hit_tokens = self.asked_tokens = self.evicted = 0
 
@@ -114,6 +119,7 @@ class PrefixCache:
                 for tensor in slots.trimmed(state, len(tokens)).values()
             ]
             node.snapshot = Snapshot(states, None if hidden is None else hidden.clone())
+            self._snapshots += 1
             self.bytes += node.snapshot.nbytes
         elif node.snapshot.hidden is None and hidden is not None:
             node.snapshot.hidden = hidden.clone()
@@ -126,7 +132,6 @@ class PrefixCache:
         return self._create(tokens).nbytes()
 
     def stats(self) -> dict[str, int | float]:
-        nodes = list(self._nodes())
         return {
             "requests": self.asked,
             "hits": self.hits,
@@ -135,8 +140,8 @@ class PrefixCache:
             "hit_rate": self.hit_tokens / self.asked_tokens if self.asked_tokens else 0.0,
             "bytes": self.bytes,
             "budget": self.budget,
-            "nodes": len(nodes),
-            "snapshots": sum(node.snapshot is not None for node in nodes),
+            "nodes": self._nodes,
+            "snapshots": self._snapshots,
             "evicted": self.evicted,
         }
 
@@ -200,6 +205,7 @@ class PrefixCache:
         ]
         new = Node(list(tokens[place:]), node, len(tokens), spans)
         node.children[new.tokens[0]] = new
+        self._nodes += 1
         self.bytes += new.nbytes
         return new
 
@@ -215,11 +221,12 @@ class PrefixCache:
         upper.children[node.tokens[0]] = node
         assert upper.parent is not None
         upper.parent.children[upper.tokens[0]] = upper
+        self._nodes += 1
         self._rate(upper)
         self._rate(node)
         return upper
 
-    def _nodes(self) -> Iterator[Node]:
+    def _all_nodes(self) -> Iterator[Node]:
         waiting = list(self._root.children.values())
         while waiting:
             node = waiting.pop()
@@ -235,19 +242,35 @@ class PrefixCache:
             above = above.parent
         saved = node.depth - (0 if above is None else above.depth)
         node.priority = self._age + node.uses * saved / max(1, node.nbytes)
+        self._enqueue(node)
+
+    def _enqueue(self, node: Node) -> None:
+        heapq.heappush(self._queue, self._queued(node))
+        if len(self._queue) > 4 * self._nodes + 64:
+            self._queue = [self._queued(node) for node in self._all_nodes()]
+            heapq.heapify(self._queue)
+
+    def _queued(self, node: Node) -> tuple[float, int, int, Node]:
+        return node.priority, node.uses, next(self._turn), node
 
     def _shrink(self, newest: Node) -> None:
         """Back under the budget; the newest entry goes only when it alone is too much."""
-        while self.bytes > self.budget:
-            entries = [node for node in self._nodes() if self._holds_entry(node)]
-            if not entries:
-                return
-            worst = min(entries, key=lambda node: (node is newest, node.priority))
+        while self.bytes > self.budget and (worst := self._least(newest)) is not None:
             self._age = max(self._age, worst.priority)
             self._evict(worst)
+        self._enqueue(newest)
+
+    def _least(self, newest: Node) -> Node | None:
+        """The entry of least priority, taken from the queue; the newest when there is no other."""
+        while self._queue:
+            priority, *_, node = heapq.heappop(self._queue)
+            if node is not newest and priority == node.priority and self._holds_entry(node):
+                return node
+        return newest if self._holds_entry(newest) else None
 
     def _holds_entry(self, node: Node) -> bool:
-        return not node.children or (node.snapshot is not None and not self._pure)
+        lives = node.parent is not None
+        return lives and (not node.children or (node.snapshot is not None and not self._pure))
 
     def _evict(self, node: Node) -> None:
         """Drop a leaf, or an inner node's snapshot; of a hybrid, keys and values without a snapshot below go along."""
@@ -256,13 +279,17 @@ class PrefixCache:
         while not node.children and node.snapshot is None and node.parent is not None:
             self.bytes -= node.span_bytes
             del node.parent.children[node.tokens[0]]
-            node = node.parent
+            self._nodes -= 1
+            node.parent, node = None, node.parent
             if self._pure:
-                return
+                break
+        if node.parent is not None and self._holds_entry(node):
+            self._enqueue(node)  # what became a leaf may be the next to go
 
     def _drop_snapshot(self, node: Node) -> None:
         if node.snapshot is not None:
             self.bytes -= node.snapshot.nbytes
+            self._snapshots -= 1
             node.snapshot = None
 
 

@@ -98,9 +98,14 @@ def one_entry(model: HybridModel) -> int:
 
 
 def check(prefix: PrefixCache) -> None:
-    """The tree is whole and its bytes are counted."""
-    nodes = list(prefix._nodes())
+    """The tree is whole, its parts are counted, and every entry that may go is queued with its priority."""
+    nodes = list(prefix._all_nodes())
     assert prefix.bytes == sum(node.nbytes for node in nodes) <= prefix.budget
+    assert prefix.stats()["nodes"] == len(nodes)
+    assert prefix.stats()["snapshots"] == sum(node.snapshot is not None for node in nodes)
+    queued = {id(node) for priority, *_, node in prefix._queue if priority == node.priority}
+    assert queued >= {id(node) for node in nodes if prefix._holds_entry(node)}
+    assert len(prefix._queue) <= 4 * len(nodes) + 64
     for node in nodes:
         assert node.parent is not None and node.parent.children[node.tokens[0]] is node
         assert node.depth == node.parent.depth + len(node.tokens)
