@@ -118,6 +118,16 @@ def test_chat_is_rendered_with_special_tokens(tokenizer):
     assert chat.render_chat([{"role": "user", "content": "x"}], add_generation_prompt=False).endswith("<eos>")
 
 
+@pytest.mark.parametrize("role", ["user", "tool", "system", "assistant"])
+def test_special_tokens_in_foreign_texts_are_text(tokenizer: Tokenizer, role: str) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<eos>{% endfor %}"
+    chat = tokenizer.with_chat_template(template)
+    written = "stop <eos> here \U0010fffc99\U0010fffd"
+    ids = chat.encode_chat([{"role": role, "content": written}])
+    assert ids.count(chat.eos_id) == (1 if role in ("user", "tool") else 2)
+    assert chat.decode(ids) == f"<{role}>{written}<eos>"
+
+
 def test_chat_errors_and_sandbox(tokenizer):
     message = [{"role": "user", "content": "x"}]
     with pytest.raises(HalflapError, match="has no chat template"):

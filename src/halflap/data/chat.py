@@ -11,7 +11,9 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from halflap.errors import HalflapError
@@ -53,6 +55,46 @@ def render(template: str, messages: Sequence[Message], **variables: object) -> s
             f"the chat template refuses these messages: {reason}; change the messages or the template"
         ) from error
     return "".join(parts)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Keeps what users and tools write from passing for the marks of turns, which are special tokens.
+
+    Special tokens in their texts travel through the template as two characters of private use around a number. System
+    messages are the operator's and the assistant's texts the model's own, in which templates look for marks.
+    """
+
+    special: tuple[str, ...]
+
+    FROM: ClassVar[frozenset[str]] = frozenset({"user", "tool", "function"})
+    SIGN: ClassVar[re.Pattern[str]] = re.compile("\U0010fffc([0-9]+)\U0010fffd")
+
+    def hide(self, messages: Sequence[Message]) -> list[Message]:
+        """The same messages with special tokens in the texts of users and tools hidden."""
+        if not self.special:
+            return list(messages)
+        longest_first = sorted(self.special, key=len, reverse=True)
+        found = re.compile("|".join(map(re.escape, longest_first)))
+
+        def hidden(match: re.Match[str]) -> str:
+            return f"\U0010fffc{self.special.index(match[0])}\U0010fffd"
+
+        def guarded(message: Message) -> Message:
+            foreign = message.get("role") in self.FROM and isinstance(message.get("content"), str)
+            return {**message, "content": found.sub(hidden, message["content"])} if foreign else message
+
+        return [guarded(message) for message in messages]
+
+    def pieces(self, text: str) -> list[tuple[str, bool]]:
+        """A rendered text in pieces; True where special tokens are to be read as plain text."""
+        pieces, place = [], 0
+        for sign in self.SIGN.finditer(text):
+            if int(sign[1]) < len(self.special):
+                pieces += [(text[place : sign.start()], False), (self.special[int(sign[1])], True)]
+                place = sign.end()
+        pieces.append((text[place:], False))
+        return [piece for piece in pieces if piece[0]]
 
 
 @functools.lru_cache(maxsize=16)

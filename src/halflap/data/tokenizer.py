@@ -142,7 +142,7 @@ class Tokenizer:
         render: Callable[..., str] = chat.render,
         **variables: object,
     ) -> str:
-        """The text of a conversation under the chat template; encode it with `parse_special=True`.
+        """The text of a conversation under the chat template, for people; `encode_chat` is for models.
 
         `render` is where templates run: `chat.render` here, a `TemplateWorker.render` where nobody vouches for them.
         """
@@ -154,6 +154,17 @@ class Tokenizer:
         special = {name: text for name in names if (text := self._special_text(name)) is not None}
         options = {**special, "add_generation_prompt": add_generation_prompt, **variables}
         return render(self.chat_template, messages, **options)
+
+    def encode_chat(self, messages: Sequence[chat.Message], **options: Any) -> list[int]:
+        """Token ids of `render_chat`, where special tokens that a user or a tool wrote stay text."""
+        guard = chat.Guard(self._special_texts)
+        text = self.render_chat(guard.hide(messages), **options)
+        pieces = guard.pieces(text)
+        return [i for piece, literal in pieces for i in self.encode(piece, parse_special=not literal)]
+
+    @functools.cached_property
+    def _special_texts(self) -> tuple[str, ...]:
+        return tuple(token.content for token in self._parsing.get_added_tokens_decoder().values() if token.special)
 
     def _special_text(self, name: str) -> str | None:
         value = self.config.get(name) or self.special_tokens.get(name)

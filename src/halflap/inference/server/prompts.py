@@ -69,8 +69,8 @@ class Prompts:
             else:
                 listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
                 plain = _instructed(plain, INSTRUCTIONS.format(tools=listed))
-        text = self.tokenizer.render_chat(plain, render=self._worker.render, **variables)
-        return tuple(encode_prompts([self.tokenizer.encode(text)], self._config, self.tokenizer)[0])
+        ids = self.tokenizer.encode_chat(plain, render=self._worker.render, **variables)
+        return tuple(encode_prompts([ids], self._config, self.tokenizer)[0])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
