@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="GGUF file or Hugging Face directory")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokens", default="2M", help="tokens of distillation")
-    parser.add_argument("--limit", type=int, default=None, help="tokens and items of each test at most (for a trial)")
+    parser.add_argument("--limit", type=int, default=None, help="tokens of WikiText-2 at most, 100 an item of LAMBADA")
     parser.add_argument("--plan", type=Path, default=None, help="the student's plan, in place of a search for it")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS)
     parser.add_argument("--dtype", default="float32", help="arithmetic of training and judging")
@@ -59,7 +59,12 @@ def main() -> None:
     report = Report("smollm2", chosen.out, chosen.threads)
     teacher = imported(chosen.model, chosen.work)
     wikitext = chosen.data / "wikitext2" / "test.txt.xz"
-    report.add(**kept(chosen.work / "parity.json", lambda: parity(teacher, wikitext, chosen.limit or PARITY_TOKENS)))
+    report.add(
+        **kept(
+            chosen.work / "parity.json",
+            lambda: parity(teacher, wikitext, min(chosen.limit or PARITY_TOKENS, PARITY_TOKENS)),
+        )
+    )
     models = students(teacher, chosen)
     for arm in chosen.arms:
         row = kept(chosen.work / f"judged-{arm}.json", lambda arm=arm: judged(models[arm], wikitext, chosen))
