@@ -134,7 +134,7 @@ def students(teacher: Path, chosen: argparse.Namespace) -> dict[str, Path]:
     place = chosen.work / "activation"
     plan_file = chosen.plan or chosen.work / "pruning_plan.json"
     if not plan_file.exists():
-        scored = halflap.score(str(teacher), **text, tokens="64k", out=str(place / "score"))
+        scored = halflap.score(str(teacher), **text, tokens="32k", out=str(place / "score"))
         found = halflap.search(
             str(teacher), **text, importance=scored["path"], non_embedding_params="75%", shortlist=6,
             score_tokens="16k", **settings, out=str(place / "search"),
