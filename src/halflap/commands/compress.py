@@ -12,7 +12,7 @@ from typing import Any
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_json
-from halflap.commands import arms, chain, students, teaching
+from halflap.commands import arms, chain, scoring, students, teaching
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.config_compress import (
     CompressRecipe,
@@ -43,7 +43,7 @@ from halflap.recipe import inputs_of, settings_of
 from halflap.report.page import build as build_report
 from halflap.run import Run, open_run
 
-IMPORTANCE, SEARCH = "importance.safetensors", "search.json"
+SEARCH = "search.json"
 
 
 def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
@@ -51,14 +51,19 @@ def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
     teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
     loader = training_loader(corpora, recipe.text, recipe.sequence_length, recipe.batch_size, recipe.common.seed)
-    found = _importance(run.path / IMPORTANCE, teacher, loader, recipe.tokens, recipe.settings)
+    found = scoring.importance(run.path, teacher, loader, recipe.tokens, recipe.settings)
+    others = sorted(str(path) for path in run.path.glob("importance-*.safetensors"))
     sizes = largest_sizes(teacher.config)
     return {
         "axes": [{"axis": name, "size": size} for name, size in sizes.items() if name != "num_blocks"],
         "depth": {name: scores.tolist() for name, scores in found.depth.items()},
         "metric": found.metric,
+        "ranks_blocks": found.depth_metric or found.metric,
+        "removed": list(found.removed),
         "tokens": found.tokens,
-        "path": str(run.path / IMPORTANCE),
+        "path": str(run.path / scoring.IMPORTANCE),
+        "others": others,
+        "remark": scoring.shortage(found, loader, recipe.tokens),
     }
 
 
@@ -74,7 +79,7 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
         raise RecipeError(
             "no importance was given; measure it with `halflap score` and name its file with --importance"
         )
-    importance = _read_importance(recipe.importance, teacher)
+    importance = scoring.read_importance(recipe.importance, teacher)
     candidates = _candidates(teacher, importance, recipe.budgets, Sizes(), recipe.space)
     result = _search(recipe, run, teacher, importance, candidates, loader, Tutor(teacher))
     shown = {name: value for name, value in result.to_json().items() if name != "plan"}
@@ -152,6 +157,10 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
 def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
     """Everything: the teacher corrected if asked, then in one or more steps what `_compress` does, and a page."""
     _require_target(recipe.budgets, recipe.sizes)
+    if recipe.importance is not None and recipe.score_settings != ScoreSettings():
+        raise RecipeError(
+            "importance is a file, so nothing is measured, and settings of measuring were given; leave out one of both"
+        )
     chain.check_steps(recipe)
     teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
     check_sizes(teacher.config, recipe.sizes)
@@ -183,17 +192,18 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
 def _compress(recipe: CompressRecipe, run: Run, teacher: Teacher, tutor: Tutor, corpora: Corpora) -> dict[str, Any]:
     """Importance, sizes, student, certificate, distillation, controls, judgement, page; `teacher` is what is cut."""
     length, seed = recipe.fit.sequence_length, recipe.common.seed
-    scoring = training_loader(corpora, recipe.text, length, recipe.fit.micro_batch_rows, seed)
+    measuring = training_loader(corpora, recipe.text, length, recipe.fit.micro_batch_rows, seed)
     training = training_loader(corpora, recipe.text, length, recipe.fit.batch_size, seed)
     if recipe.importance is not None:
-        importance = _read_importance(recipe.importance, teacher)
+        importance, shortage = scoring.read_importance(recipe.importance, teacher), None
     else:
-        place = run.path / IMPORTANCE
-        importance = _importance(place, teacher, scoring, recipe.calibration_tokens, recipe.score_settings)
+        tokens = recipe.calibration_tokens
+        importance = scoring.importance(run.path, teacher, measuring, tokens, recipe.score_settings)
+        shortage = scoring.shortage(importance, measuring, tokens)
     sizes, remark = recipe.sizes, None
     if has_ceiling(recipe.budgets):
         candidates = _candidates(teacher, importance, recipe.budgets, recipe.sizes, recipe.space)
-        found = _search(recipe, run, teacher, importance, candidates, scoring, tutor)
+        found = _search(recipe, run, teacher, importance, candidates, measuring, tutor)
         sizes, remark = _with_dropped(found.chosen.sizes, recipe.sizes), found.remark
     plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
     certificate = _prune(run.path / "pruned", teacher, plan)
@@ -210,7 +220,7 @@ def _compress(recipe: CompressRecipe, run: Run, teacher: Teacher, tutor: Tutor, 
         "verified": None if certificate is None else certificate["passed"],
         "controls": [{"name": name, **table[name]} for name in recipe.controls if name in table],
         "held_out": corpora.held_out_is,
-        "remark": _remarks(remark, [name for name in recipe.controls if name not in table]),
+        "remark": _remarks(shortage, remark, without=[name for name in recipe.controls if name not in table]),
         "report": str(build_report([run.path], run.path / "report.html")),
     }
 
@@ -224,21 +234,6 @@ def _origin(student: Path, teacher: Teacher) -> Origin | None:
         return None
     plan = PruningPlan.load(student / PLAN)
     return Origin.of(plan) if plan.teacher_config == teacher.config else None
-
-
-def _importance(file: Path, teacher: Teacher, loader: Loader, tokens: int, settings: ScoreSettings) -> Importance:
-    """Measured once and kept in `file`."""
-    if file.exists():
-        return _read_importance(file, teacher)
-    found = students.measure(teacher, students.calibration(loader, tokens), settings)
-    found.save(file)
-    return found
-
-
-def _read_importance(file: str | Path, teacher: Teacher) -> Importance:
-    found = Importance.load(Path(file) / IMPORTANCE if Path(file).is_dir() else file)
-    found.check_teacher(teacher.digest)
-    return found
 
 
 def _require_target(budgets: Budgets, sizes: Sizes) -> None:
@@ -331,7 +326,7 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher) -> tuple[PruningPlan, 
         raise RecipeError(
             "no importance was given; measure it with `halflap score` and name its file with --importance"
         )
-    importance = Importance("none", {}) if file is None else _read_importance(file, teacher)
+    importance = Importance("none", {}) if file is None else scoring.read_importance(file, teacher)
     remark = None
     if has_ceiling(recipe.budgets):
         found = _candidates(teacher, importance, recipe.budgets, sizes, recipe.space)
@@ -339,9 +334,9 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher) -> tuple[PruningPlan, 
     return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction), remark
 
 
-def _remarks(remark: str | None, without: list[str]) -> str | None:
+def _remarks(*remarks: str | None, without: list[str]) -> str | None:
     left_out = f"{', '.join(without)} left out: the student keeps all its Mamba heads" if without else None
-    return "; ".join(part for part in (remark, left_out) if part) or None
+    return "; ".join(part for part in (*remarks, left_out) if part) or None
 
 
 def _prune(directory: Path, teacher: Teacher, plan: PruningPlan) -> dict[str, Any] | None:

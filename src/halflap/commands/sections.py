@@ -34,9 +34,11 @@ from halflap.recipe import (
 
 Phase = Literal["decode", "prefill"]
 NormCorrection = Literal["none", "masked", "calibrated"]
-WidthMetric = Literal["activation", "weight_norm", "random"]
+WidthMetric = Literal["activation", "taylor", "weight_norm", "random"]
 Loss = Literal["forward_kl", "reverse_kl", "symmetric_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "next_token"]
-DepthMetric = Literal["kl", "block_influence", "loss", "hidden_mse", "logit_mse"]
+DepthMetric = Literal["kl", "block_influence", "loss", "hidden_mse", "logit_mse", "taylor"]
+REMOVING = ("kl", "loss", "hidden_mse", "logit_mse")
+MambaSource = Literal["x", "z", "o", "flap"]
 
 
 @flat(TEXT)
@@ -112,9 +114,52 @@ class ScoreSettings:
     """How importance is measured."""
 
     metric: WidthMetric = "activation"
-    """What ranks widths; weight_norm and random are controls."""
+    """What ranks widths: activations, or taylor (activation times gradient of the loss); weight_norm and random are
+    controls."""
+    neuron_source: tuple[Literal["post", "pre"], ...] = ("post",)
+    """Score MLP neurons after their activation function, or before. Of several values here and in the next four flags,
+    the first ranks, and every other combination gets an importance file of its own from the same pass."""
+    mamba_source: tuple[MambaSource, ...] = ("x",)
+    """Score Mamba channels by x or z of the input projection, by o, the input of the output projection, or by FLAP
+    (fluctuation of o, times weights)."""
+    hybrid_source: tuple[MambaSource, ...] = ("o",)
+    """The same for hybrid heads, whose o has both branches."""
+    sequence_aggregation: tuple[Literal["mean", "l2", "signed_mean"], ...] = ("mean",)
+    """Over the tokens of a row: mean of absolute values, L2 norm, or mean of the values with their signs."""
+    batch_aggregation: tuple[Literal["l2", "mean"], ...] = ("l2",)
+    """Over rows: L2 norm or mean."""
     depth_metric: DepthMetric = "kl"
-    """What ranks blocks: the effect of leaving one out, or how little it moves the residual stream."""
+    """What ranks blocks: the effect of leaving one out (kl, loss, hidden_mse, logit_mse), its first-order estimate
+    (taylor), or how little a block moves the residual stream."""
+    depth_average: Literal["mean", "rank"] = "mean"
+    """Average the scores over the text, or the ranks of blocks within each row."""
+    depth_iterative: Positive | None = None
+    """Remove so many blocks one after another, scoring the rest again after each; scored once when not given."""
+
+    def __post_init__(self) -> None:
+        lists = ("neuron_source", "mamba_source", "hybrid_source", "sequence_aggregation", "batch_aggregation")
+        for name in lists:
+            value = getattr(self, name)
+            _require(name, value, 0 < len(value) == len(set(value)), "at least one value and each once")
+        given = [name for name in lists if getattr(self, name) != getattr(ScoreSettings, name)]
+        if self.metric in ("weight_norm", "random") and given:
+            raise RecipeError(
+                f"metric is {self.metric}, which reads no activations, and {given[0]} was given; leave that out"
+            )
+        if self.metric == "taylor" and "sequence_aggregation" in given:
+            raise RecipeError(
+                "metric is taylor, which sums gradients over a row, so sequence_aggregation means nothing"
+            )
+        if self.metric == "taylor" and "flap" in self.mamba_source + self.hybrid_source:
+            raise RecipeError(
+                "metric is taylor, and flap is a score of its own; choose x, z or o, or metric activation"
+            )
+        for name, asked in (("depth_average", self.depth_average == "rank"), ("depth_iterative", self.depth_iterative)):
+            if asked and self.depth_metric not in REMOVING:
+                raise RecipeError(
+                    f"{name} was given with depth_metric {self.depth_metric}, which does not leave blocks out; choose "
+                    f"{', '.join(REMOVING)} with --depth-metric"
+                )
 
 
 @flat(DISTILLATION)

@@ -38,7 +38,14 @@ def score(result: Mapping[str, Any], console: Console) -> None:
     for metric, scores in result["depth"].items():
         least = sorted(range(len(scores)), key=lambda index: scores[index])[:8]
         listed = ", ".join(f"{index} ({scores[index]:.2g})" for index in least)
-        console.print(f"least important blocks by {metric.replace('_', ' ')}: {listed}")
+        ranks = " (which ranks)" if metric == result["ranks_blocks"] and len(result["depth"]) > 1 else ""
+        console.print(f"least important blocks by {metric.replace('_', ' ')}{ranks}: {listed}")
+    if result["removed"]:
+        console.print(f"removed one after another: {', '.join(map(str, result['removed']))}")
+    if result["others"]:
+        console.print(f"other scorings of the same pass: {', '.join(result['others'])}")
+    if result["remark"]:
+        console.print(result["remark"])
 
 
 def search(result: Mapping[str, Any], console: Console) -> None:

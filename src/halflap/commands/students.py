@@ -5,9 +5,7 @@ Each function is one step and knows nothing of the steps around it; `compress.py
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +20,7 @@ from halflap.checkpoints.config import Lineage, find_directory, lineage_step, re
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.corpora import Corpora, tokenizer_place
 from halflap.commands.device import choose_device
-from halflap.commands.sections import Budgets, ScoreSettings
-from halflap.compress.depth import depth_scores
-from halflap.compress.importance import Importance
-from halflap.compress.metrics import collect
+from halflap.commands.sections import Budgets
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
 from halflap.compress.space import Budget, costs
@@ -45,9 +40,6 @@ from halflap.train.losses import mean_loss
 from halflap.train.numerics import resolve_dtype
 from halflap.train.objectives.language import NextToken
 
-DEPTH_SHARE = 8
-"""Blocks are removed one by one on this fraction of the calibration text: each costs a pass, and a quarter of the
-text that widths need suffices in the papers."""
 CERTIFIED_AT_ONCE = 300_000_000
 """Parameters up to which a student is certified as soon as it is written: teacher and student are then in memory."""
 
@@ -123,12 +115,6 @@ def budget_of(budgets: Budgets, teacher: ModelConfig) -> Budget:
 # ---- text
 
 
-def calibration(loader: Loader, tokens: int) -> list[Batch]:
-    """The first batches of the training text, about so many tokens, each row at most once."""
-    most = sum(loader.rows) // loader.micro_batch_size or 1
-    return [loader.batch(index) for index in range(min(most, max(1, round(tokens / loader.tokens_per_batch))))]
-
-
 def choosing(loader: Loader, tokens: int) -> list[Batch]:
     """The last batches of the first epoch: neither calibrated on nor, in a short distillation, trained on."""
     most = sum(loader.rows) // loader.micro_batch_size or 1
@@ -141,35 +127,6 @@ def judge(model: HybridModel, corpora: Corpora, teacher: Teacher, tokens: int) -
     documents = documents_of(corpora.held_out, teacher.tokenizer, limit=tokens)
     scores = evaluate_text(model.to(teacher.device).eval(), documents, tokens=tokens, seed=teacher.seed).to_json()
     return {"parameters": count_parameters(model.config), **scores}
-
-
-# ---- importance
-
-
-def measure(teacher: Teacher, batches: list[Batch], settings: ScoreSettings) -> Importance:
-    """Scores of every axis in one pass, and of whole blocks by removal on a part of the text."""
-    model = teacher.load()
-    on_device = [batch.to(teacher.device) for batch in batches]
-    found = collect(
-        model,
-        on_device,
-        settings.metric,
-        teacher=teacher.digest,
-        calibration=_digest(batches),
-        seed=teacher.seed,
-    )
-    if settings.depth_metric in found.depth or settings.metric == "random":
-        return found
-    part = on_device[: max(1, len(on_device) // DEPTH_SHARE)]
-    scores = depth_scores(model, part, settings.depth_metric)
-    return dataclasses.replace(found, depth={**found.depth, settings.depth_metric: scores})
-
-
-def _digest(batches: list[Batch]) -> str:
-    total = hashlib.sha256()
-    for batch in batches:
-        total.update(batch.tokens.numpy().tobytes())
-    return total.hexdigest()
 
 
 # ---- students

@@ -1,4 +1,4 @@
-"""What the removal of one block does to the model: scores (L,) of whole blocks, one metric at a time.
+"""What the removal of one block does to the model: scores of whole blocks, one metric at a time.
 
 A block is removed by letting the residual stream pass it by; those that read its keys and values still do, and meta
 tokens, which have no targets, count nowhere. Blocks before it are not run again: the stream is carried forward once and
@@ -8,17 +8,25 @@ every removal continues from there, so L scores cost about L / 2 passes.
     loss         loss without the block minus loss with it                      Muralidharan et al. 2024
     hidden_mse   mean squared difference of what the language head reads        Nemotron-H (MiniPuzzle)
     logit_mse    sum (z_full - z_without)^2 / sum z_full^2
+
+Every row is scored by itself. The plain average is over the tokens of all rows; MiniPuzzle averages ranks of rows, so
+that no single text decides. One by one, the worst block goes and the rest are scored again, always against the full
+model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from halflap.compress.axes import depth_units
+from halflap.compress.partial import NOWHERE, Scratch, resumable
+from halflap.compress.plan import Row
+from halflap.compress.ranking import rank_blocks
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.meta import at_places, text_places
@@ -28,36 +36,118 @@ from halflap.progress import Progress
 
 ROWS = 1024  # tokens whose logits are held at once
 
-DepthMetric = Callable[[Tensor, Tensor, Tensor, Batch], float]
-"""(full, without) final hidden states (M, D) of the tokens that count, head (V, D), batch -> sum over tokens."""
+
+class DepthScores(NamedTuple):
+    """Scores (L,) float32 of blocks, higher is kept; NaN for blocks that are gone.
+
+    mean  sum over all rows of a metric's numerator by that of its denominator
+    rank  mean over rows of how many blocks score lower on the row, from 0 to L - 1
+    """
+
+    mean: Tensor
+    rank: Tensor
 
 
-def depth_scores(model: HybridModel, batches: Iterable[Batch], metric: str = "kl") -> Tensor:
-    """Scores (L,) float32 by a row of `DEPTH_METRICS`, a mean over the tokens of all batches; higher is kept."""
+class Removal(NamedTuple):
+    """Scores of every block in the last round that had it, and the blocks that went, in that order."""
+
+    scores: DepthScores
+    removed: Row
+
+
+DepthMetric = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[float, float]]
+"""(full, without) final hidden states (M, D) of a row's tokens that count, head (V, D), targets and weights (M,) ->
+numerator and denominator of the row's score."""
+
+
+def depth_scores(
+    model: HybridModel,
+    batches: Sequence[Batch],
+    metric: str = "kl",
+    *,
+    gone: Row = (),
+    scratch: Scratch = NOWHERE,
+) -> DepthScores:
+    """Scores by a row of `DEPTH_METRICS` of the blocks that are left when those of `gone` are removed already.
+
+    Raises HalflapError on an unknown metric and without text.
+    """
     if metric not in DEPTH_METRICS:
         raise HalflapError(
-            f"depth metric {metric!r} is not known; allowed are block_influence, {', '.join(DEPTH_METRICS)}: "
+            f"depth metric {metric!r} does not remove blocks; those that do are {', '.join(DEPTH_METRICS)}: "
             "correct --depth-metric"
         )
-    batches = list(batches)
-    totals = torch.zeros(len(model.blocks), dtype=torch.float64)
-    count = 0.0
-    progress = Progress(f"remove blocks ({metric})", len(batches) * len(model.blocks), unit="passes")
+    count, sums, device = len(model.blocks), dict[str, Tensor](), model.embedding.weight.device
+    left = count - len(gone)
+    what = f"remove blocks ({metric})" if not gone else f"remove blocks ({metric}, {len(gone)} gone)"
+    progress = Progress(what, len(batches) * left, unit="passes")
     with torch.inference_mode(), progress:
-        for batch in batches:
-            full, stream, context = _full_pass(model, batch)
-            meta = model.config.num_meta_tokens
-            places = text_places(batch.tokens, batch.segments, meta) if meta else None
-            for index, block in enumerate(model.blocks):
-                with_it = block(stream, context)  # first, for the keys and values that later blocks read
-                without = _counted(_finish(model, stream, context, index + 1, places), batch)
-                totals[index] += DEPTH_METRICS[metric](_counted(full, batch), without, model.head_weight, batch)
-                stream = with_it
-                progress.advance()
-            count += float(batch.weights.sum())
-    if not count:
+        for batch in resumable(batches, sums, f"depth-{metric}-{len(gone)}", scratch, progress, device):
+            over, under = _rows_without(model, batch, metric, gone, progress)
+            of_rows = torch.full_like(over, torch.nan).where(under == 0, over / under)
+            lower = (of_rows[:, None, :] < of_rows[:, :, None]).sum(2)
+            parts = {"over": over, "under": under, "rank": lower.double(), "rows": (under > 0).double()}
+            for name, part in parts.items():
+                sums[name] = sums.get(name, torch.zeros(count, dtype=torch.float64)) + part.sum(0).cpu()
+    if not sums or not sums["rows"].any():
         raise HalflapError("no calibration text was read, so no block can be scored; give at least one document")
-    return (totals / count).float()
+    mean, rank = ((sums[a] / sums[b]).float() for a, b in (("over", "under"), ("rank", "rows")))  # NaN where gone
+    for index in range(count):
+        if index not in gone and not mean[index].isfinite():
+            raise HalflapError(
+                f"without block {index} the model's outputs are {mean[index]:g} by {metric}; check the weights with "
+                "`halflap evaluate`"
+            )
+    return DepthScores(mean, rank)
+
+
+def remove_one_by_one(
+    model: HybridModel, batches: Sequence[Batch], metric: str, average: str, count: int, scratch: Scratch = NOWHERE
+) -> Removal:
+    """Remove the block, or layer of blocks, that scores least, score the others again, until `count` are removed.
+
+    average: "mean" or "rank", which of the scores decides, under the rules of `ranking.rank_blocks`. Every round leaves
+    its sums in the scratch directory. Raises HalflapError on a count that cannot be.
+    """
+    units = depth_units(model.config)
+    if not 0 < count < len(model.blocks) or count % len(units[0]):
+        raise HalflapError(
+            f"depth_iterative is {count}; the model has {len(model.blocks)} blocks, which leave in steps of "
+            f"{len(units[0])}, and at least one step must stay: correct --depth-iterative"
+        )
+    removed: Row = ()
+    scores = DepthScores(*(torch.full((len(model.blocks),), torch.nan),) * 2)
+    while len(removed) < count:
+        found = depth_scores(model, batches, metric, gone=removed, scratch=scratch)
+        scores = DepthScores(*(old.where(new.isnan(), new) for old, new in zip(scores, found, strict=True)))
+        following = rank_blocks(getattr(scores, average).tolist(), model.config, removed)[len(removed)]
+        removed += next(unit for unit in units if following in unit)
+    return Removal(scores, removed)
+
+
+def _rows_without(
+    model: HybridModel, batch: Batch, metric: str, gone: Row, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """Numerators and denominators (B, L) float64 of every row's score without each block that is left, else 0."""
+    full, stream, context = _full_pass(model, batch)
+    meta = model.config.num_meta_tokens
+    places = text_places(batch.tokens, batch.segments, meta) if meta else None
+    used = batch.weights > 0
+    over, under = torch.zeros(2, len(used), len(model.blocks), dtype=torch.float64)
+    for index, block in enumerate(model.blocks):
+        if index in gone:
+            continue
+        with_it = block(stream, context)  # first, for the keys and values that later blocks read
+        without = _finish(model, stream, context, (*gone, *range(index + 1)), places)
+        for row in used.any(1).nonzero()[:, 0].tolist():
+            one, other, targets, weights = (
+                part[row][used[row]] for part in (full, without, batch.targets, batch.weights)
+            )
+            score = DEPTH_METRICS[metric](one, other, model.head_weight, targets, weights)
+            over[row, index], under[row, index] = score
+        stream = with_it
+        progress.advance()
+    return over, under
 
 
 def _full_pass(model: HybridModel, batch: Batch) -> tuple[Tensor, Tensor, Any]:
@@ -71,44 +161,39 @@ def _full_pass(model: HybridModel, batch: Batch) -> tuple[Tensor, Tensor, Any]:
     return full, given[0], given[1]
 
 
-def _finish(model: HybridModel, stream: Tensor, context: Any, start: int, places: Tensor | None) -> Tensor:
-    """Final hidden states (B, T, D) from the stream into block `start`; places: of the tokens between meta tokens."""
-    for block in list(model.blocks)[start:]:
-        stream = block(stream, context)
+def _finish(model: HybridModel, stream: Tensor, context: Any, skipped: Row, places: Tensor | None) -> Tensor:
+    """Final hidden states (B, T, D) after all blocks but the skipped; places: of the tokens between meta tokens."""
+    for index, block in enumerate(model.blocks):
+        if index not in skipped:
+            stream = block(stream, context)
     if places is not None:
         stream = at_places(stream, places)
     return model.norm(stream).to(model.norm.weight.dtype)
 
 
-def _counted(hidden: Tensor, batch: Batch) -> Tensor:
-    """Rows (M, D) of the tokens that have a target."""
-    return hidden[batch.weights > 0]
+def _kl(full: Tensor, without: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:
+    del targets
+    return float(kl_divergence_sum(without, head, full, head, weights)), float(weights.sum())
 
 
-def _kl(full: Tensor, without: Tensor, head: Tensor, batch: Batch) -> float:
-    weights = batch.weights[batch.weights > 0]
-    return float(kl_divergence_sum(without, head, full, head, weights))
+def _loss(full: Tensor, without: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:
+    before, after = (float(cross_entropy_sum(hidden, head, targets, weights)) for hidden in (full, without))
+    return after - before, float(weights.sum())
 
 
-def _loss(full: Tensor, without: Tensor, head: Tensor, batch: Batch) -> float:
-    used = batch.weights > 0
-    before, after = (cross_entropy_sum(h, head, batch.targets[used], batch.weights[used]) for h in (full, without))
-    return float(after - before)
-
-
-def _hidden_mse(full: Tensor, without: Tensor, head: Tensor, batch: Batch) -> float:
-    del head
+def _hidden_mse(full: Tensor, without: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:
+    del head, targets
     difference = (full - without).double().square().mean(-1)
-    return float(difference @ batch.weights[batch.weights > 0].double())
+    return float(difference @ weights.double()), float(weights.sum())
 
 
-def _logit_mse(full: Tensor, without: Tensor, head: Tensor, batch: Batch) -> float:
-    """The ratio of a batch, weighted by its tokens."""
+def _logit_mse(full: Tensor, without: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:
+    del targets, weights
     changed = scale = 0.0
     for one, other in zip(full.split(ROWS), without.split(ROWS), strict=True):
         changed += float(F.linear(one - other, head).double().square().sum())
         scale += float(F.linear(one, head).double().square().sum())
-    return changed / scale * float(batch.weights.sum())
+    return changed, scale
 
 
 DEPTH_METRICS: dict[str, DepthMetric] = {"kl": _kl, "loss": _loss, "hidden_mse": _hidden_mse, "logit_mse": _logit_mse}

@@ -5,7 +5,7 @@ Scores by name: `hidden` (L, D), a row a block's norm; `blocks.i.neuron` (F,); `
 (K, H/K, P) of hybrid heads; `blocks.i.state` (G, N) or, of Mamba-1, (N,). `depth` holds scores (L,) of whole blocks by
 metric. `energy` holds mean squares of what a norm divides by its root mean square, by the name of its gain, in the grid
 of its channels: (D,) or (G, H/G, P), say. `mean` holds means of the same, of LayerNorms, by the name of their bias:
-(D,). On disk: safetensors with a JSON header.
+(D,). On disk: safetensors with a JSON header. A file is one ranking; what a pass measured beside it has its own file.
 """
 
 from __future__ import annotations
@@ -25,12 +25,44 @@ from halflap.errors import HalflapError
 from halflap.files import atomic_write
 from halflap.models.config import AttentionConfig, HybridConfig, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
 
-FORMAT = "halflap-importance-1"
+FORMAT = "halflap-importance-2"
+HEADER = ("metric", "teacher", "calibration", "tokens", "scoring", "depth_metric", "removed")
+OLDER = ("halflap-importance-1",)  # lacks scoring, depth_metric and removed, which may be empty
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Which activations are scored and how they are summed, where the papers leave or study a choice.
+
+    neuron    "post" the activation function (what multiplies W_down), or "pre" it
+    mamba     "x" of the input projection (best in Taghibakhshi et al. 2025), "z" of it, "o", the input X of out_proj,
+              or "flap", ||W_j|| std(X_j) with W_j column j of out_proj and the deviation over all tokens (An et al.
+              2024): its squares, which add up to the score of a head, are FLAP's
+    hybrid    "o", the mean of both branches, "flap" of the same, or "x" or "z" of the SSM beside the attention
+    sequence  over the T tokens of a row, m = "mean" of |a|, "l2" sqrt(sum a^2), or "signed_mean" of a
+    batch     over rows: "l2" sqrt(sum m^2), or "mean" |mean m|
+
+    Minitron compares the aggregations and finds (mean, l2) best (Muralidharan et al. 2024).
+    """
+
+    neuron: str = "post"
+    mamba: str = "x"
+    hybrid: str = "o"
+    sequence: str = "mean"
+    batch: str = "l2"
+
+
+DEFAULT_SCORING = Scoring()
 
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """Scores by name, and what they were measured on: digests of teacher and calibration text, tokens read."""
+    """Scores by name, and what they were measured on: digests of teacher and calibration text, tokens read.
+
+    scoring       the `Scoring` of activations and gradients, by field
+    depth_metric  which of `depth` ranks blocks; the first of `ranking.DEPTH_ORDER` when empty
+    removed       blocks that iterative removal took, in that order; they go before all others
+    """
 
     metric: str
     widths: Mapping[str, Tensor]
@@ -40,11 +72,14 @@ class Importance:
     teacher: str = ""
     calibration: str = ""
     tokens: int = 0
+    scoring: Mapping[str, str] = field(default_factory=dict)
+    depth_metric: str = ""
+    removed: tuple[int, ...] = ()
 
     def to_bytes(self) -> bytes:
         parts = {"width": self.widths, "depth": self.depth, "energy": self.energy, "mean": self.mean}
         tensors = {f"{part}/{name}": t.contiguous() for part, named in parts.items() for name, t in named.items()}
-        header = {name: getattr(self, name) for name in ("metric", "teacher", "calibration", "tokens")}
+        header = {name: getattr(self, name) for name in HEADER}
         return safetensors.torch.save(tensors, {"halflap": json.dumps({"format": FORMAT, **header})})
 
     @property
@@ -67,12 +102,13 @@ class Importance:
             raise HalflapError(
                 f"importance {str(path)!r} is damaged ({error}); make it again with `halflap score`"
             ) from error
-        if header.pop("format", None) != FORMAT:
+        if header.pop("format", None) not in (FORMAT, *OLDER) or not header.keys() <= set(HEADER):
             raise HalflapError(f"{str(path)!r} is not an importance file of this version; score the teacher again")
         parts: dict[str, dict[str, Tensor]] = {"width": {}, "depth": {}, "energy": {}, "mean": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
-            parts[part][key] = tensor
+            parts.setdefault(part, {})[key] = tensor
+        header["removed"] = tuple(header.get("removed", ()))
         return Importance(widths=parts.pop("width"), **parts, **header)
 
     def check_teacher(self, digest: str) -> None:

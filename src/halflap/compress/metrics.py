@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from halflap.compress.axes import block_of, short_name
-from halflap.compress.importance import Importance, score_shapes
-from halflap.compress.watch import DEFAULT_SOURCES, Sources, activation
+from halflap.compress.importance import DEFAULT_SCORING, Importance, Scoring, score_shapes
+from halflap.compress.partial import NOWHERE, Scratch
+from halflap.compress.taylor import taylor
+from halflap.compress.watch import activation
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
 from halflap.models.layout import dim_size, is_offset_gain, layout
 from halflap.models.model import HybridModel
 
 
-def weight_norm(model: HybridModel, batches: Iterable[Batch], sources: Sources, seed: int) -> Importance:
+def weight_norm(
+    model: HybridModel, batches: Sequence[Batch], scorings: Sequence[Scoring], scratch: Scratch = NOWHERE, seed: int = 0
+) -> list[Importance]:
     """The L2 norm of all weights that an index touches; reads no text."""
-    del batches, sources, seed
+    del batches, scorings, scratch, seed
     squares = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in score_shapes(model.config).items()}
     depth = torch.zeros(len(model.config.blocks), dtype=torch.float64)
     parameters = dict(model.named_parameters())
@@ -32,17 +38,18 @@ def weight_norm(model: HybridModel, batches: Iterable[Batch], sources: Sources, 
             along = square.movedim(dimension, 0).reshape(square.shape[dimension], -1).sum(1)
             for span, part in zip(dim, along.split([dim_size((span,)) for span in dim]), strict=True):
                 _add_span(squares, block_of(name), [axis.name for axis in span], part.reshape([a.size for a in span]))
-    return Importance(
-        "weight_norm", {n: s.sqrt().float() for n, s in squares.items()}, {"weight_norm": depth.sqrt().float()}
-    )
+    widths = {name: square.sqrt().float() for name, square in squares.items()}
+    return [Importance("weight_norm", widths, {"weight_norm": depth.sqrt().float()})]
 
 
-def random(model: HybridModel, batches: Iterable[Batch], sources: Sources, seed: int) -> Importance:
+def random(
+    model: HybridModel, batches: Sequence[Batch], scorings: Sequence[Scoring], scratch: Scratch = NOWHERE, seed: int = 0
+) -> list[Importance]:
     """Uniform random scores: the control that every metric has to beat."""
-    del batches, sources
+    del batches, scorings, scratch
     generator = torch.Generator().manual_seed(seed)
     widths = {name: torch.rand(shape, generator=generator) for name, shape in score_shapes(model.config).items()}
-    return Importance("random", widths, {"random": torch.rand(len(model.config.blocks), generator=generator)})
+    return [Importance("random", widths, {"random": torch.rand(len(model.config.blocks), generator=generator)})]
 
 
 # Scores by the axes of the spans that belong to them, each the first that the block has.
@@ -73,9 +80,14 @@ def _add_span(squares: dict[str, Tensor], block: int | None, axes: list[str], pa
             return
 
 
-Metric = Callable[[HybridModel, Iterable[Batch], Sources, int], Importance]
+Metric = Callable[[HybridModel, Sequence[Batch], Sequence[Scoring], Scratch, int], list[Importance]]
 
-METRICS: dict[str, Metric] = {"activation": activation, "weight_norm": weight_norm, "random": random}
+METRICS: dict[str, Metric] = {
+    "activation": activation,
+    "taylor": taylor,
+    "weight_norm": weight_norm,
+    "random": random,
+}
 
 
 def collect(
@@ -85,13 +97,67 @@ def collect(
     *,
     teacher: str = "",
     calibration: str = "",
-    sources: Sources = DEFAULT_SOURCES,
+    scoring: Scoring = DEFAULT_SCORING,
     seed: int = 0,
 ) -> Importance:
     """Importance by a row of `METRICS`; `teacher` and `calibration` are the digests it is filed under."""
+    found = collect_all(model, list(batches), metric, [scoring], seed=seed)[0]
+    return dataclasses.replace(found, teacher=teacher, calibration=calibration)
+
+
+def collect_all(
+    model: HybridModel,
+    batches: Sequence[Batch],
+    metric: str,
+    scorings: Sequence[Scoring],
+    *,
+    scratch: Scratch = NOWHERE,
+    seed: int = 0,
+) -> list[Importance]:
+    """Importance of every scoring, from one pass over the batches; one alone of a metric that reads no text.
+
+    Raises HalflapError on an unknown metric, without text, and where scores are NaN or infinite; warns of an axis of a
+    block whose scores are all 0, which says nothing about what to keep.
+    """
     if metric not in METRICS:
         raise HalflapError(
             f"importance metric {metric!r} is not known; allowed are {', '.join(METRICS)}: correct --metric"
         )
-    measured = METRICS[metric](model, batches, sources, seed)
-    return dataclasses.replace(measured, teacher=teacher, calibration=calibration)
+    found = METRICS[metric](model, batches, scorings, scratch, seed)
+    for importance in found:
+        check_scores(importance, model.config)
+    return found
+
+
+# ---- what cannot be ranked
+
+WORDS = {
+    "norm": "hidden channels",
+    "neuron": "neurons",
+    "query": "query heads",
+    "inner": "SSM channels",
+    "state": "states",
+}
+
+
+def check_scores(importance: Importance, config: ModelConfig) -> None:
+    """Raise HalflapError on NaN and infinity, of the first block that has them, and warn of axes that are all 0."""
+    scores = {f"blocks.{index}.norm": row for index, row in enumerate(importance.widths["hidden"])}
+    scores |= {name: value for name, value in importance.widths.items() if name != "hidden"}
+    read = {"taylor": "gradients", "weight_norm": "weights"}.get(importance.metric, "activations")
+    for name, value in sorted(scores.items(), key=lambda item: block_of(item[0]) or 0):
+        place = f"the {WORDS[short_name(name)]} of block {block_of(name)} ({config.pattern()[block_of(name) or 0]})"
+        if not bool(value.isfinite().all()):
+            raise HalflapError(
+                f"{read} of {place} are NaN or infinite, so nothing can be ranked; check the checkpoint with "
+                "`halflap evaluate`"
+            )
+        if not bool(value.any()):
+            warnings.warn(f"{read} of {place} are all 0, so which of them to cut is arbitrary", stacklevel=2)
+    for name, value in importance.depth.items():
+        if not bool(value.isfinite().all()):
+            index = int(value.isfinite().int().argmin())
+            raise HalflapError(
+                f"what block {index} puts out is NaN or infinite by {name}, so blocks cannot be ranked; check the "
+                "checkpoint with `halflap evaluate`"
+            )

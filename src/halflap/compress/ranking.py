@@ -35,8 +35,10 @@ from halflap.models.layout import layout
 Widths = Mapping[str, Tensor]
 """Scores of `Importance.widths`."""
 
-# Of several depth scores in a file, the first of these is used: removal says more than influence (spec section 2.2).
-DEPTH_ORDER: tuple[str, ...] = ("kl", "loss", "logit_mse", "hidden_mse", "block_influence", "weight_norm", "random")
+# Of several depth scores in a file that does not say which one ranks: removal says more than influence.
+DEPTH_ORDER: tuple[str, ...] = (
+    *("kl", "loss", "logit_mse", "hidden_mse", "taylor", "block_influence", "weight_norm", "random"),
+)
 
 
 def plan_for(
@@ -84,25 +86,30 @@ def drop_order(importance: Importance, config: ModelConfig) -> Row:
     The best of every kind goes last of all: without any attention, say, a model is another kind of model, which stock
     transformers cannot decode with a cache. A block whose keys and values others read goes after them.
     """
-    metric = next((name for name in DEPTH_ORDER if name in importance.depth), None)
+    metric = importance.depth_metric or next((name for name in DEPTH_ORDER if name in importance.depth), None)
     if metric is None:
         raise HalflapError(
             "the importance file has no score of whole blocks, so none can be dropped; run `halflap score` again with "
             "--depth-metric, or name them with --sizes.drop-blocks"
         )
-    scores = importance.depth[metric].tolist()
-    units = sorted(depth_units(config), key=lambda unit: sum(scores[index] for index in unit))
+    return rank_blocks(importance.depth[metric].tolist(), config, importance.removed)
+
+
+def rank_blocks(scores: Sequence[float], config: ModelConfig, removed: Row = ()) -> Row:
+    """`drop_order` by these scores (L,), after the blocks that are removed already."""
+    units = [unit for unit in depth_units(config) if not {*unit} & {*removed}]
+    units.sort(key=lambda unit: sum(scores[index] for index in unit))
     best = {type(config.blocks[index]): unit for unit in units for index in unit}
     units.sort(key=lambda unit: unit in best.values())  # stable
-    return tuple(index for unit in _readers_first(units, config) for index in unit)
+    return (*removed, *(index for unit in _readers_first(units, config, removed) for index in unit))
 
 
-def _readers_first(units: Sequence[Row], config: ModelConfig) -> list[Row]:
+def _readers_first(units: Sequence[Row], config: ModelConfig, removed: Row) -> list[Row]:
     """In this order, but that a unit waits for those that read its keys and values."""
     readers, waiting = readers_of(config), list(units)
     ordered: list[Row] = []
     while waiting:
-        gone = {index for unit in ordered for index in unit}
+        gone = {*removed, *(index for unit in ordered for index in unit)}
         unit = next(u for u in waiting if all({*readers.get(index, ())} <= gone | {*u} for index in u))
         waiting.remove(unit)
         ordered.append(unit)

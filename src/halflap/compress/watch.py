@@ -1,72 +1,84 @@
-"""Importance from activations: one forward pass over calibration rows serves every axis.
+"""Importance from activations: one forward pass over calibration rows serves every axis, source and aggregation.
 
 For an activation a (B, T, C), m = mean over time of |a| for each row, then score = sqrt(sum over rows of m^2)
-(Muralidharan et al. 2024; Taghibakhshi et al. 2025). Rows are reduced one by one, so the batch size changes nothing,
-and padding and meta tokens count nowhere. Hooks watch modules and change nothing.
+(Muralidharan et al. 2024; Taghibakhshi et al. 2025); `importance.Scoring` has the other ways. Rows are reduced one by
+one, so the batch size changes nothing, and padding and meta tokens count nowhere. Hooks watch modules, in small pieces
+that stay in the cache, and change nothing. Beside the scores of `sites.py` there are
 
-    hidden    output of every block's norm             query   input of o_proj, L2 over a head's channels
-    neuron    input of down_proj                       inner   x rows of in_proj, before the convolution; of hybrid
-    state     B and C as the scan reads them,                  heads the input of out_proj, which has both branches
-              sqrt(s_B s_C)                            block influence   1 - cos(block input, block output)
+    block influence   1 - cos(block input, block output)
+    energy, mean      of what every norm divides by its root mean square, for the `calibrated` norm correction
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-from halflap.compress.importance import Importance, score_shapes
+from halflap.compress.axes import block_of
+from halflap.compress.importance import Importance, Scoring, score_shapes
+from halflap.compress.partial import NOWHERE, Scratch, Sums, resumable
+from halflap.compress.sites import Site, sites, source_of
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
-from halflap.models.attention import AttentionMixer
-from halflap.models.config import AttentionConfig, HybridConfig, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.hybrid import HybridMixer
 from halflap.models.layout import layout
-from halflap.models.mamba1 import Mamba1Inner, Mamba1Mixer
-from halflap.models.mamba2 import Mamba2Inner, Mamba2Mixer
+from halflap.models.mamba1 import Mamba1Inner
+from halflap.models.mamba2 import Mamba2Inner
 from halflap.models.meta import text_places
-from halflap.models.mlp import MLPMixer
 from halflap.models.model import HybridModel
 from halflap.models.norm import RMSNorm
-from halflap.ops.conv import causal_conv
+from halflap.progress import Progress
 
 CHUNK = 1 << 19  # elements reduced at once: temporaries stay in the cache
 
-
-@dataclass(frozen=True)
-class Sources:
-    """Which activations are watched, where the papers leave or study a choice.
-
-    neuron   "post" the activation function (what multiplies W_down), or "pre"
-    mamba    "x" of the input projection (best in Taghibakhshi et al. 2025), "z" of it, or "o", the input of out_proj
-    hybrid   "o", the mean of both branches, or "x" or "z" of the SSM beside the attention
-    """
-
-    neuron: str = "post"
-    mamba: str = "x"
-    hybrid: str = "o"
+Function = Callable[[Tensor], Tensor]
 
 
-DEFAULT_SOURCES = Sources()
+def _same(a: Tensor) -> Tensor:
+    return a
 
 
-def activation(model: HybridModel, batches: Iterable[Batch], sources: Sources, seed: int) -> Importance:
-    """Scores, energies and block influence from one forward pass over the batches."""
+# What is summed over time, and what a row's value is of that sum and the row's length, by `Scoring.sequence`.
+SEQUENCES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "mean": ("abs", lambda total, count: total / count),
+    "l2": ("square", lambda total, count: total.sqrt()),
+    "signed_mean": ("plain", lambda total, count: total / count),
+}
+FUNCTIONS: dict[str, Function] = {"abs": torch.abs, "square": torch.square, "plain": _same}
+
+# What is summed over rows, and the score of that sum and the number of rows, by `Scoring.batch`.
+BATCHES: dict[str, tuple[Function, Callable[[Tensor, Tensor], Tensor]]] = {
+    "l2": (torch.square, lambda total, rows: total.sqrt()),
+    "mean": (_same, lambda total, rows: total.abs() / rows),
+}
+
+
+def activation(
+    model: HybridModel,
+    batches: Sequence[Batch],
+    scorings: Sequence[Scoring],
+    scratch: Scratch = NOWHERE,
+    seed: int = 0,
+) -> list[Importance]:
+    """Scores of each scoring, with energies and block influence, from one forward pass over the batches."""
     del seed
-    watch = _Watch(model.config)
-    handles = [handle for index in range(len(model.blocks)) for handle in _watch_block(model, index, watch, sources)]
-    handles.append(model.norm.register_forward_hook(_norm_hook(watch, "norm", model.norm, None)))
+    watch = _Watch(model, scorings)
+    handles = list(watch.hooks())
+    progress = Progress("score activations", len(batches), unit="batches")
     try:
-        with torch.inference_mode():
-            for batch in batches:
+        with torch.inference_mode(), progress:
+            device = model.embedding.weight.device
+            for batch in resumable(batches, watch.sums, "activation", scratch, progress, device):
                 watch.begin(batch)
                 model.hidden_states(batch.tokens, segments=batch.segments)
+                progress.advance()
+                if not watch.is_finite():
+                    break  # whoever checks the scores says where
     finally:
         for handle in handles:
             handle.remove()
@@ -74,26 +86,138 @@ def activation(model: HybridModel, batches: Iterable[Batch], sources: Sources, s
 
 
 class _Watch:
-    """Sums over calibration rows while a model runs; hooks call `score`, `energy` and `influence`."""
+    """Sums over calibration rows while a model runs; hooks call `score`, `deviation`, `norm` and `influence`."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.scores: dict[str, Tensor] = {}
-        self.energies: dict[str, Tensor] = {}
-        self.means: dict[str, Tensor] = {}
-        self.cosines = torch.zeros(len(config.blocks), dtype=torch.float64)
+    def __init__(self, model: HybridModel, scorings: Sequence[Scoring]) -> None:
+        self.model, self.config, self.scorings = model, model.config, list(scorings)
+        self.sums: Sums = {}
+        self.sequences = sorted({scoring.sequence for scoring in scorings})
+        self.batches = sorted({scoring.batch for scoring in scorings})
+        self.functions = {name: FUNCTIONS[name] for name in (SEQUENCES[way][0] for way in self.sequences)}
+        self.columns: dict[str, Tensor] = {}  # squared norms of the columns of projections, for FLAP
         self.batch: Batch | None = None
         self.masks: dict[int, Tensor | None] = {}
         self.counts = torch.zeros(0)
-        self.rows = self.tokens = 0
+
+    # ---- what is watched
+
+    def hooks(self) -> Iterator[Any]:
+        """Handles of all hooks, which are set as this is read."""
+        norms = dict(_norms(self.model))
+        for site in sites(self.model, self.scorings):
+            if site.module not in norms.values():
+                yield from self._site_hooks(site)
+        for name, norm in norms.items():
+            yield norm.register_forward_hook(self._norm_hook(name, norm))
+        for name, module, gain in _gated_norms(self.model):
+            yield module.register_forward_pre_hook(partial(self._gated, name, gain))
+        for index, block in enumerate(self.model.blocks):
+            yield block.register_forward_hook(partial(self._passed, index))
+
+    def _site_hooks(self, site: Site) -> Iterator[Any]:
+        block = self.config.blocks[block_of(site.name) or 0]
+        asked = {source_of(block, site.name, scoring) for scoring in self.scorings}
+        if site.source in asked:
+            transform = site.transform or _same
+            yield site.hook(lambda a: self.score(site.key, transform(a[..., site.channels])))
+        if site.source == "o" and "flap" in asked:
+            weight: Any = site.module.weight
+            self.columns[site.name] = weight.detach().double().square().sum(0)
+            yield site.hook(lambda a: self.deviation(site.name, a))
+
+    def _norm_hook(self, name: str, norm: Any) -> Callable[..., None]:
+        """A pre-norm's output is its score; without bias and gain it is what the `calibrated` correction asks about."""
+        bias, gain = getattr(norm, "bias", None), norm.weight if isinstance(norm, RMSNorm) else 1 + norm.weight
+        is_score = name.startswith("blocks.") and name.count(".") == 2
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self.norm(name, output, gain, bias, is_score)
+
+        return hook
+
+    def _gated(self, name: str, gain: Tensor, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.norm(name, args[0], gain)
+
+    def _passed(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.influence(index, args[0], output)
+
+    # ---- sums
 
     def begin(self, batch: Batch) -> None:
         """Padding (segment 0) counts nowhere."""
         full = torch.full((len(batch.tokens),), batch.tokens.shape[1], device=batch.tokens.device)
         self.batch, self.masks = batch, {}
         self.counts = full if batch.segments is None else (batch.segments > 0).sum(1)
-        self.rows += int((self.counts > 0).sum())
-        self.tokens += int(self.counts.sum())
+        self._add("rows", (self.counts > 0).sum().double())
+        self._add("tokens", self.counts.sum().double())
+
+    def score(self, key: str, a: Tensor) -> None:
+        """Add what every row of a (B, T, C) gives, in all aggregations."""
+        self._add_scores(key, self._totals(a, self.functions))
+
+    def deviation(self, key: str, a: Tensor) -> None:
+        """Add what the variance over all tokens needs: squares about each row's mean, and the rows' means."""
+        count = self.counts[:, None]
+        total = self._totals(a, {"plain": _same})["plain"]
+        mean = total / count.clamp_min(1)
+        about = mean.to(torch.promote_types(a.dtype, torch.float32))[:, None]
+        self._add(f"{key}|within", self._totals(a, {"": lambda part: (part - about).square()})[""].sum(0))
+        self._add(f"{key}|total", total.sum(0))
+        self._add(f"{key}|squares", (count * mean.square()).sum(0))
+
+    def norm(self, name: str, a: Tensor, gain: Tensor, bias: Tensor | None = None, is_score: bool = False) -> None:
+        """Add the mean over time of (a / gain)^2 of every row, with a bias also that of a / gain, both less the bias.
+
+        A channel whose gain is 0 has none.
+        """
+        functions = dict(self.functions) if is_score else {}
+        energy = "square" if bias is None else "energy"
+        functions[energy] = torch.square if bias is None else lambda part: (part - bias).square()
+        if bias is not None:
+            functions["mean"] = lambda part: part - bias
+        totals = self._totals(a, functions)
+        if is_score:
+            self._add_scores(f"{name}@", totals)
+        gain = gain.detach().double()
+        self._add(f"{name}.weight|energy", self._without_gain(totals[energy], gain.square()))
+        if bias is not None:
+            self._add(f"{name}.bias|offset", self._without_gain(totals["mean"], gain))
+
+    def _without_gain(self, totals: Tensor, divisor: Tensor) -> Tensor:
+        mean = (totals / self.counts.clamp_min(1)[:, None]).sum(0)
+        return torch.where(divisor == 0, 0.0, mean / divisor)
+
+    def influence(self, index: int, before: Tensor, after: Tensor) -> None:
+        """Add the mean over time of cos(before, after) of every row."""
+        wide = torch.promote_types(before.dtype, torch.float32)
+        x, y = before.to(wide), after.to(wide)
+        norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+        cosine = (x * y).sum(-1) / norms.clamp_min(torch.finfo(wide).tiny)
+        total = self._totals(cosine[..., None], {"": _same})[""]
+        self._add(f"{index}|cosine", (total / self.counts.clamp_min(1)[:, None]).sum())
+
+    def _add_scores(self, key: str, totals: Mapping[str, Tensor]) -> None:
+        count = self.counts.clamp_min(1)[:, None]
+        for sequence in self.sequences:
+            function, of_row = SEQUENCES[sequence]
+            row = of_row(totals[function], count)
+            for batch in self.batches:
+                self._add(f"{key}|{sequence}|{batch}", BATCHES[batch][0](row).sum(0))
+
+    def _totals(self, a: Tensor, functions: Mapping[str, Function]) -> dict[str, Tensor]:
+        """Sums over valid time (B, C) of functions of a (B, T, C), added up in float32 or wider."""
+        wide = torch.promote_types(a.dtype, torch.float32)
+        totals: dict[str, Any] = dict.fromkeys(functions, 0)
+        valid = self._valid(a.shape[1])
+        length = max(1, CHUNK // max(1, a.shape[0] * a.shape[2]))
+        for start in range(0, a.shape[1], length):
+            piece = a[:, start : start + length].to(wide)
+            for name, function in functions.items():
+                part = function(piece)
+                if valid is not None:
+                    part = part * valid[:, start : start + length, None]
+                totals[name] = totals[name] + part.sum(1)
+        return {name: total.double() for name, total in totals.items()}
 
     def _valid(self, time: int) -> Tensor | None:
         """Which positions (B, T) of a pass are text, None for all; with meta tokens there are more than tokens."""
@@ -107,67 +231,69 @@ class _Watch:
             self.masks[time] = None if bool(valid.all()) else valid
         return self.masks[time]
 
-    def score(self, name: str, a: Tensor) -> None:
-        """Add (mean over time of |a|)^2 of every row; a (B, T, C)."""
-        self._add(self.scores, name, self._mean(a, torch.abs).square().sum(0))
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def energy(self, name: str, a: Tensor, gain: Tensor) -> None:
-        """Add the mean over time of (a / gain)^2 of every row; a channel whose gain is 0 has none."""
-        mean = self._mean(a, torch.square).sum(0) / gain.detach().double().square()
-        self._add(self.energies, name, torch.where(gain == 0, 0.0, mean))
+    def is_finite(self) -> bool:
+        return bool(torch.stack([total.sum() for total in self.sums.values()]).isfinite().all())
 
-    def mean(self, name: str, a: Tensor, gain: Tensor) -> None:
-        """Add the mean over time of a / gain of every row; a channel whose gain is 0 has none."""
-        mean = self._mean(a, lambda value: value).sum(0) / gain.detach().double()
-        self._add(self.means, name, torch.where(gain == 0, 0.0, mean))
+    # ---- results
 
-    def influence(self, index: int, before: Tensor, after: Tensor) -> None:
-        """Add the mean over time of cos(before, after) of every row."""
-        wide = torch.promote_types(before.dtype, torch.float32)
-        x, y = before.to(wide), after.to(wide)
-        norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
-        cosine = (x * y).sum(-1) / norms.clamp_min(torch.finfo(wide).tiny)
-        self.cosines[index] += self._mean(cosine[..., None], lambda value: value).sum().cpu()
-
-    def _mean(self, a: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
-        """Mean over valid time (B, C) of a function of a (B, T, C), summed in float32 or wider."""
-        wide = torch.promote_types(a.dtype, torch.float32)
-        total: Any = 0
-        valid = self._valid(a.shape[1])
-        length = max(1, CHUNK // max(1, a.shape[0] * a.shape[2]))
-        for start in range(0, a.shape[1], length):
-            part = of(a[:, start : start + length].to(wide))
-            if valid is not None:
-                part = part * valid[:, start : start + length, None]
-            total = total + part.sum(1)
-        return total.double() / self.counts.clamp_min(1)[:, None]
-
-    def _add(self, sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-        sums[name] = sums[name] + value if name in sums else value
-
-    def result(self) -> Importance:
-        if not self.rows:
+    def result(self) -> list[Importance]:
+        rows = self.sums.get("rows")
+        if rows is None or not rows:
             raise HalflapError("no calibration text was read, so nothing can be scored; give at least one document")
-        shapes = score_shapes(self.config)
-        found = {name: value.sqrt().cpu() for name, value in self.scores.items()}
-        hidden = torch.stack([found.pop(f"blocks.{i}.norm") for i in range(len(self.config.blocks))])
-        widths = {"hidden": hidden, **{name: _finish(name, value, shapes[name]) for name, value in found.items()}}
-        assert {n: tuple(t.shape) for n, t in widths.items()} == shapes, "a module ran without being watched"
-        energy = {name: (value / self.rows).cpu().float() for name, value in self.energies.items()}
-        means = {name: (value / self.rows).cpu().float() for name, value in self.means.items()}
+        energies, means = self._means("energy"), self._means("offset")
+        cosines = torch.stack([self.sums[f"{index}|cosine"] for index in range(len(self.config.blocks))])
         table = layout(self.config)
-        grids = {name: [axis.size for axis in table[name][0][0]] for name in energy}
-        return Importance(
+        grids = {name: [axis.size for axis in table[name][0][0]] for name in energies}
+        common = Importance(
             metric="activation",
-            widths={name: value.float() for name, value in widths.items()},
-            depth={"block_influence": (1 - self.cosines / self.rows).clamp_min(0).float()},
-            energy={name: value.reshape(grids[name]) for name, value in energy.items()},
+            widths={},
+            depth={"block_influence": (1 - cosines / rows).clamp_min(0).float().cpu()},
+            energy={name: value.reshape(grids[name]) for name, value in energies.items()},
             mean=means,
-            tokens=self.tokens,
+            tokens=int(self.sums["tokens"]),
         )
+        return [
+            dataclasses.replace(common, widths=self._widths(scoring), scoring=dataclasses.asdict(scoring))
+            for scoring in self.scorings
+        ]
+
+    def _widths(self, scoring: Scoring) -> dict[str, Tensor]:
+        def found(name: str, source: str) -> Tensor:
+            if source == "flap":
+                return self._flap(name)
+            total = self.sums[f"{name}@{source}|{scoring.sequence}|{scoring.batch}"]
+            return BATCHES[scoring.batch][1](total, self.sums["rows"])
+
+        return widths_of(self.model, scoring, found)
+
+    def _flap(self, name: str) -> Tensor:
+        within, total, squares = (self.sums[f"{name}|{part}"] for part in ("within", "total", "squares"))
+        tokens = self.sums["tokens"]
+        variance = within / tokens + (squares / tokens - (total / tokens).square()).clamp_min(0)
+        return (self.columns[name] * variance).sqrt()
+
+    def _means(self, kind: str) -> dict[str, Tensor]:
+        """Means over rows, by parameter."""
+        ends = f"|{kind}"
+        found = {name.removesuffix(ends): total for name, total in self.sums.items() if name.endswith(ends)}
+        return {name: (total / self.sums["rows"]).cpu().float() for name, total in found.items()}
 
 
-def _finish(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+def widths_of(model: HybridModel, scoring: Scoring, found: Callable[[str, str], Tensor]) -> dict[str, Tensor]:
+    """`Importance.widths` from found(name, source), scores (C,) of channels."""
+    config = model.config
+    widths = {"hidden": torch.stack([found(f"blocks.{index}.norm", "") for index in range(len(config.blocks))])}
+    for name, shape in score_shapes(config).items():
+        if name != "hidden":
+            source = source_of(config.blocks[block_of(name) or 0], name, scoring)
+            widths[name] = _on_grid(name, found(name, source), shape)
+    return {name: value.float().cpu() for name, value in widths.items()}
+
+
+def _on_grid(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Per-channel scores to the grid of the axis: queries take the L2 norm over their channels, states join B and C."""
     if name.endswith(".query"):
         return torch.linalg.vector_norm(value.reshape(*shape, -1), dim=-1)
@@ -177,140 +303,28 @@ def _finish(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return value.reshape(shape)
 
 
-def _norm_hook(watch: _Watch, name: str, norm: Any, score_name: str | None) -> Callable[..., None]:
-    """What a norm puts out is its score; without bias and gain it is what the `calibrated` correction asks about."""
-    bias, gain = getattr(norm, "bias", None), norm.weight if isinstance(norm, RMSNorm) else 1 + norm.weight
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if score_name is not None:
-            watch.score(score_name, output)
-        if bias is not None:
-            output = output - bias
-            watch.mean(f"{name}.bias", output, gain)
-        watch.energy(f"{name}.weight", output, gain)
-
-    return hook
-
-
-def _watch_block(model: HybridModel, index: int, watch: _Watch, sources: Sources) -> list[RemovableHandle]:
-    block, prefix = model.blocks[index], f"blocks.{index}"
-    norm, mixer = block.norm, block.mixer
-    assert isinstance(norm, nn.Module)
-    hook = _norm_hook(watch, f"{prefix}.norm", norm, f"{prefix}.norm")
-    own = WATCHERS[type(model.config.blocks[index])](mixer, prefix, watch, sources)
-
-    def passed(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        watch.influence(index, args[0], output)
-
-    return [norm.register_forward_hook(hook), block.register_forward_hook(passed), *own]
+def _norms(model: HybridModel) -> Iterator[tuple[str, Any]]:
+    """Norms that are modules, by name."""
+    for index, block in enumerate(model.blocks):
+        mixer: Any = block.mixer
+        yield f"blocks.{index}.norm", block.norm
+        inner: Any = mixer.ssm if isinstance(mixer, HybridMixer) else mixer
+        prefix = f"blocks.{index}.mixer"
+        if isinstance(mixer, HybridMixer):
+            yield f"{prefix}.attention_norm", mixer.attention_norm
+            if isinstance(inner, Mamba1Inner):
+                yield f"{prefix}.ssm_norm", mixer.ssm_norm
+            prefix += ".ssm"
+        if isinstance(inner, Mamba1Inner) and inner.config.inner_norms:
+            yield from ((f"{prefix}.{name}", getattr(inner, name)) for name in ("dt_norm", "B_norm", "C_norm"))
+    yield "norm", model.norm
 
 
-def _watch_mamba2(mixer: Mamba2Mixer, prefix: str, watch: _Watch, sources: Sources) -> list[RemovableHandle]:
-    def projected(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        _projected_mamba2(mixer, output, prefix, watch, sources.mamba)
-
-    def normalised(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if sources.mamba == "o":
-            watch.score(f"{prefix}.inner", args[0])
-        watch.energy(f"{prefix}.mixer.norm.weight", args[0], mixer.norm.weight)
-
-    return [mixer.in_proj.register_forward_hook(projected), mixer.out_proj.register_forward_pre_hook(normalised)]
-
-
-def _projected_mamba2(inner: Mamba2Inner, output: Tensor, prefix: str, watch: _Watch, source: str) -> None:
-    """From z, x, B, C and dt (B, T, ...)."""
-    c = inner.config
-    bc = slice(c.inner_size, c.conv_size)
-    z, xBC, _ = output.split([c.inner_size, c.conv_size, c.num_heads], -1)
-    if source in ("x", "z"):
-        watch.score(f"{prefix}.inner", z if source == "z" else xBC[..., : c.inner_size])
-    bias = None if inner.conv1d.bias is None else inner.conv1d.bias[bc]
-    watch.score(f"{prefix}.state", F.silu(causal_conv(xBC[..., bc], inner.conv1d.weight[bc, 0], bias)))
-
-
-def _watch_mamba1(mixer: Mamba1Mixer, prefix: str, watch: _Watch, sources: Sources) -> list[RemovableHandle]:
-    def projected(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        _projected_mamba1(output, prefix, watch, sources.mamba)
-
-    handles = _watch_bottleneck(mixer, prefix, f"{prefix}.mixer", watch)
-    if sources.mamba == "o":
-        return [*handles, mixer.out_proj.register_forward_pre_hook(_score_hook(watch, f"{prefix}.inner"))]
-    return [*handles, mixer.in_proj.register_forward_hook(projected)]
-
-
-def _projected_mamba1(output: Tensor, prefix: str, watch: _Watch, source: str) -> None:
-    """From x and z (B, T, 2I)."""
-    x, z = output.chunk(2, -1)
-    watch.score(f"{prefix}.inner", z if source == "z" else x)
-
-
-def _watch_bottleneck(inner: Mamba1Inner, prefix: str, module: str, watch: _Watch) -> list[RemovableHandle]:
-    """States, from B and C after their norms, and what these norms divide."""
-    c = inner.config
-
-    def read(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        parts = output.split([c.dt_rank, c.state_size, c.state_size], -1)[1:]
-        if c.inner_norms:  # without their hooks
-            parts = [norm.forward(part) for norm, part in zip((inner.B_norm, inner.C_norm), parts, strict=True)]
-        watch.score(f"{prefix}.state", torch.cat([*parts], -1))
-
-    norms = ("dt_norm", "B_norm", "C_norm") if c.inner_norms else ()
-    hooks = [
-        (norm, _norm_hook(watch, f"{module}.{name}", norm, None)) for name in norms if (norm := getattr(inner, name))
-    ]
-    return [inner.x_proj.register_forward_hook(read), *(norm.register_forward_hook(hook) for norm, hook in hooks)]
-
-
-def _watch_hybrid(mixer: HybridMixer, prefix: str, watch: _Watch, sources: Sources) -> list[RemovableHandle]:
-    ssm, own = mixer.ssm, f"{prefix}.mixer"
-
-    def projected(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        inputs = output.split(mixer.widths, -1)[-1]
-        if isinstance(ssm, Mamba2Inner):
-            _projected_mamba2(ssm, inputs, prefix, watch, sources.hybrid)
-        elif sources.hybrid in ("x", "z"):
-            _projected_mamba1(inputs, prefix, watch, sources.hybrid)
-
-    norm = mixer.attention_norm
-    handles = [
-        mixer.in_proj.register_forward_hook(projected),
-        norm.register_forward_hook(_norm_hook(watch, f"{own}.attention_norm", norm, None)),
-    ]
-    if sources.hybrid == "o":
-        handles.append(mixer.out_proj.register_forward_pre_hook(_score_hook(watch, f"{prefix}.inner")))
-    if isinstance(ssm, Mamba2Inner):  # its gated group norm lies within it; an identity stands for the branch's norm
-
-        def scanned(_: nn.Module, args: tuple[Any, ...]) -> None:
-            watch.energy(f"{own}.ssm.norm.weight", args[0], ssm.norm.weight)
-
-        return [*handles, mixer.ssm_norm.register_forward_pre_hook(scanned)]
-    handles.append(mixer.ssm_norm.register_forward_hook(_norm_hook(watch, f"{own}.ssm_norm", mixer.ssm_norm, None)))
-    return [*handles, *_watch_bottleneck(ssm, prefix, f"{own}.ssm", watch)]
-
-
-def _score_hook(watch: _Watch, name: str) -> Callable[..., None]:
-    """What goes into a projection is its score."""
-    return lambda _, args: watch.score(name, args[0])
-
-
-def _watch_attention(mixer: AttentionMixer, prefix: str, watch: _Watch, sources: Sources) -> list[RemovableHandle]:
-    del sources
-    return [mixer.o_proj.register_forward_pre_hook(_score_hook(watch, f"{prefix}.query"))]
-
-
-def _watch_mlp(mixer: MLPMixer, prefix: str, watch: _Watch, sources: Sources) -> list[RemovableHandle]:
-    def projected(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        watch.score(f"{prefix}.neuron", output)
-
-    if sources.neuron == "pre":
-        return [mixer.up_proj.register_forward_hook(projected)]
-    return [mixer.down_proj.register_forward_pre_hook(_score_hook(watch, f"{prefix}.neuron"))]
-
-
-WATCHERS: dict[type, Callable[..., list[RemovableHandle]]] = {
-    Mamba2Config: _watch_mamba2,
-    Mamba1Config: _watch_mamba1,
-    AttentionConfig: _watch_attention,
-    HybridConfig: _watch_hybrid,
-    MLPConfig: _watch_mlp,
-}
+def _gated_norms(model: HybridModel) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Mamba-2's, which lie within their mixers: the module whose input is their output, and their gain."""
+    for index, block in enumerate(model.blocks):
+        mixer: Any = block.mixer
+        if isinstance(mixer, Mamba2Inner):
+            yield f"blocks.{index}.mixer.norm", mixer.out_proj, mixer.norm.weight  # type: ignore[misc]
+        elif isinstance(mixer, HybridMixer) and isinstance(mixer.ssm, Mamba2Inner):  # an identity stands for its norm
+            yield f"blocks.{index}.mixer.ssm.norm", mixer.ssm_norm, mixer.ssm.norm.weight

@@ -14,13 +14,12 @@ from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model
 from halflap.checkpoints.hymba import cannot_write, read_config, write_config
 from halflap.compress.axes import Sizes, check_sizes, depth_units, resize
 from halflap.compress.depth import DEPTH_METRICS, depth_scores
-from halflap.compress.importance import Importance, score_shapes
+from halflap.compress.importance import Importance, Scoring, score_shapes
 from halflap.compress.metrics import METRICS, collect
 from halflap.compress.plan import PruningPlan
 from halflap.compress.ranking import drop_order, plan_for
 from halflap.compress.space import Budget, SearchSpace, _Costs, costs, fitting, kept_after
 from halflap.compress.verify import cut_model, verify
-from halflap.compress.watch import Sources
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.config import HybridConfig, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
@@ -119,20 +118,20 @@ def test_hybrid_heads_are_scored_at_their_source(name: str, source: str) -> None
         first = (source == "x") == (name == "mamba1")
         start = sum(mixer.widths[:-1]) + (0 if first else 64)
         mixer.in_proj.register_forward_hook(lambda _, args, output: seen.append(output[..., start : start + 64]))
-    found = collect(model, [batch_of(TOKENS)], sources=Sources(hybrid=source)).widths["blocks.0.inner"]
+    found = collect(model, [batch_of(TOKENS)], scoring=Scoring(hybrid=source)).widths["blocks.0.inner"]
     expected = seen[0][:, 3:].abs().mean(1).square().sum(0).sqrt()  # the first 3 positions are meta tokens'
     torch.testing.assert_close(found.flatten(), expected.float())
 
 
 @pytest.mark.parametrize("metric", DEPTH_METRICS)
 def test_every_depth_metric_is_finite(metric: str) -> None:
-    assert bool(depth_scores(make_model(), [batch_of(TOKENS, SEGMENTS)], metric).isfinite().all())
+    assert bool(depth_scores(make_model(), [batch_of(TOKENS, SEGMENTS)], metric).mean.isfinite().all())
 
 
 def test_depth_scores_are_those_of_a_silenced_block() -> None:
     """Producers' keys and values are still read; meta tokens, which have no targets, count nowhere."""
     model = make_model()
-    found = depth_scores(model, [batch_of(TOKENS, SEGMENTS)], "hidden_mse")
+    found = depth_scores(model, [batch_of(TOKENS, SEGMENTS)], "hidden_mse").mean
     for index, block in enumerate(TINY.blocks):
         silenced = copy.deepcopy(model)
         mixer = silenced.blocks[index].mixer

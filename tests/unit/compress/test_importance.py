@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halflap.compress.depth import DEPTH_METRICS, depth_scores
-from halflap.compress.importance import Importance, score_shapes
+from halflap.compress.importance import Importance, Scoring, score_shapes
 from halflap.compress.metrics import METRICS, collect
-from halflap.compress.watch import Sources
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, RopeConfig
@@ -96,7 +95,7 @@ def test_scores_are_what_the_formula_says() -> None:
     post = F.relu(seen[0]).square().mean(1).square().sum(0).sqrt()
     pre = seen[0].abs().mean(1).square().sum(0).sqrt()
     assert torch.allclose(collect(model, [batch]).widths["blocks.1.neuron"].double(), post, rtol=1e-5)
-    scores = collect(model, [batch], sources=Sources(neuron="pre"))
+    scores = collect(model, [batch], scoring=Scoring(neuron="pre"))
     assert torch.allclose(scores.widths["blocks.1.neuron"].double(), pre, rtol=1e-5)
 
 
@@ -115,7 +114,7 @@ def test_mamba_heads_can_be_scored_from_three_places(source: str) -> None:
         handle.remove()
     watched = {"z": seen[0][..., :48], "x": seen[0][..., 48:96], "o": seen[1]}[source]
     expected = watched.abs().mean(1).square().sum(0).sqrt().reshape(4, 2, 6)
-    found = collect(model, [batch], sources=Sources(mamba=source)).widths["blocks.0.inner"]
+    found = collect(model, [batch], scoring=Scoring(mamba=source)).widths["blocks.0.inner"]
     assert torch.allclose(found.double(), expected, rtol=1e-5)
 
 
@@ -163,7 +162,7 @@ def test_watching_changes_nothing_and_leaves_nothing_behind() -> None:
 def test_no_text_is_refused() -> None:
     with pytest.raises(HalflapError, match="no calibration text"):
         collect(make_model(HYBRID), [])
-    with pytest.raises(HalflapError, match="allowed are activation, weight_norm, random"):
+    with pytest.raises(HalflapError, match="allowed are activation, taylor, weight_norm, random"):
         collect(make_model(HYBRID), [rows()], "magnitude")
 
 
@@ -214,7 +213,9 @@ def test_a_block_without_output_scores_zero(config: ModelConfig, metric: str) ->
                 getattr(model.blocks[0].mixer, name).weight.zero_()
     batches = [rows(2), rows(3, seed=1)]
     scores = (
-        collect(model, batches).depth[metric] if metric == "block_influence" else depth_scores(model, batches, metric)
+        collect(model, batches).depth[metric]
+        if metric == "block_influence"
+        else depth_scores(model, batches, metric).mean
     )
     assert scores[0].abs() < 1e-12 and (scores[1:].abs() > 1e-6).all()
 
@@ -223,7 +224,7 @@ def test_a_block_without_output_scores_zero(config: ModelConfig, metric: str) ->
 def test_removal_equals_a_model_without_the_block(metric: str) -> None:
     """Against whole models with the output projection of one block silenced."""
     model, batch = make_model(HYBRID), rows(3)
-    scores = depth_scores(model, [batch], metric)
+    scores = depth_scores(model, [batch], metric).mean
     with torch.no_grad():
         full = model(batch.tokens)
         hidden = model.hidden_states(batch.tokens)
@@ -243,7 +244,7 @@ def test_removal_equals_a_model_without_the_block(metric: str) -> None:
 
 
 def test_unknown_depth_metric_is_refused() -> None:
-    with pytest.raises(HalflapError, match="allowed are block_influence, kl"):
+    with pytest.raises(HalflapError, match="those that do are kl"):
         depth_scores(make_model(HYBRID), [rows()], "size")
     with pytest.raises(HalflapError, match="no calibration text"):
         depth_scores(make_model(HYBRID), [], "kl")

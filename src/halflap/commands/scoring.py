@@ -1,0 +1,131 @@
+"""How importance is measured: calibration text, one pass for widths, removals for depth, and the files they leave.
+
+A pass keeps its sums in the run's `scoring/` folder until the scores are written, so a killed one goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from halflap.commands.sections import ScoreSettings
+from halflap.commands.students import Teacher
+from halflap.compress.depth import depth_scores, remove_one_by_one
+from halflap.compress.importance import Importance, Scoring
+from halflap.compress.metrics import collect_all
+from halflap.compress.partial import Scratch
+from halflap.compress.plan import Row
+from halflap.data.batch import Batch
+from halflap.data.loader import Loader
+from halflap.models.model import HybridModel
+
+IMPORTANCE, SCRATCH = "importance.safetensors", "scoring"
+DEPTH_SHARE = 8
+"""Blocks are removed one by one on this fraction of the calibration text: each costs a pass, and a quarter of the
+text that widths need suffices in the papers."""
+
+
+def importance(directory: Path, teacher: Teacher, loader: Loader, tokens: int, settings: ScoreSettings) -> Importance:
+    """What ranks, measured once and kept in the directory, with a file for every other scoring that was asked for."""
+    file = directory / IMPORTANCE
+    if not file.exists():
+        found = measure(teacher, calibration(loader, tokens), settings, directory / SCRATCH)
+        for other in found[1:]:
+            other.save(directory / file_of(other, found[0]))
+        found[0].save(file)
+    shutil.rmtree(directory / SCRATCH, ignore_errors=True)
+    return read_importance(file, teacher)
+
+
+def read_importance(file: str | Path, teacher: Teacher) -> Importance:
+    """Raises HalflapError unless it is this teacher's."""
+    found = Importance.load(Path(file) / IMPORTANCE if Path(file).is_dir() else file)
+    found.check_teacher(teacher.digest)
+    return found
+
+
+def file_of(other: Importance, first: Importance) -> str:
+    """Its name says where its scoring differs from the first's: `importance-mamba-z-sequence-l2.safetensors`."""
+    differs = [f"-{name}-{value}" for name, value in other.scoring.items() if first.scoring[name] != value]
+    return f"importance{''.join(differs)}.safetensors".replace("_", "-")
+
+
+def calibration(loader: Loader, tokens: int) -> list[Batch]:
+    """The first rows of the training text that hold about so many tokens, each at most once, in batches."""
+    rows = min(sum(loader.rows), max(1, round(tokens / loader.sequence_length)))
+    size = loader.micro_batch_size * loader.world
+    whole, rest = divmod(rows, size)
+    last = [loader.rows_from(whole * size, rest // loader.world)] if rest >= loader.world else []
+    return [*(loader.batch(index) for index in range(whole)), *last]
+
+
+def shortage(found: Importance, loader: Loader, tokens: int) -> str | None:
+    """Says how much calibration text there was, if that is less than was asked for."""
+    if not found.tokens or sum(loader.rows) * loader.sequence_length >= tokens:
+        return None
+    return f"{tokens:,} tokens of calibration text were asked for, and there were {found.tokens:,}: all were read"
+
+
+def scorings(settings: ScoreSettings) -> list[Scoring]:
+    """Every combination; the first is of the first values."""
+    return [
+        Scoring(*combination)
+        for combination in itertools.product(
+            settings.neuron_source,
+            settings.mamba_source,
+            settings.hybrid_source,
+            settings.sequence_aggregation,
+            settings.batch_aggregation,
+        )
+    ]
+
+
+def measure(
+    teacher: Teacher, batches: list[Batch], settings: ScoreSettings, directory: Path | None = None
+) -> list[Importance]:
+    """Scores of every axis in one pass, for each scoring; of whole blocks by removal on a part of the text."""
+    digest = _digest(batches)
+    made_from = json.dumps({"teacher": teacher.digest, "text": digest, **dataclasses.asdict(settings)})
+    scratch = Scratch(directory, made_from)
+    model = teacher.load()
+    on_device = [batch.to(teacher.device) for batch in batches]
+    found = collect_all(model, on_device, settings.metric, scorings(settings), scratch=scratch, seed=teacher.seed)
+    common = {"teacher": teacher.digest, "calibration": digest}
+    if settings.metric == "random":  # of blocks too
+        return [dataclasses.replace(one, **common) for one in found]
+    depth, removed = dict(found[0].depth), Row()
+    if settings.depth_metric not in depth:
+        part = on_device[: max(1, len(on_device) // DEPTH_SHARE)]
+        scores, removed = _depth(model, part, settings, scratch)
+        depth |= scores
+    ranks = f"{settings.depth_metric}_rank" if settings.depth_average == "rank" else settings.depth_metric
+    return [dataclasses.replace(one, depth=depth, depth_metric=ranks, removed=removed, **common) for one in found]
+
+
+def _depth(
+    model: HybridModel, batches: list[Batch], settings: ScoreSettings, scratch: Scratch
+) -> tuple[dict[str, torch.Tensor], Row]:
+    """Scores of blocks by metric, and which ones went if that was asked for."""
+    metric = settings.depth_metric
+    one_pass = {"taylor": "taylor", "block_influence": "activation"}
+    if metric in one_pass:
+        return dict(collect_all(model, batches, one_pass[metric], [Scoring()], scratch=scratch)[0].depth), ()
+    if settings.depth_iterative is None:
+        scores, removed = depth_scores(model, batches, metric, scratch=scratch), Row()
+    else:
+        average, count = settings.depth_average, settings.depth_iterative
+        scores, removed = remove_one_by_one(model, batches, metric, average, count, scratch)
+    return {metric: scores.mean, f"{metric}_rank": scores.rank}, removed
+
+
+def _digest(batches: list[Batch]) -> str:
+    total = hashlib.sha256()
+    for batch in batches:
+        total.update(batch.tokens.numpy().tobytes())
+    return total.hexdigest()
