@@ -13,7 +13,7 @@ import torch
 
 from halflap.checkpoints.checkpoint import load_model, save_model
 from halflap.checkpoints.config import read_lineage
-from halflap.commands import students
+from halflap.commands import scoring, students
 from halflap.compress.importance import Importance
 from halflap.data.tokenizer import train_tokenizer
 from halflap.models.count import count_parameters
@@ -58,7 +58,7 @@ def scored(place: Path) -> Path:
 
 def test_score_leaves_importance_of_every_axis(scored: Path, place: Path) -> None:
     found = Importance.load(scored)
-    assert set(found.depth) == {"block_influence", "kl"} and found.tokens > 1900
+    assert set(found.depth) == {"block_influence", "kl", "kl_rank"} and found.tokens > 1900
     result = json.loads((place / "scored" / "status.json").read_text())["result"]
     assert {row["axis"] for row in result["axes"]} >= {"hidden_size", "mamba_num_heads", "num_attention_heads"}
 
@@ -211,7 +211,7 @@ def test_an_interrupted_compress_goes_on(
         patch.setattr(students, "judge", interrupted)
         assert halflap(*words).status == 130
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "pruned").iterdir()}
-    monkeypatch.setattr(students, "measure", interrupted)
+    monkeypatch.setattr(scoring, "measure", interrupted)
     result = halflap(*words).json
     assert result["student"]["loss"] > 0
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "pruned").iterdir()}

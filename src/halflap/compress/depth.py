@@ -56,8 +56,8 @@ class Removal(NamedTuple):
 
 
 DepthMetric = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[float, float]]
-"""(full, without) final hidden states (M, D) of a row's tokens that count, head (V, D), targets and weights (M,) ->
-numerator and denominator of the row's score."""
+"""Head (V, D), final hidden states (M, D) with and without the block of a row's tokens that count, their targets and
+weights (M,) -> numerator and denominator of the row's score."""
 
 
 def depth_scores(
@@ -140,11 +140,8 @@ def _rows_without(
         with_it = block(stream, context)  # first, for the keys and values that later blocks read
         without = _finish(model, stream, context, (*gone, *range(index + 1)), places)
         for row in used.any(1).nonzero()[:, 0].tolist():
-            one, other, targets, weights = (
-                part[row][used[row]] for part in (full, without, batch.targets, batch.weights)
-            )
-            score = DEPTH_METRICS[metric](one, other, model.head_weight, targets, weights)
-            over[row, index], under[row, index] = score
+            of_row = (part[row][used[row]] for part in (full, without, batch.targets, batch.weights))
+            over[row, index], under[row, index] = DEPTH_METRICS[metric](model.head_weight, *of_row)
         stream = with_it
         progress.advance()
     return over, under
@@ -171,23 +168,23 @@ def _finish(model: HybridModel, stream: Tensor, context: Any, skipped: Row, plac
     return model.norm(stream).to(model.norm.weight.dtype)
 
 
-def _kl(full: Tensor, without: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:
+def _kl(head: Tensor, full: Tensor, without: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:
     del targets
     return float(kl_divergence_sum(without, head, full, head, weights)), float(weights.sum())
 
 
-def _loss(full: Tensor, without: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:
+def _loss(head: Tensor, full: Tensor, without: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:
     before, after = (float(cross_entropy_sum(hidden, head, targets, weights)) for hidden in (full, without))
     return after - before, float(weights.sum())
 
 
-def _hidden_mse(full: Tensor, without: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:
+def _hidden_mse(head: Tensor, full: Tensor, without: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:
     del head, targets
     difference = (full - without).double().square().mean(-1)
     return float(difference @ weights.double()), float(weights.sum())
 
 
-def _logit_mse(full: Tensor, without: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:
+def _logit_mse(head: Tensor, full: Tensor, without: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:
     del targets, weights
     changed = scale = 0.0
     for one, other in zip(full.split(ROWS), without.split(ROWS), strict=True):

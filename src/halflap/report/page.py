@@ -221,6 +221,11 @@ DEPTH_NAMES = {
     "block_influence": "block influence, 1 − cosine of what goes in and out",
     "hidden_mse": "mean squared change of the final hidden state when the block is removed",
     "logit_mse": "relative squared change of the logits when the block is removed",
+    "taylor": "first-order estimate of the change of the loss when the block is removed",
+    "kl_rank": "mean rank within rows by KL divergence",
+    "loss_rank": "mean rank within rows by added loss",
+    "hidden_mse_rank": "mean rank within rows by the change of the final hidden state",
+    "logit_mse_rank": "mean rank within rows by the change of the logits",
 }
 
 
