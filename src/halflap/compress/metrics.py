@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from halflap.compress.axes import block_of, short_name
+from halflap.compress.check import check_scores
 from halflap.compress.importance import DEFAULT_SCORING, Importance, Scoring, score_shapes
 from halflap.compress.partial import NOWHERE, Scratch
 from halflap.compress.taylor import taylor
 from halflap.compress.watch import activation
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
-from halflap.models.config import ModelConfig
 from halflap.models.layout import dim_size, is_offset_gain, layout
 from halflap.models.model import HybridModel
 
@@ -127,37 +126,3 @@ def collect_all(
     for importance in found:
         check_scores(importance, model.config)
     return found
-
-
-# ---- what cannot be ranked
-
-WORDS = {
-    "norm": "hidden channels",
-    "neuron": "neurons",
-    "query": "query heads",
-    "inner": "SSM channels",
-    "state": "states",
-}
-
-
-def check_scores(importance: Importance, config: ModelConfig) -> None:
-    """Raise HalflapError on NaN and infinity, of the first block that has them, and warn of axes that are all 0."""
-    scores = {f"blocks.{index}.norm": row for index, row in enumerate(importance.widths["hidden"])}
-    scores |= {name: value for name, value in importance.widths.items() if name != "hidden"}
-    read = {"taylor": "gradients", "weight_norm": "weights"}.get(importance.metric, "activations")
-    for name, value in sorted(scores.items(), key=lambda item: block_of(item[0]) or 0):
-        place = f"the {WORDS[short_name(name)]} of block {block_of(name)} ({config.pattern()[block_of(name) or 0]})"
-        if not bool(value.isfinite().all()):
-            raise HalflapError(
-                f"{read} of {place} are NaN or infinite, so nothing can be ranked; check the checkpoint with "
-                "`halflap evaluate`"
-            )
-        if not bool(value.any()):
-            warnings.warn(f"{read} of {place} are all 0, so which of them to cut is arbitrary", stacklevel=2)
-    for name, value in importance.depth.items():
-        if not bool(value.isfinite().all()):
-            index = int(value.isfinite().int().argmin())
-            raise HalflapError(
-                f"what block {index} puts out is NaN or infinite by {name}, so blocks cannot be ranked; check the "
-                "checkpoint with `halflap evaluate`"
-            )

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,7 +33,7 @@ ALL = slice(None)
 class Site(NamedTuple):
     """An activation (B, T, C) that scores an axis.
 
-    name      of the score; `blocks.i.norm` is row i of `hidden`
+    name      of the score; `blocks.i.norm` is row i of `hidden`, `blocks.i.state.B` and `.C` make `blocks.i.state`
     source    a value of `Scoring`; empty where there is no choice
     channels  of the module's input or output; the transform, if any, keeps their number
     """
@@ -98,15 +97,19 @@ def _mamba2(mixer: Mamba2Mixer, prefix: str) -> Iterator[Site]:
 def _projected_mamba2(inner: Mamba2Inner, projection: nn.Module, prefix: str, start: int) -> Iterator[Site]:
     """From z, x, B, C and dt, which begin at channel `start`."""
     c = inner.config
-    x, BC, dt = start + c.inner_size, start + 2 * c.inner_size, start + c.inner_size + c.conv_size
+    x = start + c.inner_size
     yield Site(f"{prefix}.inner", "z", projection, True, slice(start, x))
-    yield Site(f"{prefix}.inner", "x", projection, True, slice(x, BC))
-    yield Site(f"{prefix}.state", "", projection, True, slice(BC, dt), partial(_convolved, inner))
+    yield Site(f"{prefix}.inner", "x", projection, True, slice(x, x + c.inner_size))
+    for number, name in enumerate("BC"):
+        first = c.inner_size + number * c.num_groups * c.state_size
+        rows = slice(first, first + c.num_groups * c.state_size)
+        where = slice(x + rows.start, x + rows.stop)
+        yield Site(f"{prefix}.state.{name}", "", projection, True, where, partial(_convolved, inner, rows))
 
 
-def _convolved(inner: Mamba2Inner, BC: Tensor) -> Tensor:
-    conv, start = inner.conv1d, inner.config.inner_size
-    return F.silu(causal_conv(BC, conv.weight[start:, 0], None if conv.bias is None else conv.bias[start:]))
+def _convolved(inner: Mamba2Inner, rows: slice, a: Tensor) -> Tensor:
+    conv = inner.conv1d
+    return F.silu(causal_conv(a, conv.weight[rows, 0], None if conv.bias is None else conv.bias[rows]))
 
 
 def _mamba1(mixer: Mamba1Mixer, prefix: str) -> Iterator[Site]:
@@ -120,13 +123,12 @@ def _projected_mamba1(inner: Mamba1Inner, projection: nn.Module, prefix: str, st
     z = start + c.inner_size
     yield Site(f"{prefix}.inner", "x", projection, True, slice(start, z))
     yield Site(f"{prefix}.inner", "z", projection, True, slice(z, z + c.inner_size))
-    BC = slice(c.dt_rank, c.dt_rank + 2 * c.state_size)
-    yield Site(f"{prefix}.state", "", inner.x_proj, True, BC, partial(_normalised, inner) if c.inner_norms else None)
-
-
-def _normalised(inner: Mamba1Inner, BC: Tensor) -> Tensor:
-    B, C = BC.chunk(2, -1)
-    return torch.cat([inner.B_norm.forward(B), inner.C_norm.forward(C)], -1)  # without their hooks
+    for number, name in enumerate("BC"):
+        first = c.dt_rank + number * c.state_size
+        if c.inner_norms:
+            yield Site(f"{prefix}.state.{name}", "", getattr(inner, f"{name}_norm"), True)
+        else:
+            yield Site(f"{prefix}.state.{name}", "", inner.x_proj, True, slice(first, first + c.state_size))
 
 
 def _hybrid(mixer: HybridMixer, prefix: str) -> Iterator[Site]:

@@ -3,8 +3,8 @@
 A gate of value 1 that multiplies an activation a (B, T, C) channel by channel has the derivative sum_t a * dl/da, with
 l a row's mean next-token loss. Its absolute value is the first-order Taylor criterion (Molchanov et al. 2017, eq. 8; a
 head's gate adds up its channels, Michel et al. 2019), and rows are joined as those of activations are: their mean, or
-the L2 norm, which is the squared criterion of Molchanov et al. 2019. Activations are those of `sites.py`, states at the
-rows of B and C as projected; a block's gate is on what its mixer adds to the residual stream.
+the L2 norm, which is the squared criterion of Molchanov et al. 2019. Activations are those of `sites.py`, B and C of
+Mamba-2 before their convolution; a block's gate is on what its mixer adds to the residual stream.
 
 Weights need no gradient, so a pass takes the memory of a training pass over a micro-batch without theirs.
 """
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from halflap.compress.axes import block_of, short_name
+from halflap.compress.check import check_scores
 from halflap.compress.importance import Importance, Scoring
 from halflap.compress.partial import NOWHERE, Scratch, Sums, resumable
 from halflap.compress.sites import Site, sites
-from halflap.compress.watch import BATCHES, widths_of
+from halflap.compress.watch import BATCHES, activation, widths_of
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.model import HybridModel
@@ -58,7 +59,8 @@ def taylor(
             _add(sums, "tokens", counts.sum().double())
             progress.advance()
             if not all(bool(total.isfinite().all()) for total in sums.values()):
-                break  # whoever checks the scores says where
+                check_scores(activation(model, [batch], [Scoring()])[0], model.config)  # gradients do not say where
+                break
     return _results(model, scorings, sums)
 
 

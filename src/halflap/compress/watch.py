@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halflap.compress.axes import block_of
+from halflap.compress.axes import block_of, short_name
 from halflap.compress.importance import Importance, Scoring, score_shapes
 from halflap.compress.partial import NOWHERE, Scratch, Sums, resumable
 from halflap.compress.sites import Site, sites, source_of
@@ -105,7 +105,7 @@ class _Watch:
         """Handles of all hooks, which are set as this is read."""
         norms = dict(_norms(self.model))
         for site in sites(self.model, self.scorings):
-            if site.module not in norms.values():
+            if short_name(site.name) != "norm":
                 yield from self._site_hooks(site)
         for name, norm in norms.items():
             yield norm.register_forward_hook(self._norm_hook(name, norm))
@@ -289,18 +289,16 @@ def widths_of(model: HybridModel, scoring: Scoring, found: Callable[[str, str], 
     for name, shape in score_shapes(config).items():
         if name != "hidden":
             source = source_of(config.blocks[block_of(name) or 0], name, scoring)
-            widths[name] = _on_grid(name, found(name, source), shape)
+            parts = (f"{name}.B", f"{name}.C") if name.endswith(".state") else (name,)
+            widths[name] = _on_grid(name, [found(part, source) for part in parts], shape)
     return {name: value.float().cpu() for name, value in widths.items()}
 
 
-def _on_grid(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _on_grid(name: str, parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
     """Per-channel scores to the grid of the axis: queries take the L2 norm over their channels, states join B and C."""
     if name.endswith(".query"):
-        return torch.linalg.vector_norm(value.reshape(*shape, -1), dim=-1)
-    if name.endswith(".state"):
-        B, C = value.reshape(2, *shape)
-        return (B * C).sqrt()
-    return value.reshape(shape)
+        return torch.linalg.vector_norm(parts[0].reshape(*shape, -1), dim=-1)
+    return (parts[0] if len(parts) == 1 else (parts[0] * parts[1]).sqrt()).reshape(shape)
 
 
 def _norms(model: HybridModel) -> Iterator[tuple[str, Any]]:
