@@ -16,7 +16,7 @@ import torch
 
 from halflap.commands.sections import ScoreSettings
 from halflap.commands.students import Teacher
-from halflap.compress.depth import depth_scores, remove_one_by_one
+from halflap.compress.depth import check_count, depth_scores, remove_one_by_one
 from halflap.compress.importance import Importance, Scoring
 from halflap.compress.metrics import collect_all
 from halflap.compress.partial import Scratch
@@ -90,6 +90,8 @@ def measure(
     teacher: Teacher, batches: list[Batch], settings: ScoreSettings, directory: Path | None = None
 ) -> list[Importance]:
     """Scores of every axis in one pass, for each scoring; of whole blocks by removal on a part of the text."""
+    if settings.depth_iterative is not None:
+        check_count(teacher.config, settings.depth_iterative)
     digest = _digest(batches)
     made_from = json.dumps({"teacher": teacher.digest, "text": digest, **dataclasses.asdict(settings)})
     scratch = Scratch(directory, made_from)

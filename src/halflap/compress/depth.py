@@ -29,6 +29,7 @@ from halflap.compress.plan import Row
 from halflap.compress.ranking import rank_blocks
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
 from halflap.models.meta import at_places, text_places
 from halflap.models.model import HybridModel
 from halflap.ops.vocabulary_loss import cross_entropy_sum, kl_divergence_sum
@@ -109,12 +110,8 @@ def remove_one_by_one(
     average: "mean" or "rank", which of the scores decides, under the rules of `ranking.rank_blocks`. Every round leaves
     its sums in the scratch directory. Raises HalflapError on a count that cannot be.
     """
+    check_count(model.config, count)
     units = depth_units(model.config)
-    if not 0 < count < len(model.blocks) or count % len(units[0]):
-        raise HalflapError(
-            f"depth_iterative is {count}; the model has {len(model.blocks)} blocks, which leave in steps of "
-            f"{len(units[0])}, and at least one step must stay: correct --depth-iterative"
-        )
     removed: Row = ()
     scores = DepthScores(*(torch.full((len(model.blocks),), torch.nan),) * 2)
     while len(removed) < count:
@@ -123,6 +120,16 @@ def remove_one_by_one(
         following = rank_blocks(getattr(scores, average).tolist(), model.config, removed)[len(removed)]
         removed += next(unit for unit in units if following in unit)
     return Removal(scores, removed)
+
+
+def check_count(config: ModelConfig, count: int) -> None:
+    """Raise HalflapError unless so many blocks can be removed."""
+    total, step = len(config.blocks), len(depth_units(config)[0])
+    if not 0 < count < total or count % step:
+        raise HalflapError(
+            f"depth_iterative is {count}; the model has {total} blocks, which leave in steps of {step}, and at least one "
+            "step must stay: correct --depth-iterative"
+        )
 
 
 def _rows_without(
