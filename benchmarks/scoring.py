@@ -1,15 +1,27 @@
-"""Scoring every axis by activations against one plain forward pass over the same tokens: the ratio of their times."""
+"""Scoring every axis by activations against one plain forward pass over the same tokens: the ratio of their times.
+
+`scoring` is what `halflap score` does by default, `every_source` all sources and aggregations at once.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 
 from common import Report, arguments, interleave, our_model, random_tokens, spread
-from halflap.compress.watch import DEFAULT_SOURCES, activation
+from halflap.compress.importance import DEFAULT_SCORING, Scoring
+from halflap.compress.watch import activation
 from halflap.data.batch import Batch
 from halflap.models.model import HybridModel
+
+EVERYTHING = [
+    Scoring(neuron, mamba, mamba, sequence, batch)
+    for neuron, mamba, sequence, batch in itertools.product(
+        ("post", "pre"), ("x", "z", "o", "flap"), ("mean", "l2", "signed_mean"), ("l2", "mean")
+    )
+]
 
 
 def batches_of(model: HybridModel, rows: int, length: int, count: int) -> list[Batch]:
@@ -34,13 +46,16 @@ def main() -> None:
         batches = batches_of(model, chosen.rows, chosen.length, chosen.batches)
         sides = {
             "plain_pass": plain_pass(model, batches),
-            "scoring": lambda model=model, batches=batches: activation(model, batches, DEFAULT_SOURCES, 0),
+            "scoring": lambda model=model, batches=batches: activation(model, batches, [DEFAULT_SCORING]),
+            "every_source": lambda model=model, batches=batches: activation(model, batches, EVERYTHING),
         }
         tokens = chosen.rows * chosen.length * chosen.batches
         times = interleave(sides, chosen.repeats)
         rates = {name: spread(t, tokens) for name, t in times.items()}
-        ratio = rates["plain_pass"]["median"] / rates["scoring"]["median"]
-        report.add(size=size, dtype="float32", tokens=tokens, **rates, time_ratio=ratio)
+        plain = rates["plain_pass"]["median"]
+        ratios = {"time_ratio": "scoring", "time_ratio_every_source": "every_source"}
+        ratios = {name: plain / rates[side]["median"] for name, side in ratios.items()}
+        report.add(size=size, dtype="float32", tokens=tokens, **rates, **ratios)
     report.write()
 
 

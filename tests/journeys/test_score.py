@@ -143,6 +143,7 @@ def test_one_pass_depth_metrics_rank_beside_any_width_metric(
         (("--metric", "taylor", "--mamba-source", "x", "flap"), "flap is a score of its own"),
         (("--depth-metric", "block_influence", "--depth-average", "rank"), "depth_average was given with depth_metric"),
         (("--depth-metric", "taylor", "--depth-iterative", 2), "depth_iterative was given with depth_metric taylor"),
+        (("--metric", "random", "--depth-iterative", 1), "depth_iterative was given with metric random"),
         (("--depth-iterative", 0), "at least 1"),
     ],
 )

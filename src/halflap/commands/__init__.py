@@ -3,6 +3,7 @@
 config.py      one frozen recipe dataclass a verb; its fields are the flags, the YAML keys and the Python keywords
 checkpoint.py  import, inspect
 export.py      export: stock classes, GGUF, Megatron
-compress.py    score, search, prune, verify, distill, compress; teaching.py trains students, chain.py divides into steps
+compress.py    score, search, prune, verify, distill, compress; scoring.py measures importance, teaching.py trains
+               students, chain.py divides into steps
 doctor.py      versions, kernels, device limits, what is missing
 """

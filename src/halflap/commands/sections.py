@@ -155,6 +155,8 @@ class ScoreSettings:
                 "metric is taylor, and flap is a score of its own; choose x, z or o, or metric activation"
             )
         for name, asked in (("depth_average", self.depth_average == "rank"), ("depth_iterative", self.depth_iterative)):
+            if asked and self.metric == "random":
+                raise RecipeError(f"{name} was given with metric random, which draws scores of blocks; leave it out")
             if asked and self.depth_metric not in REMOVING:
                 raise RecipeError(
                     f"{name} was given with depth_metric {self.depth_metric}, which does not leave blocks out; choose "

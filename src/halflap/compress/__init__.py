@@ -3,9 +3,13 @@
 kinds.py       what can be cut of each kind of block: one row a kind
 axes.py        which axes may be cut, what their sizes are called, and the config that remains after a cut
 importance.py  scores of every axis, as a file
-watch.py       scores from activations: one pass over calibration text serves every axis
+sites.py       where the activations of every axis are
+watch.py       scores from activations: one pass over calibration text serves every axis, source and aggregation
+taylor.py      scores from gradients
+partial.py     sums of a pass, kept so that a killed one goes on
+check.py       scores that cannot rank anything
 metrics.py     the table of metrics, and the controls `weight_norm` and `random`
-depth.py       scores of whole blocks: what their removal does to the output
+depth.py       scores of whole blocks: what their removal does to the output, all at once or one after another
 ranking.py     group-aware kept indices from importance and target sizes
 space.py       sizes to try, budgets, and what each candidate costs, from configs alone
 search.py      rank candidates by loss, then after a short distillation; resumable

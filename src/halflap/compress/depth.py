@@ -127,8 +127,8 @@ def check_count(config: ModelConfig, count: int) -> None:
     total, step = len(config.blocks), len(depth_units(config)[0])
     if not 0 < count < total or count % step:
         raise HalflapError(
-            f"depth_iterative is {count}; the model has {total} blocks, which leave in steps of {step}, and at least one "
-            "step must stay: correct --depth-iterative"
+            f"depth_iterative is {count}; the model has {total} blocks, which leave in steps of {step}, and at least "
+            "one step must stay: correct --depth-iterative"
         )
 
 
