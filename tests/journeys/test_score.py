@@ -154,9 +154,18 @@ def test_settings_that_mean_nothing_are_refused(
     assert outcome.status == 2 and says in outcome.err
 
 
-def test_a_count_of_blocks_that_cannot_go_is_refused(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
-    outcome = halflap(*words(place, tmp_path / "run", "--depth-iterative", 4))
-    assert outcome.status == 1 and "depth_iterative is 4; the model has 4 blocks" in outcome.err
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--depth-iterative", 4), "depth_iterative is 4; the model has 4 blocks"),
+        (("--hybrid-source", "x"), "this nemotron_h model (M-*-) has no hybrid blocks: leave out --hybrid-source"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused(
+    more: Any, says: str, halflap: Callable[..., Any], place: Path, tmp_path: Path
+) -> None:
+    outcome = halflap(*words(place, tmp_path / "run", *more))
+    assert outcome.status == 1 and says in outcome.err
 
 
 def test_settings_beside_an_importance_file_are_refused(

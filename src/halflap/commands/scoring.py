@@ -23,6 +23,8 @@ from halflap.compress.partial import Scratch
 from halflap.compress.plan import Row
 from halflap.data.batch import Batch
 from halflap.data.loader import Loader
+from halflap.errors import HalflapError
+from halflap.models.config import HybridConfig, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.model import HybridModel
 
 IMPORTANCE, SCRATCH = "importance.safetensors", "scoring"
@@ -86,12 +88,31 @@ def scorings(settings: ScoreSettings) -> list[Scoring]:
     ]
 
 
+BLOCKS = {
+    "neuron_source": ("MLP", (MLPConfig,)),
+    "mamba_source": ("Mamba", (Mamba1Config, Mamba2Config)),
+    "hybrid_source": ("hybrid", (HybridConfig,)),
+}
+
+
+def check_settings(config: ModelConfig, settings: ScoreSettings) -> None:
+    """Raise HalflapError on what this model cannot give."""
+    for name, (kind, types) in BLOCKS.items():
+        given = getattr(settings, name) != getattr(ScoreSettings, name)
+        if given and not any(isinstance(block, types) for block in config.blocks):
+            raise HalflapError(
+                f"{name} was given, and this {config.family} model ({config.pattern()}) has no {kind} blocks: leave out "
+                f"--{name.replace('_', '-')}"
+            )
+    if settings.depth_iterative is not None:
+        check_count(config, settings.depth_iterative)
+
+
 def measure(
     teacher: Teacher, batches: list[Batch], settings: ScoreSettings, directory: Path | None = None
 ) -> list[Importance]:
     """Scores of every axis in one pass, for each scoring; of whole blocks by removal on a part of the text."""
-    if settings.depth_iterative is not None:
-        check_count(teacher.config, settings.depth_iterative)
+    check_settings(teacher.config, settings)
     digest = _digest(batches)
     made_from = json.dumps({"teacher": teacher.digest, "text": digest, **dataclasses.asdict(settings)})
     scratch = Scratch(directory, made_from)

@@ -111,17 +111,14 @@ class SearchSettings:
 @flat(IMPORTANCE)
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """How importance is measured."""
+    """How importance is measured. Every combination of sources and aggregations is a file of its own, of one pass."""
 
     metric: WidthMetric = "activation"
-    """What ranks widths: activations, or taylor (activation times gradient of the loss); weight_norm and random are
-    controls."""
+    """What ranks widths: activations, or taylor, which is by gradients; weight_norm and random are controls."""
     neuron_source: tuple[Literal["post", "pre"], ...] = ("post",)
-    """Score MLP neurons after their activation function, or before. Of several values here and in the next four flags,
-    the first ranks, and every other combination gets an importance file of its own from the same pass."""
+    """Score neurons after their activation function or before; of several values here and below the first ranks."""
     mamba_source: tuple[MambaSource, ...] = ("x",)
-    """Score Mamba channels by x or z of the input projection, by o, the input of the output projection, or by FLAP
-    (fluctuation of o, times weights)."""
+    """Score Mamba channels by the input projection's x or z, by o, the input of the output projection, or by FLAP."""
     hybrid_source: tuple[MambaSource, ...] = ("o",)
     """The same for hybrid heads, whose o has both branches."""
     sequence_aggregation: tuple[Literal["mean", "l2", "signed_mean"], ...] = ("mean",)
@@ -129,8 +126,7 @@ class ScoreSettings:
     batch_aggregation: tuple[Literal["l2", "mean"], ...] = ("l2",)
     """Over rows: L2 norm or mean."""
     depth_metric: DepthMetric = "kl"
-    """What ranks blocks: the effect of leaving one out (kl, loss, hidden_mse, logit_mse), its first-order estimate
-    (taylor), or how little a block moves the residual stream."""
+    """What ranks blocks: the effect of leaving one out, taylor's estimate of it, or how little it moves the stream."""
     depth_average: Literal["mean", "rank"] = "mean"
     """Average the scores over the text, or the ranks of blocks within each row."""
     depth_iterative: Positive | None = None
@@ -148,7 +144,7 @@ class ScoreSettings:
             )
         if self.metric == "taylor" and "sequence_aggregation" in given:
             raise RecipeError(
-                "metric is taylor, which sums gradients over a row, so sequence_aggregation means nothing"
+                "metric is taylor, which sums gradients over a row, so sequence_aggregation means nothing: leave it out"
             )
         if self.metric == "taylor" and "flap" in self.mamba_source + self.hybrid_source:
             raise RecipeError(
