@@ -222,7 +222,7 @@ def test_an_interrupted_compress_goes_on(
     [
         (("--params", "1K"), 1, "the smallest student of this search space has"),
         ((), 2, "nothing says how small"),
-        (("--params", "50%", "--latency", "5ms"), 1, "not supported yet"),
+        (("--params", "50%", "--costs", "absent.json", "--latency", "5ms"), 1, "does not exist"),
         (("--sizes.mamba-num-heads", 7), 1, "choose 8"),
         (("--sizes.hidden-size", 1000), 1, "the teacher has 96"),
         (("--plan", "absent.json"), 1, "does not exist"),

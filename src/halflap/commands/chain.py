@@ -15,9 +15,10 @@ from typing import Any
 from halflap.amounts import Amount
 from halflap.commands.config_compress import CompressRecipe
 from halflap.commands.sections import Budgets
-from halflap.commands.students import CEILINGS, budget_of, has_ceiling
+from halflap.commands.students import budget_of, has_ceiling
 from halflap.compress.axes import Sizes
-from halflap.compress.space import costs
+from halflap.compress.cost_table import CostTable
+from halflap.compress.costs import BUDGETS, costs
 from halflap.errors import RecipeError
 from halflap.models.config import ModelConfig
 
@@ -31,7 +32,9 @@ def check_steps(recipe: CompressRecipe) -> None:
         )
 
 
-def recipes_of_steps(recipe: CompressRecipe, teacher: ModelConfig, place: Path) -> list[CompressRecipe]:
+def recipes_of_steps(
+    recipe: CompressRecipe, teacher: ModelConfig, place: Path, table: CostTable | None = None
+) -> list[CompressRecipe]:
     """A recipe for each step, the last in the run's own directory; `model` is still the first teacher's.
 
     Sizes and importance given in the recipe are of the last and of the first step alone.
@@ -50,7 +53,7 @@ def recipes_of_steps(recipe: CompressRecipe, teacher: ModelConfig, place: Path) 
                 recipe,
                 tokens=recipe.tokens - each * (count - 1) if last else max(1, each),
                 importance=recipe.importance if number == 1 else None,
-                budgets=_budgets_at(recipe.budgets, teacher, number / count),
+                budgets=_budgets_at(recipe.budgets, teacher, number / count, table),
                 sizes=recipe.sizes if last else Sizes(),
                 controls=recipe.controls if last else (),
                 loss_settings=loss,
@@ -60,12 +63,12 @@ def recipes_of_steps(recipe: CompressRecipe, teacher: ModelConfig, place: Path) 
     return found
 
 
-def _budgets_at(budgets: Budgets, teacher: ModelConfig, share: float) -> Budgets:
+def _budgets_at(budgets: Budgets, teacher: ModelConfig, share: float, table: CostTable | None) -> Budgets:
     """Ceilings `share` of the way, by factors, from the teacher's own costs; absolute: each step cuts another model."""
-    final = budget_of(budgets, teacher)
+    final = budget_of(budgets, teacher, table)
     whole = costs(teacher, final)
     found: dict[str, Any] = {}
-    for name in CEILINGS:
+    for name in BUDGETS:
         amount: Amount | None = getattr(budgets, name)
         if amount is None:
             continue

@@ -12,7 +12,7 @@ from typing import Any
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_json
-from halflap.commands import arms, chain, scoring, students, teaching
+from halflap.commands import arms, chain, scoring, students, sweep, teaching, timing
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.config_compress import (
     CompressRecipe,
@@ -28,6 +28,7 @@ from halflap.commands.sections import Budgets, ScoreSettings, SearchSettings
 from halflap.commands.students import Teacher, has_ceiling, open_teacher
 from halflap.commands.teaching import Origin, Tutor
 from halflap.compress.axes import Sizes, check_sizes, largest_sizes
+from halflap.compress.cost_table import CostTable
 from halflap.compress.importance import Importance
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
@@ -70,7 +71,9 @@ def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
 def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     """Rank the sizes that fit the budgets."""
     teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
-    _require_target(recipe.budgets, Sizes())
+    swept = sweep.budgets_of(recipe.sweep, recipe.budgets)
+    if not swept:
+        _require_target(recipe.budgets, Sizes())
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
     loader = training_loader(
         corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.micro_batch_rows, recipe.common.seed
@@ -80,17 +83,26 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
             "no importance was given; measure it with `halflap score` and name its file with --importance"
         )
     importance = scoring.read_importance(recipe.importance, teacher)
-    candidates = _candidates(teacher, importance, recipe.budgets, Sizes(), recipe.space)
-    result = _search(recipe, run, teacher, importance, candidates, loader, Tutor(teacher))
-    shown = {name: value for name, value in result.to_json().items() if name != "plan"}
-    return shown | {"path": str(run.path / SEARCH)}
+    first = next(iter(swept.values()), recipe.budgets)
+    table = timing.table_for(first, teacher, run.path)
+    each = {
+        value: (budgets, _candidates(teacher, importance, budgets, Sizes(), recipe.space, table))
+        for value, budgets in (swept or {"": recipe.budgets}).items()
+    }
+    found = {}
+    for value, (budgets, candidates) in each.items():
+        place = sweep.place_of(run.path, value) if swept else run.path
+        one = dataclasses.replace(recipe, budgets=budgets, sweep=())
+        found[value] = _search(one, place, teacher, importance, candidates, loader, Tutor(teacher), table)
+    result = sweep.combined(recipe.sweep[0], found, run.path) if swept else found[""].to_json()
+    return {name: value for name, value in result.items() if name != "plan"} | {"path": str(run.path / SEARCH)}
 
 
 def prune(recipe: PruneRecipe, run: Run) -> dict[str, Any]:
     """Write the student of a plan, of given sizes, or of the likeliest sizes under budgets."""
     directory = find_directory(recipe.model)
     teacher = open_teacher(directory, recipe.common)
-    plan, remark = _plan_to_prune(recipe, teacher)
+    plan, remark, seconds = _plan_to_prune(recipe, teacher, run.path)
     certificate = _prune(run.checkpoint_dir, teacher, plan)
     student, whole = count_parameters(plan.student), count_parameters(teacher.config)
     return {
@@ -100,6 +112,7 @@ def prune(recipe: PruneRecipe, run: Run) -> dict[str, Any]:
         "pattern": plan.student.pattern(),
         "plan": str(run.checkpoint_dir / PLAN),
         "verified": None if certificate is None else certificate["passed"],
+        **({} if seconds is None else {"predicted_seconds": seconds}),
         "remark": remark,
     }
 
@@ -173,23 +186,26 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
             corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed
         )
         teacher, correction = teaching.corrected(recipe, run.path / "teacher", teacher, loader, run.log)
-    *before, last = chain.recipes_of_steps(recipe, teacher.config, run.path)
+    table = timing.table_for(recipe.budgets, teacher, run.path)
+    *before, last = chain.recipes_of_steps(recipe, teacher.config, run.path, table)
     tutor, source, steps = Tutor(teacher), teacher, []
     for step in before:
         step = dataclasses.replace(step, model=str(source.checkpoint.path))
         with open_run("compress", settings_of(step), inputs_of(step)) as inner:
-            result = inner.result or inner.finish(_compress(step, inner, source, tutor, corpora))
+            result = inner.result or inner.finish(_compress(step, inner, source, tutor, corpora, table))
         steps.append({"path": str(inner.path), **{name: result[name] for name in ("parameters_ratio", "student")}})
         tutor = Tutor(teacher, tutor.origin_after(PruningPlan.load(inner.path / "pruned" / PLAN)))
         source = open_teacher(inner.checkpoint_dir, recipe.common, recipe.text.data)
-    result = _compress(last, run, source, tutor, corpora)
+    result = _compress(last, run, source, tutor, corpora, table)
     if steps:
         build_report([*(Path(step["path"]) for step in steps), run.path], Path(result["report"]))  # of the whole chain
         result["steps"] = steps
     return result | ({"teacher_correction": correction} if correction else {})
 
 
-def _compress(recipe: CompressRecipe, run: Run, teacher: Teacher, tutor: Tutor, corpora: Corpora) -> dict[str, Any]:
+def _compress(
+    recipe: CompressRecipe, run: Run, teacher: Teacher, tutor: Tutor, corpora: Corpora, times: CostTable | None
+) -> dict[str, Any]:
     """Importance, sizes, student, certificate, distillation, controls, judgement, page; `teacher` is what is cut."""
     length, seed = recipe.fit.sequence_length, recipe.common.seed
     measuring = training_loader(corpora, recipe.text, length, recipe.fit.micro_batch_rows, seed)
@@ -202,14 +218,18 @@ def _compress(recipe: CompressRecipe, run: Run, teacher: Teacher, tutor: Tutor, 
         shortage = scoring.shortage(importance, measuring, tokens)
     sizes, remark = recipe.sizes, None
     if has_ceiling(recipe.budgets):
-        candidates = _candidates(teacher, importance, recipe.budgets, recipe.sizes, recipe.space)
-        found = _search(recipe, run, teacher, importance, candidates, measuring, tutor)
+        candidates = _candidates(teacher, importance, recipe.budgets, recipe.sizes, recipe.space, times)
+        found = _search(recipe, run.path, teacher, importance, candidates, measuring, tutor, times)
         sizes, remark = _with_dropped(found.chosen.sizes, recipe.sizes), found.remark
     plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
     certificate = _prune(run.path / "pruned", teacher, plan)
 
     setting = arms.Setting(recipe, run, teacher, plan, importance, training, corpora, tutor)
     table = arms.train_and_judge(setting)
+    latency = None
+    if times is not None:
+        budget = students.budget_of(recipe.budgets, teacher.config, times)
+        latency = timing.judge_latency(run.path / "latency.json", budget, tutor.teacher, plan.student)
     write_card(run.checkpoint_dir, certificate=certificate, rows=table, judged_on=corpora.held_out_is)
     return {
         "teacher": table["teacher"],
@@ -218,6 +238,7 @@ def _compress(recipe: CompressRecipe, run: Run, teacher: Teacher, tutor: Tutor, 
         "parameters_ratio": table["student"]["parameters"] / table["teacher"]["parameters"],
         "sizes": {name: value for name, value in vars(sizes).items() if value},
         "verified": None if certificate is None else certificate["passed"],
+        "latency": latency,
         "controls": [{"name": name, **table[name]} for name in recipe.controls if name in table],
         "held_out": corpora.held_out_is,
         "remark": _remarks(shortage, remark, without=[name for name in recipe.controls if name not in table]),
@@ -245,7 +266,12 @@ def _require_target(budgets: Budgets, sizes: Sizes) -> None:
 
 
 def _candidates(
-    teacher: Teacher, importance: Importance, budgets: Budgets, fixed: Sizes, space: SearchSpace
+    teacher: Teacher,
+    importance: Importance,
+    budgets: Budgets,
+    fixed: Sizes,
+    space: SearchSpace,
+    table: CostTable | None,
 ) -> Fitting:
     """Sizes that fit the budgets; those given as `fixed` are not varied."""
     check_sizes(teacher.config, fixed)
@@ -255,9 +281,8 @@ def _candidates(
         rest = [index for index in range(len(teacher.config.blocks)) if index not in fixed.drop_blocks]
         order = (*fixed.drop_blocks, *rest)
         given["num_blocks"] = (len(rest),)
-    return fitting(
-        teacher.config, students.budget_of(budgets, teacher.config), dataclasses.replace(space, **given), order
-    )
+    budget = students.budget_of(budgets, teacher.config, table)
+    return fitting(teacher.config, budget, dataclasses.replace(space, **given), order)
 
 
 def _with_dropped(sizes: Sizes, fixed: Sizes) -> Sizes:
@@ -267,12 +292,13 @@ def _with_dropped(sizes: Sizes, fixed: Sizes) -> Sizes:
 
 def _search(
     recipe: SearchRecipe | CompressRecipe,
-    run: Run,
+    place: Path,
     teacher: Teacher,
     importance: Importance,
     candidates: Fitting,
     loader: Loader,
     tutor: Tutor,
+    table: CostTable | None,
 ) -> SearchResult:
     """Losses of the likeliest candidates as cut, and of the best after a short distillation if tokens are given."""
     settings: SearchSettings = recipe.settings
@@ -288,7 +314,7 @@ def _search(
         return students.next_token_loss(students.build(model, plan), batches, teacher)
 
     def loss_after_distillation(plan: PruningPlan) -> float:
-        student = arms.short_distillation(run.path, teacher, plan, model, loader, recipe, tutor)
+        student = arms.short_distillation(place, teacher, plan, model, loader, recipe, tutor)
         return students.next_token_loss(student, batches, teacher)
 
     return search_candidates(
@@ -301,16 +327,17 @@ def _search(
             "budgets": {name: str(value) for name, value in vars(recipe.budgets).items() if value is not None},
             "norm_correction": recipe.norm_correction,
             "settings": dataclasses.asdict(settings),
+            **({} if table is None else {"costs": table.digest}),
         },
-        path=run.path / SEARCH,
+        path=place / SEARCH,
         shortlist=settings.shortlist,
         refine=loss_after_distillation if settings.shortlist_tokens else None,
         refined=settings.refined,
     )
 
 
-def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher) -> tuple[PruningPlan, str | None]:
-    """From a plan, which a search leaves too, from sizes, or from budgets."""
+def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[PruningPlan, str | None, float | None]:
+    """From a plan, which a search leaves too, from sizes, or from budgets; with a remark and the predicted latency."""
     sizes, file = recipe.sizes, Path(recipe.importance) if recipe.importance is not None else None
     if recipe.plan is not None:
         if has_ceiling(recipe.budgets) or sizes != Sizes():
@@ -319,7 +346,7 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher) -> tuple[PruningPlan, 
             )
         plan = PruningPlan.load(recipe.plan)
         plan.check_teacher(teacher.digest)
-        return plan, None
+        return plan, None, None
     _require_target(recipe.budgets, sizes)
     only_drops = sizes == Sizes(drop_blocks=sizes.drop_blocks) and not has_ceiling(recipe.budgets)
     if file is None and not only_drops:
@@ -327,11 +354,13 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher) -> tuple[PruningPlan, 
             "no importance was given; measure it with `halflap score` and name its file with --importance"
         )
     importance = Importance("none", {}) if file is None else scoring.read_importance(file, teacher)
-    remark = None
+    remark = seconds = None
     if has_ceiling(recipe.budgets):
-        found = _candidates(teacher, importance, recipe.budgets, sizes, recipe.space)
+        table = timing.table_for(recipe.budgets, teacher, place)
+        found = _candidates(teacher, importance, recipe.budgets, sizes, recipe.space, table)
         sizes, remark = _with_dropped(found.candidates[0].sizes, sizes), found.remark
-    return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction), remark
+        seconds = found.candidates[0].costs.get("latency")
+    return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction), remark, seconds
 
 
 def _remarks(*remarks: str | None, without: list[str]) -> str | None:

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from halflap.commands.sections import (
     Decoding,
     Listening,
+    Phase,
     Sampling,
     Text,
 )
@@ -165,7 +166,12 @@ class BenchRecipe:
     batch: Positives = (1,)
     """Sequences at once."""
     repeats: Positive = 3
-    """Timed passes of each cell; the median is reported."""
+    """Timed passes of each cell, or rounds over all blocks; the median is reported."""
+    blocks: Annotated[bool, SWITCH] = False
+    """Measure every kind of block at many sizes instead, at each prompt length (the context) and batch: costs.json,
+    which budgets of latency and throughput need."""
+    phase: tuple[Phase, ...] = ("decode", "prefill")
+    """Phases that --blocks measures."""
     common: Common = Common()
 
 

@@ -50,6 +50,8 @@ class SearchRecipe:
     """File that `score` wrote."""
     text: Text = Text()
     budgets: Budgets = Budgets()
+    sweep: tuple[str, ...] = ()
+    """A budget and several values of it, each searched on its own: params 40% 50% 60%."""
     settings: SearchSettings = SearchSettings()
     space: Annotated[SearchSpace, section(SPACE)] = SearchSpace()
     norm_correction: NormCorrection = "masked"

@@ -11,6 +11,7 @@ import torch
 from halflap import environment
 from halflap.checkpoints.checkpoint import float_dtype, load_model
 from halflap.checkpoints.config import find_directory
+from halflap.commands import timing
 from halflap.commands.config import BenchRecipe, EvaluateRecipe
 from halflap.commands.corpora import tokenizer_place
 from halflap.commands.device import check_memory, choose_device, choose_dtype
@@ -22,9 +23,8 @@ from halflap.evaluate.documents import Document, documents_of
 from halflap.evaluate.held_out import evaluate_text
 from halflap.evaluate.probes import is_probe, probe_names
 from halflap.evaluate.recall import probe_lengths, run_probes, wilson
-from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
-from halflap.models.model import HybridModel, initialize
+from halflap.models.model import HybridModel
 from halflap.ops import select
 from halflap.run import Run
 
@@ -105,17 +105,19 @@ def _load_tasks(names: Sequence[str]) -> Any:
 
 
 def bench(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
-    """Measure each cell of the grid; a preset or the YAML of a model gets random weights."""
+    """Measure each cell of the grid; a preset or the YAML of a model gets random weights. Or every kind of block."""
+    if recipe.blocks:
+        return timing.bench_blocks(recipe, run)
     device = choose_device(recipe.common.device)
     config = shape_of(recipe.model)
     dtype = choose_dtype(recipe.common.dtype, device)
     check_memory(config, dtype, device)
     is_checkpoint = Path(recipe.model).is_dir()
-    model = (
-        load_model(find_directory(recipe.model), dtype, device)
-        if is_checkpoint
-        else random_model(config, float_dtype("float32" if dtype == "auto" else dtype), device, recipe.common.seed)
-    )
+    if is_checkpoint:
+        model = load_model(find_directory(recipe.model), dtype, device)
+    else:
+        dtype = "float32" if dtype == "auto" else dtype
+        model = timing.random_model(config, float_dtype(dtype), device, recipe.common.seed)
     result = measure_speed(
         model,
         recipe.prompt,
@@ -141,15 +143,6 @@ def measure_speed(
         "kernels": select.describe(),
         "parameters": count_parameters(model.config),
     }
-
-
-def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> HybridModel:
-    """A model of a shape with random weights, built in `dtype` so that memory never holds more."""
-    with torch.device("meta"):
-        model = HybridModel(config).to(dtype)
-    model.to_empty(device=device)
-    initialize(model, seed)
-    return model.eval()
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Text:
 @flat(BUDGETS)
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
-    """Ceilings on the student; several together are all kept."""
+    """Limits on the student; several together are all kept."""
 
     params: Count | None = None
     """All parameters, embeddings too: 4.3B or 50%."""
@@ -79,6 +79,8 @@ class Budgets:
     """At least this many tokens a second in the given phase."""
     flops: Count | None = None
     """Floating-point operations a token in the given phase."""
+    costs: File | None = None
+    """Cost table of this device that `bench --blocks` wrote; latency and throughput budgets measure one without it."""
     phase: Phase = "decode"
     """Phase that latency, throughput and FLOPs are meant in."""
     context: Positive = 8192

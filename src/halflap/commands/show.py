@@ -153,6 +153,9 @@ def _probes(probes: Mapping[str, Mapping[str, Any]], console: Console) -> None:
 
 
 def bench(result: Mapping[str, Any], console: Console) -> None:
+    if "seconds_by_kind" in result["rows"][0]:
+        _block_costs(result, console)
+        return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("in+out", "batch", "prefill/s", "decode/s", "first", "step", "peak", "cache"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -172,6 +175,19 @@ def bench(result: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"tokens a second of the batch, time to the first token and of a step: medians of {result['repeats']}"
     )
+
+
+def _block_costs(result: Mapping[str, Any], console: Console) -> None:
+    """A cost table: the model's pass by kind of block, and how well it was fitted."""
+    for row in result["rows"]:
+        kinds = ", ".join(f"{kind} {1e3 * seconds:,.3g}" for kind, seconds in row["seconds_by_kind"].items())
+        console.print(f"{row['phase']} at context {row['context']:,}, batch {row['batch']}", style="bold")
+        console.print(f"  a pass of the model {1e3 * row['seconds']:,.3g} ms: {kinds}")
+        error = f"{row['median_error']:.1%} off in the median, {row['worst_error']:.1%} at worst"
+        console.print(f"  the fit to {row['stacks']} stacks of blocks is {error}, each left out in turn")
+    machine = result["hardware"]
+    threads = "" if machine["threads"] is None else f"{machine['threads']} threads, "
+    console.print(f"{machine['name']}, {threads}{machine['dtype']}, {machine['kernels']} kernels; {result['path']}")
 
 
 def generate(result: Mapping[str, Any], console: Console) -> None:

@@ -57,14 +57,34 @@ def search(result: Mapping[str, Any], console: Console) -> None:
         ("sizes", "left"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for row in result["candidates"][:SHOWN_CANDIDATES]:
+    sweep = result.get("sweep")
+    if sweep:
+        table.add_column(sweep["budget"].replace("_", " "), justify="right")
+        shown = [result["candidates"][best["candidate"]] for best in sweep["values"]]
+    else:
+        shown = result["candidates"][:SHOWN_CANDIDATES]
+    for row in shown:
         losses = ["" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "refined_loss")]
-        style = "bold" if row["chosen"] else ""
-        table.add_row(number(row["costs"]["params"]), *losses, sizes_text(row["sizes"]), style=style)
+        style = "bold" if row["chosen"] and not sweep else ""
+        value = [row["value"]] if sweep else []
+        table.add_row(number(row["costs"]["params"]), *losses, sizes_text(row["sizes"]), *value, style=style)
     console.print(table)
     console.print(f"{len(result['candidates']):,} of {result['tried']:,} sizes fit; all of them in {result['path']}")
     if result["remark"]:
         console.print(result["remark"])
+
+
+def latency_text(row: Mapping[str, Any]) -> str:
+    """A student's time beside its prediction, budget and teacher."""
+
+    def ms(name: str) -> str:
+        return f"{1e3 * row[name]:,.3g} ms"
+
+    budget = "" if row["budget_seconds"] is None else f", budget {ms('budget_seconds')}"
+    beside = f"predicted {ms('predicted_seconds')}{budget}, teacher {ms('teacher_seconds')}"
+    condition = f"{row['phase']} at context {row['context']:,}, batch {row['batch']}"
+    took = f"{ms('seconds')} ± {ms('seconds_spread')} a pass, {row['tokens_per_second']:,.4g} tokens a second"
+    return f"{condition}: {took} ({beside})"
 
 
 def verify(result: Mapping[str, Any], console: Console) -> None:
@@ -98,6 +118,8 @@ def compress(result: Mapping[str, Any], console: Console) -> None:
     ratio = f"{100 * result['parameters_ratio']:.1f} % of the teacher's parameters: {sizes_text(result['sizes'])}"
     proof = {True: ", certified", False: ", NOT certified", None: ""}[result["verified"]]
     console.print(f"{ratio}{proof}")
+    if latency := result["latency"]:
+        console.print(latency_text(latency))
     console.print(f"judged on {result['held_out']}")
     if result["remark"]:
         console.print(result["remark"])

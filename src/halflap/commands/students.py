@@ -21,9 +21,10 @@ from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.corpora import Corpora, tokenizer_place
 from halflap.commands.device import choose_device
 from halflap.commands.sections import Budgets
+from halflap.compress.cost_table import CostTable
+from halflap.compress.costs import BUDGETS, Budget, costs
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
-from halflap.compress.space import Budget, costs
 from halflap.compress.verify import verify
 from halflap.data.batch import Batch
 from halflap.data.loader import Loader
@@ -95,21 +96,21 @@ def teacher_of(student: Path, given: str | None) -> Path:
     raise HalflapError(f"the teacher of {str(student)!r} cannot be found: {where}; name it with --teacher")
 
 
-CEILINGS = ("params", "non_embedding_params", "memory", "flops", "latency", "throughput")
-
-
 def has_ceiling(budgets: Budgets) -> bool:
-    return any(getattr(budgets, name) is not None for name in CEILINGS)
+    return any(getattr(budgets, name) is not None for name in BUDGETS)
 
 
-def budget_of(budgets: Budgets, teacher: ModelConfig) -> Budget:
-    """The ceilings in absolute numbers; a share is of the teacher's own count under the same context and bits."""
+def budget_of(budgets: Budgets, teacher: ModelConfig, table: CostTable | None = None) -> Budget:
+    """The ceilings in absolute numbers; a share is of the teacher's own cost under the same context and bits.
+
+    table: tells the times that budgets of latency and throughput need.
+    """
     at: dict[str, Any] = {n: getattr(budgets, n) for n in ("phase", "context", "batch", "weight_bits", "cache_bits")}
-    whole = costs(teacher, Budget(**at))
+    whole = costs(teacher, Budget(**at, table=table))
     ceilings: dict[str, Any] = {
-        name: amount.of(whole.get(name, 0.0)) for name in CEILINGS if (amount := getattr(budgets, name)) is not None
+        name: amount.of(whole.get(name, 0.0)) for name in BUDGETS if (amount := getattr(budgets, name)) is not None
     }
-    return Budget(**at, **ceilings)
+    return Budget(**at, table=table, **ceilings)
 
 
 # ---- text

@@ -11,7 +11,10 @@ check.py       scores that cannot rank anything
 metrics.py     the table of metrics, and the controls `weight_norm` and `random`
 depth.py       scores of whole blocks: what their removal does to the output, all at once or one after another
 ranking.py     group-aware kept indices from importance and target sizes
-space.py       sizes to try, budgets, and what each candidate costs, from configs alone
+cost_model.py  seconds of a pass as a sum over blocks, fitted to measured times
+cost_table.py  those times and fits, as a file
+costs.py       what a config costs, and the budgets that limit it
+space.py       sizes to try, and the candidates that fit the budgets
 search.py      rank candidates by loss, then after a short distillation; resumable
 correction.py  gains and eps of norms over fewer channels
 plan.py        PruningPlan: exact kept indices, validated, saved as JSON

@@ -157,6 +157,9 @@ class PruningPlan:
             raise HalflapError(f"{str(path)!r} is not JSON ({error}); give a pruning_plan.json") from error
         if not isinstance(data, Mapping):
             raise HalflapError(f"{str(path)!r} holds {type(data).__name__}, not a plan; give a pruning_plan.json")
+        if isinstance(data.get("sweep"), Mapping):
+            found = ", ".join(row["path"] for row in data["sweep"]["values"])
+            raise HalflapError(f"{str(path)!r} holds the best of several budgets; give one of them: {found}")
         return PruningPlan.from_json(data["plan"] if isinstance(data.get("plan"), Mapping) else data)
 
 

@@ -1,4 +1,4 @@
-"""Sizes to try, ceilings on what a student may cost, and the candidates that fit. From configs alone; no torch.
+"""Sizes to try, and the candidates that stay below ceilings on what a student may cost. From configs alone; no torch.
 
 A candidate is one size for each axis in all blocks (homogeneous). Costs add up over blocks and grow with every size,
 which this module uses twice: the smallest size of every axis gives the smallest reachable cost, and a candidate is
@@ -11,79 +11,16 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halflap.compress.axes import Sizes, check_sizes, depth_units, largest_sizes, resize, target_counts
-from halflap.compress.kinds import block_sizes, resize_block
+from halflap.compress.axes import Sizes, check_sizes, depth_units, largest_sizes, resize
+from halflap.compress.costs import Budget, Costs, costs, kept_after
 from halflap.errors import HalflapError
-from halflap.models.config import BlockConfig, HybridConfig, Mamba2Config, ModelConfig
-from halflap.models.count import count_non_embedding_parameters, count_parameters, flops_per_token, memory_bytes
-from halflap.models.sharing import with_source
+from halflap.models.config import HybridConfig, Mamba2Config, ModelConfig
 
 WITHIN = 0.95  # a student comes within 5 % below its ceiling where the space allows
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Ceilings, absolute: counts, bytes, operations a token; and what memory and FLOPs are meant at.
-
-    Keys and values take `cache_bits`; SSM states, into which the whole text is summed, take twice as many: 32 and 16
-    beside 16 and 8, as in our cache and in the memory budget of Nemotron-H 47B.
-    """
-
-    params: float | None = None
-    non_embedding_params: float | None = None
-    memory: float | None = None
-    flops: float | None = None
-    latency: float | None = None
-    throughput: float | None = None
-    phase: str = "decode"
-    context: int = 8192
-    batch: int = 1
-    weight_bits: int = 16
-    cache_bits: int = 16
-
-    @property
-    def ceilings(self) -> dict[str, float]:
-        """Cost name to ceiling, of those that are set."""
-        for name in ("latency", "throughput"):
-            if getattr(self, name) is not None:
-                raise HalflapError(
-                    f"a {name} budget is not supported yet, because it needs measured times; use --params, "
-                    "--non-embedding-params, --memory or --flops"
-                )
-        return {name: getattr(self, name) for name in COSTS if getattr(self, name) is not None}
-
-
-def _memory(config: ModelConfig, budget: Budget) -> float:
-    return memory_bytes(
-        config, budget.context, budget.batch, budget.weight_bits, budget.cache_bits, 2 * budget.cache_bits
-    )
-
-
-def _flops(config: ModelConfig, budget: Budget) -> float:
-    return flops_per_token(config, budget.context, "prefill" if budget.phase == "prefill" else "decode")
-
-
-COSTS: dict[str, Callable[[ModelConfig, Budget], float]] = {
-    "params": lambda config, _: count_parameters(config),
-    "non_embedding_params": lambda config, _: count_non_embedding_parameters(config),
-    "memory": _memory,
-    "flops": _flops,
-}
-UNITS = {
-    "params": "parameters",
-    "non_embedding_params": "parameters without embeddings",
-    "memory": "bytes of memory",
-    "flops": "FLOPs a token",
-}
-
-
-def costs(config: ModelConfig, budget: Budget) -> dict[str, float]:
-    """Every cost of a config, under a budget's context, batch and bits."""
-    return {name: cost(config, budget) for name, cost in COSTS.items()}
 
 
 @dataclass(frozen=True)
@@ -231,9 +168,10 @@ def fitting(
     ceilings = budget.ceilings
     if not ceilings:
         raise HalflapError(
-            "no budget was given; set at least one of --params, --non-embedding-params, --memory, --flops"
+            "no budget was given; set at least one of --params, --non-embedding-params, --memory, --flops, --latency, "
+            "--throughput"
         )
-    cost = _Costs(teacher, budget, drop_order)
+    cost = Costs(teacher, budget, drop_order)
     _check_reachable(choices(teacher, space, drop_order is not None, STEPS[-1]), ceilings, cost, teacher)
     grid, largest, close = {}, [], []
     for least in STEPS:
@@ -292,65 +230,8 @@ def _candidate(
     return Candidate(chosen, costs(resize(teacher, kept_after(teacher, chosen, drop_order), chosen), budget), hurt)
 
 
-def kept_after(teacher: ModelConfig, sizes: Sizes, drop_order: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Blocks that stay when the first of `drop_order` go until `num_blocks` are left."""
-    count = len(teacher.blocks)
-    gone = set(sizes.drop_blocks)
-    if sizes.num_blocks is not None and sizes.num_blocks < count:
-        order = range(count - 1, -1, -1) if drop_order is None else drop_order
-        gone = set(itertools.islice(order, count - sizes.num_blocks))
-    return tuple(index for index in range(count) if index not in gone)
-
-
-class _Costs:
-    """Costs of many sizes of one teacher: a sum over its different blocks, each counted once for each width."""
-
-    def __init__(self, teacher: ModelConfig, budget: Budget, drop_order: tuple[int, ...] | None) -> None:
-        self.teacher, self.budget, self.drop_order = teacher, budget, drop_order
-        self._alone = [with_source(block, 0) for block in teacher.blocks]  # which block is read costs nothing
-        self._blocks: dict[Any, Counter[BlockConfig]] = {}
-        self._known: dict[Any, float] = {}
-
-    def of(self, name: str, sizes: Mapping[str, int]) -> float:
-        hidden = sizes["hidden_size"]
-        return self._rest(name, hidden) + sum(
-            count * self._block(name, hidden, block, tuple(sizes[size] for size in block_sizes(block)))
-            for block, count in self._kept(sizes["num_blocks"]).items()
-        )
-
-    def within(self, sizes: Mapping[str, int], ceilings: Mapping[str, float]) -> bool:
-        return all(self.of(name, sizes) <= limit for name, limit in ceilings.items())
-
-    def _kept(self, num_blocks: int) -> Counter[BlockConfig]:
-        if num_blocks not in self._blocks:
-            kept = kept_after(self.teacher, Sizes(num_blocks=num_blocks), self.drop_order)
-            self._blocks[num_blocks] = Counter(self._alone[index] for index in kept)
-        return self._blocks[num_blocks]
-
-    def _block(self, name: str, hidden: int, block: BlockConfig, values: tuple[int, ...]) -> float:
-        """What one more block of these sizes adds; one that reads another's keys and values needs that beside it."""
-        key = (name, hidden, id(block), values)
-        if key not in self._known:
-            sizes: dict[str, Any] = dict(zip(block_sizes(block), values, strict=True))
-            resized = resize_block(block, target_counts(block, Sizes(**sizes)))
-            beside = with_source(resized, None)
-            self._known[key] = self._exact(name, hidden, beside, resized) - self._exact(name, hidden, beside)
-        return self._known[key]
-
-    def _rest(self, name: str, hidden: int) -> float:
-        """What a model costs beside its blocks."""
-        key = (name, hidden)
-        if key not in self._known:
-            block = self.teacher.blocks[0]
-            self._known[key] = 2 * self._exact(name, hidden, block) - self._exact(name, hidden, block, block)
-        return self._known[key]
-
-    def _exact(self, name: str, hidden: int, *blocks: BlockConfig) -> float:
-        return COSTS[name](dataclasses.replace(self.teacher, hidden_size=hidden, blocks=blocks), self.budget)
-
-
 def _check_reachable(
-    grid: Mapping[str, tuple[int, ...]], ceilings: Mapping[str, float], cost: _Costs, teacher: ModelConfig
+    grid: Mapping[str, tuple[int, ...]], ceilings: Mapping[str, float], cost: Costs, teacher: ModelConfig
 ) -> None:
     smallest = {name: values[-1] for name, values in grid.items()}
     for name, limit in ceilings.items():
@@ -361,21 +242,22 @@ def _check_reachable(
             uncut = [size for size in left_whole(teacher) if 1 < whole.get(size, 0) == smallest[size]]
             flags = " or ".join(f"--space.{size.replace('_', '-')}" for size in ("hidden_size", *uncut))
             raise HalflapError(
-                f"a budget of {limit:,.0f} {UNITS[name]} cannot be met: the smallest student of this search space has "
-                f"{reachable:,.0f} ({sizes or 'no axis may be cut'}); raise --{name.replace('_', '-')}, or allow "
-                f"smaller sizes with --space.max-width-cut or lists such as {flags}"
+                f"a budget of {cost.budget.say(name, limit)} cannot be met: the smallest student of this search space "
+                f"has {cost.budget.say(name, reachable)} ({sizes or 'no axis may be cut'}); {cost.budget.flag(name)}, "
+                f"or allow smaller sizes with --space.max-width-cut or lists such as {flags}"
             )
 
 
 def _not_close(
-    largest: list[dict[str, int]], ceilings: Mapping[str, float], cost: _Costs, whole: Mapping[str, int]
+    largest: list[dict[str, int]], ceilings: Mapping[str, float], cost: Costs, whole: Mapping[str, int]
 ) -> str:
     best = {name: max(cost.of(name, sizes) for sizes in largest) for name in ceilings}
     nearest = max(ceilings, key=lambda name: best[name] / ceilings[name])
+    reached = cost.budget.say(nearest, best[nearest])
     if len(largest) == 1 and all(value == whole[size] for size, value in largest[0].items()):
-        return f"the teacher itself has {best[nearest]:,.0f} {UNITS[nearest]}, within the budget: nothing is cut"
+        return f"the teacher itself has {reached}, within the budget: nothing is cut"
     return (
-        f"no size of the search space comes within 5 % of the budget: the nearest student has {best[nearest]:,.0f} "
-        f"{UNITS[nearest]} of {ceilings[nearest]:,.0f}; give finer lists, such as "
+        f"no size of the search space comes within 5 % of the budget: the nearest student has {reached} where "
+        f"{cost.budget.say(nearest, ceilings[nearest])} are allowed; give finer lists, such as "
         "--space.intermediate-size, to use all of it"
     )

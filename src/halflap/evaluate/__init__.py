@@ -12,5 +12,6 @@ probe_words.py    the words of those texts
 probe_prompts.py  texts as prompts of an exact length
 recall.py         asking them: accuracy by length and depth
 bench.py          prefill and decode speed, memory and cache over a grid
+block_times.py    seconds of every kind of block, for a cost table
 memory.py         peak memory of a piece of work
 """

@@ -97,19 +97,19 @@ def _cell(model: HybridModel, tokens: list[list[int]], output: int, repeats: int
 def _timed_pass(model: HybridModel, tokens: list[list[int]], output: int) -> Pass:
     """Read the prompts, then write `output` tokens a row one step at a time."""
     device = model.head_weight.device
-    started = _now(device)
+    started = now(device)
     cache, logits = prefill(model, tokens, ahead=output)
-    read = _now(device)
+    read = now(device)
     chosen = logits.argmax(-1)
-    times = [_now(device)]
+    times = [now(device)]
     for _ in range(output):
         chosen = model(chosen[:, None], cache=cache)[:, -1].argmax(-1)
-        times.append(_now(device))
+        times.append(now(device))
     steps = [after - before for before, after in itertools.pairwise(times)]
     return Pass(read - started, times[0] - started, steps, cache)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -296,7 +296,7 @@ class ModelConfig:
         """A JSON object that `from_json` reads back to an equal config; infinities become strings."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "blocks"}
         data["eos_token_id"] = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
-        data["blocks"] = [_block_to_json(block) for block in self.blocks]
+        data["blocks"] = [block_to_json(block) for block in self.blocks]
         return _without_defaults(data, LATER)
 
     @staticmethod
@@ -329,10 +329,10 @@ def _construct(kind: type[T], values: Mapping[str, Any]) -> T:
         raise HalflapError(f"{kind.__name__} is incomplete ({error}); give the missing field") from None
 
 
-def _block_to_json(block: BlockConfig) -> dict[str, Any]:
+def block_to_json(block: BlockConfig) -> dict[str, Any]:
     data = _without_defaults({"kind": block.kind, **dataclasses.asdict(block)}, LATER)
     if isinstance(block, HybridConfig):
-        data |= {"attention": _block_to_json(block.attention), "ssm": _block_to_json(block.ssm)}
+        data |= {"attention": block_to_json(block.attention), "ssm": block_to_json(block.ssm)}
     if isinstance(block, Mamba2Config):
         data["time_step_limit"] = [str(x) if math.isinf(x) else x for x in block.time_step_limit]
     return data

@@ -55,7 +55,7 @@ def _block_flops(block: BlockConfig, hidden: int, context: int, phase: Phase, me
     inside = 0.0
     if (attention := block.attention) is not None:  # q k^T and its product with v
         channels = 2 * attention.num_attention_heads * (attention.head_dim + attention.value_dim)
-        inside += channels * (_tokens_seen(attention, context, phase) + meta)
+        inside += channels * (tokens_seen(attention, context, phase) + meta)
     if isinstance(block.ssm, Mamba1Config):
         inside += 2 * block.ssm.conv_kernel * block.ssm.inner_size + _selective_flops(block.ssm)
     if isinstance(block.ssm, Mamba2Config):
@@ -64,7 +64,7 @@ def _block_flops(block: BlockConfig, hidden: int, context: int, phase: Phase, me
     return projections + inside
 
 
-def _tokens_seen(block: AttentionConfig, context: int, phase: Phase) -> float:
+def tokens_seen(block: AttentionConfig, context: int, phase: Phase) -> float:
     """Tokens that a query sees, itself included: the last one's, or the mean over a prompt of `context` tokens."""
     reach = context if block.window is None else min(context, block.window + 1)
     return reach if phase == "decode" else reach - reach * (reach - 1) / 2 / context

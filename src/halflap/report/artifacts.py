@@ -22,6 +22,7 @@ RUN_DOCUMENTS = (
     "search.json",
     "scores.json",
     "bench.json",
+    "latency.json",
     "arms.json",
     "analysis.json",
     "study.json",

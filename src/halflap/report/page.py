@@ -181,6 +181,7 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
         "curves_plot": _curves_plot(series, divergence=False),
         "divergence_plot": _curves_plot(series, divergence=True),
         "speed": read_speed(runs, *(() if topic and judgements.arms else (before, after))),
+        "latency": next((node for run in runs if (node := run.document("latency.json")) is not None), None),
         "analysis": read_analysis(runs),
         "lineage": history.read_lineage(runs),
         "certificate": history.read_certificate(runs),

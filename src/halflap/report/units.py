@@ -59,6 +59,11 @@ def milliseconds(value: float) -> str:
     return f"{digits(value)}{SPACE}ms"
 
 
+def latency(value: float) -> str:
+    """Seconds of a pass in milliseconds."""
+    return milliseconds(1e3 * value)
+
+
 def loss(value: float) -> str:
     """Nats a token, to a thousandth."""
     return _signed(f"{value:,.3f}") if abs(value) < 1000 else digits(value)
@@ -131,6 +136,7 @@ FORMATS: dict[str, Callable[..., str]] = {
     "size": size,
     "seconds": seconds,
     "milliseconds": milliseconds,
+    "latency": latency,
     "loss": loss,
     "signed_loss": signed_loss,
     "perplexity": perplexity,

@@ -13,12 +13,13 @@ from torch import Tensor
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model
 from halflap.checkpoints.hymba import cannot_write, read_config, write_config
 from halflap.compress.axes import Sizes, check_sizes, depth_units, resize
+from halflap.compress.costs import Budget, Costs, costs, kept_after
 from halflap.compress.depth import DEPTH_METRICS, depth_scores
 from halflap.compress.importance import Importance, Scoring, score_shapes
 from halflap.compress.metrics import METRICS, collect
 from halflap.compress.plan import PruningPlan
 from halflap.compress.ranking import drop_order, plan_for
-from halflap.compress.space import Budget, SearchSpace, _Costs, costs, fitting, kept_after
+from halflap.compress.space import SearchSpace, fitting
 from halflap.compress.verify import cut_model, verify
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
@@ -227,7 +228,7 @@ def test_budgets_are_reached(name: str, share: float) -> None:
 @pytest.mark.parametrize("budget", [Budget(memory=1e9, context=100), Budget(flops=1e9), Budget(params=1e9)])
 def test_summed_costs_are_the_exact_ones(budget: Budget) -> None:
     order = tuple(range(11, -1, -1))
-    summed = _Costs(TINY, budget, order)
+    summed = Costs(TINY, budget, order)
     widths = {"hidden_size": 24, "intermediate_size": 20, "mamba_head_dim": 9, "ssm_state_size": 3}
     for blocks in (12, 6):
         sizes = widths | {"num_key_value_heads": 1, "num_attention_heads": 2, "num_blocks": blocks}

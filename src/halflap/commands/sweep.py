@@ -1,0 +1,70 @@
+"""`search --sweep`: one search for each of several values of a budget, and the best of each in one search.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halflap.amounts import Unit, parse_amount
+from halflap.commands.sections import Budgets
+from halflap.compress.costs import BUDGETS
+from halflap.compress.search import SearchResult
+from halflap.errors import HalflapError, RecipeError
+from halflap.files import write_json
+
+OF_UNIT: dict[str, Unit] = {"memory": "bytes", "latency": "seconds"}
+"""Units of the budgets that are no counts."""
+
+
+def budgets_of(sweep: tuple[str, ...], beside: Budgets) -> dict[str, Budgets]:
+    """The budgets of each value by its spelling; those given `beside` are kept at every value. Empty without a sweep.
+
+    Raises RecipeError for a budget that does not exist or is given beside, and for values that are none of its kind.
+    """
+    if not sweep:
+        return {}
+    name, values = sweep[0].replace("-", "_"), sweep[1:]
+    if name not in BUDGETS or not values:
+        what = f"{sweep[0]!r} is no budget" if name not in BUDGETS else "it names no value"
+        raise RecipeError(
+            f"sweep is {' '.join(sweep)!r}, and {what}; write one of {', '.join(BUDGETS)} and its values: "
+            "--sweep params 40% 50% 60%"
+        )
+    if getattr(beside, name) is not None:
+        raise RecipeError(f"{name} is swept and also given as --{name.replace('_', '-')}; leave out one of the two")
+    try:
+        amounts = [parse_amount(value, OF_UNIT.get(name, "count")) for value in values]
+    except HalflapError as error:
+        raise RecipeError(f"sweep: {error}") from None
+    changes: list[dict[str, Any]] = [{name: amount} for amount in amounts]
+    return {str(change[name]): dataclasses.replace(beside, **change) for change in changes}
+
+
+def place_of(directory: Path, value: str) -> Path:
+    """Where the search of a value keeps its files."""
+    return directory / "sweep" / value
+
+
+def combined(budget: str, found: Mapping[str, SearchResult], directory: Path) -> dict[str, Any]:
+    """All scored candidates, each value's best marked as chosen, and those bests by value; kept as search.json."""
+    rows, best = [], []
+    for value, result in found.items():
+        data = result.to_json()
+        scored = [row for row in data["candidates"] if row["loss"] is not None]
+        path = str(place_of(directory, value) / "search.json")
+        best.append({"value": value, "candidate": len(rows), "path": path, "remark": data["remark"]})
+        rows += [row | {"value": value} for row in scored]
+    first = next(iter(found.values())).to_json()
+    data = {
+        "format": first["format"],
+        "made_from": {**first["made_from"], "budgets": {v: dict(r.made_from)["budgets"] for v, r in found.items()}},
+        "tried": sum(result.tried for result in found.values()),
+        "remark": "; ".join(f"{row['value']}: {row['remark']}" for row in best if row["remark"]) or None,
+        "candidates": rows,
+        "plan": None,
+        "sweep": {"budget": budget.replace("-", "_"), "values": best},
+    }
+    write_json(directory / "search.json", data)
+    return data

@@ -1,0 +1,164 @@
+"""Times on this device: the cost table of a model, and how long a student really takes beside what was predicted."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halflap import environment
+from halflap.checkpoints.checkpoint import Checkpoint, float_dtype
+from halflap.checkpoints.config import read_json
+from halflap.commands.config import BenchRecipe
+from halflap.commands.device import check_memory, choose_device, choose_dtype
+from halflap.commands.resolve import shape_of
+from halflap.commands.sections import Budgets
+from halflap.commands.students import Teacher
+from halflap.compress.cost_model import Condition
+from halflap.compress.cost_table import CostTable
+from halflap.compress.costs import Budget
+from halflap.errors import RecipeError
+from halflap.evaluate import block_times
+from halflap.files import write_json
+from halflap.inference.generate import require_positions
+from halflap.models.config import ModelConfig
+from halflap.models.model import HybridModel, initialize
+from halflap.ops import select
+from halflap.run import Run
+
+COSTS = "costs.json"
+ROUNDS = 3
+
+
+def machine(device: torch.device, dtype: str) -> dict[str, Any]:
+    """What a time depends on beside the model."""
+    cuda = device.type == "cuda"
+    return {
+        "device": device.type,
+        "name": torch.cuda.get_device_name(device) if cuda else environment.processor(),
+        "threads": None if cuda else torch.get_num_threads(),
+        "dtype": dtype,
+        "kernels": "/".join(sorted(set(select.describe()["ops"].values()))),
+        "torch": torch.__version__,
+    }
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> HybridModel:
+    """A model of a shape with random weights, built in `dtype` so that memory never holds more."""
+    with torch.device("meta"):
+        model = HybridModel(config).to(dtype)
+    model.to_empty(device=device)
+    initialize(model, seed)
+    return model.eval()
+
+
+def seconds_of(config: ModelConfig, condition: Condition, device: torch.device, dtype: str) -> float:
+    """A pass of a model of this shape; how fast it is does not depend on what its weights are."""
+    return block_times.seconds_of(random_model(config, float_dtype(dtype), device), condition)
+
+
+def measure_costs(
+    config: ModelConfig,
+    conditions: Sequence[Condition],
+    device: torch.device,
+    dtype: str,
+    path: str | Path,
+    rounds: int = ROUNDS,
+) -> CostTable:
+    """The cost table of a model's blocks, kept in `path` while and after it is measured."""
+    check_memory(config, dtype, device)
+    require_positions(config, max(condition.context for condition in conditions), "the longest context has")
+    cuda = device.type == "cuda"
+    return block_times.measure(
+        config,
+        conditions,
+        machine(device, dtype),
+        lambda shape, condition: seconds_of(shape, condition, device, dtype),
+        path,
+        width=float_dtype(dtype).itemsize,
+        cache=torch.cuda.get_device_properties(device).L2_cache_size if cuda else environment.last_level_cache(),
+        rounds=rounds,
+    )
+
+
+def computed_in(teacher: Teacher) -> str:
+    """The dtype in which a teacher and its students run here."""
+    dtype = choose_dtype(teacher.dtype, teacher.device)
+    return teacher.checkpoint.dtype if dtype == "auto" else dtype
+
+
+def table_for(budgets: Budgets, teacher: Teacher, place: Path) -> CostTable | None:
+    """The table that a budget of time needs: the one named with --costs, or one measured now and kept in `place`."""
+    condition = Condition(budgets.phase, budgets.context, budgets.batch)
+    dtype = computed_in(teacher)
+    if budgets.costs is not None:
+        file = Path(budgets.costs) / COSTS if Path(budgets.costs).is_dir() else Path(budgets.costs)
+        table = CostTable.load(file)
+        table.check(str(file), machine(teacher.device, dtype), condition, teacher.config)
+        return table
+    if budgets.latency is None and budgets.throughput is None:
+        return None
+    return measure_costs(teacher.config, [condition], teacher.device, dtype, place / COSTS)
+
+
+def judge_latency(file: Path, budget: Budget, teacher: Teacher, student: ModelConfig) -> dict[str, Any]:
+    """The student's and the teacher's pass, timed in turns, beside the prediction and the budget; kept in `file`."""
+    if file.exists():
+        return read_json(file)
+    assert budget.table is not None
+    times: dict[str, list[float]] = {"teacher": [], "student": []}
+    for _ in range(ROUNDS):
+        for name, config in (("teacher", teacher.config), ("student", student)):
+            times[name].append(seconds_of(config, budget.condition, teacher.device, computed_in(teacher)))
+    found = latency_row(budget, times, budget.table.seconds(student, budget.condition))
+    write_json(file, found)
+    return found
+
+
+def latency_row(budget: Budget, times: Mapping[str, Sequence[float]], predicted: float) -> dict[str, Any]:
+    """Seconds a pass, medians with the distance of the extremes as spread, and the student's throughput."""
+    measured = statistics.median(times["student"])
+    return {
+        **vars(budget.condition),
+        "budget_seconds": budget.ceilings.get("latency"),
+        "predicted_seconds": predicted,
+        "seconds": measured,
+        "seconds_spread": max(times["student"]) - min(times["student"]),
+        "teacher_seconds": statistics.median(times["teacher"]),
+        "tokens_per_second": budget.condition.tokens / measured,
+    }
+
+
+def bench_blocks(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
+    """`bench --blocks`: measure and keep a cost table; how well it fits, and where the model's time goes."""
+    if run.directory is None:
+        raise RecipeError("bench --blocks measures for minutes and writes a cost table; say where with --out DIR")
+    device, config = choose_device(recipe.common.device), shape_of(recipe.model)
+    dtype = choose_dtype(recipe.common.dtype, device)
+    if dtype == "auto":
+        dtype = Checkpoint.open(recipe.model).dtype if Path(recipe.model).is_dir() else "float32"
+    conditions = [Condition(*cell) for cell in itertools.product(recipe.phase, recipe.prompt, recipe.batch)]
+    table = measure_costs(config, conditions, device, dtype, run.path / COSTS, recipe.repeats)
+    return {
+        "rows": [condition_row(table, condition) for condition in conditions],
+        "hardware": dict(table.machine),
+        "path": str(run.path / COSTS),
+    }
+
+
+def condition_row(table: CostTable, condition: Condition) -> dict[str, Any]:
+    """The model's seconds, in all and by kind of block; errors of the fit, relative, over stacks that were left out."""
+    costs = table.models[condition]
+    return {
+        **vars(condition),
+        "seconds": table.seconds(table.model, condition),
+        "stacks": len(table.rows[condition]) - 1,
+        "median_error": costs.median_error,
+        "worst_error": costs.worst_error,
+        "whole_over_sum": costs.scale,
+        "seconds_by_kind": costs.seconds_by_kind(table.model, condition),
+    }

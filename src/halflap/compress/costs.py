@@ -1,0 +1,187 @@
+"""What a student costs and what it may: counts, bytes, operations and seconds of a config, and ceilings on them.
+
+Every cost adds up over blocks, so those of many sizes come from few (`Costs`). Times come from a cost table of the
+device; all else is counted. Pure data: no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from halflap.compress.axes import Sizes, target_counts
+from halflap.compress.cost_model import Condition
+from halflap.compress.cost_table import CostTable
+from halflap.compress.kinds import block_sizes, resize_block
+from halflap.errors import HalflapError
+from halflap.models.config import BlockConfig, ModelConfig
+from halflap.models.count import (
+    Phase,
+    count_non_embedding_parameters,
+    count_parameters,
+    flops_per_token,
+    memory_bytes,
+)
+from halflap.models.sharing import with_source
+
+ROUNDING = 1e-9
+"""Share by which a time may pass its ceiling: the teacher's own, summed over blocks, is within its 100 %."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Ceilings, absolute: counts, bytes, operations a token, seconds a pass; `throughput`, in tokens a second, is a
+    floor. And what memory, FLOPs and times are meant at.
+
+    Keys and values take `cache_bits`; SSM states, into which the whole text is summed, take twice as many: 32 and 16
+    beside 16 and 8, as in our cache and in the memory budget of Nemotron-H 47B. `table` tells times.
+    """
+
+    params: float | None = None
+    non_embedding_params: float | None = None
+    memory: float | None = None
+    flops: float | None = None
+    latency: float | None = None
+    throughput: float | None = None
+    phase: Phase = "decode"
+    context: int = 8192
+    batch: int = 1
+    weight_bits: int = 16
+    cache_bits: int = 16
+    table: CostTable | None = None
+
+    @property
+    def condition(self) -> Condition:
+        return Condition(self.phase, self.context, self.batch)
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """Cost name to ceiling, of those that are set; a throughput is a ceiling on the latency."""
+        found = {name: getattr(self, name) for name in COSTS if getattr(self, name) is not None}
+        if (seconds := min(found.get("latency", math.inf), self._seconds_at_throughput)) < math.inf:
+            found["latency"] = seconds * (1 + ROUNDING)
+        return found
+
+    @property
+    def _seconds_at_throughput(self) -> float:
+        return self.condition.tokens / self.throughput if self.throughput else math.inf
+
+    @property
+    def binding_time(self) -> str:
+        """Which of latency and throughput asks for the shorter pass."""
+        return "throughput" if self._seconds_at_throughput < (self.latency or math.inf) else "latency"
+
+    def flag(self, cost: str) -> str:
+        """What to write to allow more of a cost."""
+        name = self.binding_time if cost == "latency" else cost
+        return f"{'lower' if name == 'throughput' else 'raise'} --{name.replace('_', '-')}"
+
+    def say(self, cost: str, value: float) -> str:
+        """An amount of a cost as people say it."""
+        if cost != "latency":
+            return f"{value:,.0f} {UNITS[cost]}"
+        if self.binding_time == "throughput":
+            rate = self.condition.tokens / value
+            return f"{rate:,.{0 if rate >= 1000 else 3}f} tokens a second ({self.condition})"
+        return f"{1e3 * value:,.4g} ms a pass ({self.condition})"
+
+
+def _memory(config: ModelConfig, budget: Budget) -> float:
+    return memory_bytes(
+        config, budget.context, budget.batch, budget.weight_bits, budget.cache_bits, 2 * budget.cache_bits
+    )
+
+
+def _latency(config: ModelConfig, budget: Budget) -> float:
+    if budget.table is None:
+        raise HalflapError(
+            f"a {budget.binding_time} budget needs measured times and there is no cost table; make one with "
+            "`halflap bench MODEL --blocks` and name it with --costs"
+        )
+    return budget.table.seconds(config, budget.condition)
+
+
+COSTS: dict[str, Callable[[ModelConfig, Budget], float]] = {
+    "params": lambda config, _: count_parameters(config),
+    "non_embedding_params": lambda config, _: count_non_embedding_parameters(config),
+    "memory": _memory,
+    "flops": lambda config, budget: flops_per_token(config, budget.context, budget.phase),
+    "latency": _latency,
+}
+UNITS = {
+    "params": "parameters",
+    "non_embedding_params": "parameters without embeddings",
+    "memory": "bytes of memory",
+    "flops": "FLOPs a token",
+}
+BUDGETS = (*COSTS, "throughput")
+"""Names of what may be limited."""
+
+
+def costs(config: ModelConfig, budget: Budget) -> dict[str, float]:
+    """Every cost of a config, under a budget's context, batch and bits; with a cost table also latency, in seconds a
+    pass, and throughput, in tokens a second."""
+    found = {name: cost(config, budget) for name, cost in COSTS.items() if name != "latency" or budget.table}
+    return found | ({"throughput": budget.condition.tokens / found["latency"]} if "latency" in found else {})
+
+
+def kept_after(teacher: ModelConfig, sizes: Sizes, drop_order: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Blocks that stay when the first of `drop_order` go until `num_blocks` are left."""
+    count = len(teacher.blocks)
+    gone = set(sizes.drop_blocks)
+    if sizes.num_blocks is not None and sizes.num_blocks < count:
+        order = range(count - 1, -1, -1) if drop_order is None else drop_order
+        gone = set(itertools.islice(order, count - sizes.num_blocks))
+    return tuple(index for index in range(count) if index not in gone)
+
+
+class Costs:
+    """Costs of many sizes of one teacher: a sum over its different blocks, each counted once for each width."""
+
+    def __init__(self, teacher: ModelConfig, budget: Budget, drop_order: tuple[int, ...] | None) -> None:
+        self.teacher, self.budget, self.drop_order = teacher, budget, drop_order
+        self._alone = [with_source(block, 0) for block in teacher.blocks]  # which block is read costs nothing
+        self._blocks: dict[Any, Counter[BlockConfig]] = {}
+        self._known: dict[Any, float] = {}
+
+    def of(self, name: str, sizes: Mapping[str, int]) -> float:
+        hidden = sizes["hidden_size"]
+        return self._rest(name, hidden) + sum(
+            count * self._block(name, hidden, block, tuple(sizes[size] for size in block_sizes(block)))
+            for block, count in self._kept(sizes["num_blocks"]).items()
+        )
+
+    def within(self, sizes: Mapping[str, int], ceilings: Mapping[str, float]) -> bool:
+        return all(self.of(name, sizes) <= limit for name, limit in ceilings.items())
+
+    def _kept(self, num_blocks: int) -> Counter[BlockConfig]:
+        if num_blocks not in self._blocks:
+            kept = kept_after(self.teacher, Sizes(num_blocks=num_blocks), self.drop_order)
+            self._blocks[num_blocks] = Counter(self._alone[index] for index in kept)
+        return self._blocks[num_blocks]
+
+    def _block(self, name: str, hidden: int, block: BlockConfig, values: tuple[int, ...]) -> float:
+        """What one more block of these sizes adds; one that reads another's keys and values needs that beside it."""
+        key = (name, hidden, id(block), values)
+        if key not in self._known:
+            sizes: dict[str, Any] = dict(zip(block_sizes(block), values, strict=True))
+            resized = resize_block(block, target_counts(block, Sizes(**sizes)))
+            beside = with_source(resized, None)
+            self._known[key] = self._exact(name, hidden, beside, resized) - self._exact(name, hidden, beside)
+        return self._known[key]
+
+    def _rest(self, name: str, hidden: int) -> float:
+        """What a model costs beside its blocks."""
+        key = (name, hidden)
+        if key not in self._known:
+            block = self.teacher.blocks[0]
+            self._known[key] = 2 * self._exact(name, hidden, block) - self._exact(name, hidden, block, block)
+        return self._known[key]
+
+    def _exact(self, name: str, hidden: int, *blocks: BlockConfig) -> float:
+        return COSTS[name](dataclasses.replace(self.teacher, hidden_size=hidden, blocks=blocks), self.budget)

@@ -1,0 +1,175 @@
+"""Budgets of time through the command line, on a device whose times are made up: tables, students, sweeps, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halflap.checkpoints.checkpoint import save_model
+from halflap.checkpoints.config import read_config
+from halflap.commands import timing
+from halflap.compress.cost_model import Condition
+from halflap.data.tokenizer import train_tokenizer
+from halflap.models.config import ModelConfig
+from halflap.models.count import count_non_embedding_parameters
+from halflap.models.model import HybridModel, initialize
+from halflap.models.presets import preset
+
+FIT = ("--fit.sequence-length", 32, "--fit.batch-size", 4, "--fit.learning-rate", 1e-3)
+AT = ("--context", 64, "--batch", 2)
+
+
+def made_up_seconds(config: ModelConfig, condition: Condition, *_: Any) -> float:
+    return 1e-3 + len(config.blocks) * 1e-4 + 1e-8 * condition.tokens * count_non_embedding_parameters(config)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher with random weights and a tokenizer, text, and its importance."""
+    from halflap.cli import main
+
+    folder = tmp_path_factory.mktemp("latency")
+    generator = random.Random(0)
+    documents = [" ".join(generator.choices(["half", "lap", "joint", "wood"], k=60)) for _ in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    train_tokenizer(documents, 280).save(folder / "tokenizer")
+    model = HybridModel(dataclasses.replace(preset("nemotron-h-tiny"), vocab_size=512))
+    initialize(model, 0)
+    save_model(model, folder / "teacher", tokenizer_from=folder / "tokenizer")
+    words = ("score", folder / "teacher", "--data", folder / "text.jsonl", "--tokens", "1K", "--sequence-length", 32)
+    assert main([str(word) for word in (*words, "--out", folder / "scored", "--quiet")]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> list[ModelConfig]:
+    """The configs that were timed."""
+    timed: list[ModelConfig] = []
+
+    def seconds_of(config: ModelConfig, *rest: Any) -> float:
+        timed.append(config)
+        return made_up_seconds(config, *rest)
+
+    monkeypatch.setattr(timing, "seconds_of", seconds_of)
+    return timed
+
+
+def test_a_table_then_students_within_its_times(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, device: list[ModelConfig]
+) -> None:
+    words = ("bench", place / "teacher", "--blocks", "--prompt", 64, "--batch", 2, "--repeats", 1)
+    result = halflap(*words, "--out", tmp_path / "bench", "--json").json
+    assert [row["phase"] for row in result["rows"]] == ["decode", "prefill"]
+    teacher = read_config(place / "teacher")
+    decode = result["rows"][0]
+    assert decode["seconds"] == pytest.approx(made_up_seconds(teacher, Condition("decode", 64, 2)))
+    assert sum(decode["seconds_by_kind"].values()) == pytest.approx(decode["seconds"])
+    shown = halflap(*words, "--out", tmp_path / "bench")
+    assert "each left out in turn" in shown.out and "decode at context 64, batch 2" in shown.out
+    device.clear()
+
+    prune = ("prune", place / "teacher", "--importance", place / "scored", "--space.max-width-cut", 0.6)
+    costs = ("--costs", tmp_path / "bench" / "costs.json")
+    both = ("--latency", "60%", "--params", "90%")
+    pruned = halflap(*prune, *AT, *costs, *both, "--out", tmp_path / "decode", "--json").json
+    student = read_config(tmp_path / "decode" / "checkpoint")
+    seconds = made_up_seconds(student, Condition("decode", 64, 2))
+    assert seconds / decode["seconds"] == pytest.approx(0.6, rel=0.06)
+    assert pruned["predicted_seconds"] == pytest.approx(seconds, rel=0.01) and pruned["ratio"] <= 0.9
+    halflap(*prune, *AT, *costs, "--phase", "prefill", "--latency", "70%", "--out", tmp_path / "prefill")
+    assert not device, "a table that is named is not measured again"
+
+    for changed, says in (
+        (("--context", 128, "--batch", 2), "covers decode at context 64, batch 2; prefill at context 64, batch 2, and"),
+        ((*AT, "--dtype", "bfloat16"), "was measured with dtype float32, and here it is bfloat16"),
+    ):
+        refused = halflap(*prune, *changed, *costs, "--latency", "60%", "--out", tmp_path / "refused")
+        assert refused.status == 1 and says in refused.err and "halflap bench MODEL --blocks" in refused.err
+    refused = halflap(*prune, *AT, *costs, "--latency", "1us", "--out", tmp_path / "refused")
+    assert refused.status == 1 and "ms a pass (decode at context 64, batch 2)" in refused.err
+
+
+def test_compress_measures_a_table_and_then_its_student(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path
+) -> None:
+    words = ("compress", place / "teacher", "--data", place / "text.jsonl", "--tokens", "1K", *FIT)
+    small = ("--calibration-tokens", 256, "--score-tokens", 128, "--eval-tokens", 200, "--shortlist", 1)
+    words = (*words, *small, "--importance", place / "scored", *AT, "--throughput", 350, "--latency", "80%")
+    words = (*words, "--out", tmp_path / "run")
+    result = halflap(*words, "--json").json
+    row, student = result["latency"], read_config(tmp_path / "run" / "checkpoint")
+    assert (row["phase"], row["context"], row["batch"]) == ("decode", 64, 2)
+    assert row["seconds"] == pytest.approx(made_up_seconds(student, Condition("decode", 64, 2)))
+    assert row["predicted_seconds"] == pytest.approx(row["seconds"], rel=0.05)
+    assert row["predicted_seconds"] <= row["budget_seconds"] < row["teacher_seconds"]
+    assert row["tokens_per_second"] == pytest.approx(2 / row["seconds"])
+    assert {"costs.json", "latency.json"} <= {file.name for file in (tmp_path / "run").iterdir()}
+    assert "The cost table predicted" in (tmp_path / "run" / "report.html").read_text()
+    shown = halflap(*words).out
+    assert "a pass" in shown and "predicted" in shown and "decode at context 64, batch 2" in shown
+
+
+def test_steps_share_the_first_teachers_table(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, device: list[ModelConfig]
+) -> None:
+    words = ("compress", place / "teacher", "--data", place / "text.jsonl", "--tokens", "1K", *FIT, "--steps", 2)
+    small = ("--calibration-tokens", 256, "--score-tokens", 128, "--eval-tokens", 200, "--shortlist", 1)
+    words = (*words, *small, *AT, "--latency", "50%", "--space.max-width-cut", 0.6, "--out", tmp_path / "run")
+    result = halflap(*words, "--json").json
+    shapes = [read_config(tmp_path / "run" / at / "checkpoint") for at in ("steps/1", ".")]
+    whole, first, last = (
+        made_up_seconds(config, Condition("decode", 64, 2)) for config in (read_config(place / "teacher"), *shapes)
+    )
+    assert first / whole == pytest.approx(0.5**0.5, rel=0.06) and last / whole == pytest.approx(0.5, rel=0.06)
+    assert result["latency"]["teacher_seconds"] == pytest.approx(whole)
+    assert not list(tmp_path.glob("run/steps/*/costs.json")), "one table serves all steps"
+
+
+def test_a_sweep_finds_the_best_of_each_value(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
+    words = ("search", place / "teacher", "--importance", place / "scored", "--data", place / "text.jsonl", *FIT)
+    words = (*words, "--score-tokens", 128, "--shortlist", 2, "--out", tmp_path / "run")
+    swept = (*words, "--sweep", "params", "60%", "75%", "--json")
+    result = halflap(*swept).json
+    assert [row["value"] for row in result["sweep"]["values"]] == ["60%", "75%"]
+    teacher = halflap("inspect", place / "teacher", "--json").json["parameters"]
+    for row, share in zip(result["sweep"]["values"], (0.6, 0.75), strict=True):
+        best = result["candidates"][row["candidate"]]
+        assert best["chosen"] and best["loss"] and 0.95 * share <= best["costs"]["params"] / teacher <= share
+        alike = [r["loss"] for r in result["candidates"] if r["value"] == row["value"]]
+        assert best["loss"] == min(alike) and json.loads(Path(row["path"]).read_text())["plan"] is not None
+    assert "60%" in halflap(*swept[:-1]).out
+    page = halflap("report", tmp_path / "run", "--out", tmp_path / "page.html", "--json").json["path"]
+    assert Path(page).read_text().count(", chosen") == 2
+    pruned = halflap("prune", place / "teacher", "--plan", tmp_path / "run" / "search.json", "--out", tmp_path / "a")
+    assert pruned.status == 1 and "best of several budgets" in pruned.err and "60%/search.json" in pruned.err
+    one = result["sweep"]["values"][0]["path"]
+    assert halflap("prune", place / "teacher", "--plan", one, "--out", tmp_path / "b").status == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--sweep", "size", "60%"), "'size' is no budget"),
+        (("--sweep", "params"), "it names no value"),
+        (("--sweep", "params", "a-lot"), "sweep: 'a-lot' is not an amount"),
+        (("--sweep", "latency", "20"), "sweep: '20' is not an amount that fits here: write a time with its unit"),
+        (("--sweep", "params", "60%", "--params", "50%"), "params is swept and also given as --params"),
+    ],
+)
+def test_a_sweep_of_nothing_is_refused(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, words: Any, says: str
+) -> None:
+    text = ("--importance", place / "scored", "--data", place / "text.jsonl")
+    outcome = halflap("search", place / "teacher", *text, *words, "--out", tmp_path / "run")
+    assert outcome.status == 2 and says in outcome.err
+
+
+def test_a_table_needs_a_place(halflap: Callable[..., Any], place: Path) -> None:
+    outcome = halflap("bench", place / "teacher", "--blocks")
+    assert outcome.status == 2 and "--out DIR" in outcome.err
