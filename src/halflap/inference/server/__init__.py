@@ -11,8 +11,10 @@ objects.py       pieces of text to choices and chunks
 scores.py        log-probabilities of continuations
 exchange.py      bodies in, events out, hang-ups and time limits
 metrics.py       counters for Prometheus
+gate.py          keys, limits and counts, whatever answers behind them
 service.py       what every endpoint works with
 app.py           endpoints
+site.py          models, health, metrics, the document and the page
 openapi.py       the document that describes them
 run.py           listening, and stopping politely
 page.html        the chat page

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -99,13 +99,19 @@ async def within(seconds: float) -> AsyncIterator[None]:
         raise ApiError(504, message, code="timeout") from None
 
 
+async def encoded(events: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[str, None]:
+    """Each object as JSON."""
+    async for event in events:
+        yield json.dumps(event, ensure_ascii=False)
+
+
 class EventStream(Response):
     """Server-sent events, each the JSON of an object, then `[DONE]`; `ended` hears the status, 499 for a hang-up.
 
     An ApiError on the way, too little time included, is sent as an event of its own, as the status has gone out.
     """
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], seconds: float, ended: Callable[[int], None]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], seconds: float, ended: Callable[[int], None]) -> None:
         self.status_code, self.background = 200, None
         self._events, self._seconds, self._ended = events, seconds, ended
         self._status = 499  # until the last byte has gone out
@@ -123,9 +129,9 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         status = 200
         try:
-            async with within(self._seconds):
-                async for event in self._events:
-                    await self._event(send, json.dumps(event, ensure_ascii=False))
+            async with within(self._seconds), contextlib.aclosing(self._events) as events:
+                async for event in events:
+                    await self._event(send, event)
         except ApiError as error:
             status = error.status
             async with asyncio.timeout(PATIENCE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import BaseModel
@@ -47,7 +48,7 @@ REPLIES: dict[str, Schema] = {
     "Usage": USAGE,
     "Model": MODEL,
     "Models": _object(object={"const": "list"}, data=_list(_ref("Model"))),
-    "Health": _object(status={"type": "string", "enum": ["ok", "stopping"]}),
+    "Health": _object(status={"type": "string", "enum": ["ok", "stopping", "unavailable"]}),
     "Completion": _object(
         id=TEXT,
         object={"const": "text_completion"},
@@ -95,8 +96,8 @@ GETS: dict[str, tuple[str, str, bool]] = {
 }
 
 
-def document(settings: ServerSettings) -> Schema:
-    """OpenAPI 3.1 of a server with these settings."""
+def document(settings: ServerSettings, posts: Collection[str] = POSTS) -> Schema:
+    """OpenAPI 3.1 of a server with these settings that answers the paths `posts`."""
     _, defined = models_json_schema(
         [(kind, "validation") for _, kind, _, _ in POSTS.values()], ref_template="#/components/schemas/{model}"
     )
@@ -104,7 +105,7 @@ def document(settings: ServerSettings) -> Schema:
     found: Schema = {
         "openapi": "3.1.0",
         "info": {"title": "halflap", "version": halflap.__version__, "description": f"Serves {settings.name}."},
-        "paths": {**_posts(), **_gets()},
+        "paths": {**_posts(posts), **_gets()},
         "components": components,
     }
     if settings.keys:
@@ -115,9 +116,10 @@ def document(settings: ServerSettings) -> Schema:
     return found
 
 
-def _posts() -> Schema:
+def _posts(answered: Collection[str]) -> Schema:
     paths: Schema = {}
-    for path, (summary, body, reply, streams) in POSTS.items():
+    for path in answered:
+        summary, body, reply, streams = POSTS[path]
         content: Schema = {"application/json": {"schema": _ref(reply)}}
         if streams:
             content["text/event-stream"] = {"schema": TEXT}

@@ -1,15 +1,9 @@
-"""What every endpoint works with, and the one way a request is answered.
-
-Checks come in the order of their cost: stopping, key, type and size of the body, its content, the queue, the engine.
-"""
+"""What every endpoint works with, and the one way a request is answered."""
 
 from __future__ import annotations
 
-import asyncio
-import hmac
-import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -21,16 +15,15 @@ from halflap.errors import HalflapError
 from halflap.inference import requests as engine_requests
 from halflap.inference.server.asked import Asked
 from halflap.inference.server.config import ServerSettings
-from halflap.inference.server.errors import ApiError, HungUp, invalid
-from halflap.inference.server.exchange import EventStream, pieces, read_body, until_hang_up, within
+from halflap.inference.server.errors import ApiError, invalid
+from halflap.inference.server.exchange import EventStream, encoded, pieces, until_hang_up, within
+from halflap.inference.server.gate import Gate
 from halflap.inference.server.metrics import Metrics
 from halflap.inference.server.objects import Replies, usage_object
 from halflap.inference.server.prompts import Prompts
 from halflap.inference.stream import Stream
 
-LOG = logging.getLogger(__name__)
 B = TypeVar("B", bound=BaseModel)
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Answers(Protocol):
@@ -41,74 +34,23 @@ class Answers(Protocol):
     def stats(self) -> dict[str, Any]: ...
 
 
-class Service:
-    """An engine and the limits it is offered under. `stopping` refuses what is new."""
+class Service(Gate):
+    """An engine and the limits it is offered under."""
 
     def __init__(self, engine: Answers, prompts: Prompts, settings: ServerSettings) -> None:
-        self.engine, self.prompts, self.settings = engine, prompts, settings
+        self.engine, self.prompts = engine, prompts
         self.metrics = Metrics(engine.stats)
-        self.started = int(time.time())
-        self.stopping = False
-        self._active = 0
-        self._keys = [key.encode() for key in settings.keys]
-
-    # ---- before
-
-    def guarded(self, path: str, endpoint: Endpoint) -> Endpoint:
-        """The endpoint behind the key, its errors as error objects, counted."""
-
-        async def answer(request: Request) -> Response:
-            try:
-                self._admit(request)
-                response = await endpoint(request)
-            except ApiError as error:
-                response = error.response()
-            except HungUp:
-                response = Response(status_code=499)
-            except Exception:
-                LOG.exception("a request to %s failed", path)
-                response = ApiError(500, "the server failed on this request; its log says where").response()
-            if not isinstance(response, EventStream):  # that one is counted when it ends
-                self.metrics.requests.labels(path, str(response.status_code)).inc()
-            return response
-
-        return answer
-
-    def _admit(self, request: Request) -> None:
-        if self.stopping:
-            raise ApiError(503, "the server is stopping; ask another, or later", headers={"Retry-After": "5"})
-        if not self._keys:
-            return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        matches = [
-            hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self._keys
-        ]  # all, whatever the first says
-        if scheme.lower() != "bearer" or not any(matches):
-            raise ApiError(
-                401,
-                "the API key is missing or wrong; send Authorization: Bearer KEY",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        super().__init__(settings, self.metrics.requests, self.metrics.active)
 
     async def body(self, request: Request, kind: type[B]) -> B:
         """The checked body. Raises ApiError."""
-        try:
-            async with asyncio.timeout(self.settings.seconds):
-                raw = await read_body(request, self.settings.body_bytes)
-        except TimeoutError:
-            raise ApiError(408, "the body did not arrive in time; send it again", code="timeout") from None
+        raw = await self.raw_body(request)
         try:
             body = await run_in_threadpool(kind.model_validate_json, raw)
         except ValidationError as error:
             raise invalid(error) from None
         self.check_model(getattr(body, "model", None))
         return body
-
-    def check_model(self, name: str | None) -> None:
-        if name not in (None, self.settings.name):
-            message = f"model is {name[:100]!r}; this server has {self.settings.name!r}: ask for that"
-            raise ApiError(404, message, param="model", code="model_not_found")
 
     async def prepared(self, prepare: Callable[..., Any], body: BaseModel) -> Any:
         """`prepare(body, prompts, settings)` in a worker thread, what it refuses as status 400."""
@@ -122,11 +64,11 @@ class Service:
     async def answer(self, request: Request, asked: Asked, replies: Replies) -> Response:
         """Run what was asked; a whole object, or a stream of events."""
         began = time.monotonic()
-        self._enter()
+        self.enter()
         try:
             streams = await run_in_threadpool(self._submit, asked)  # a grammar takes time to compile
         except BaseException:
-            self._leave()
+            self.leave()
             raise
 
         def ended(status: int) -> None:
@@ -134,32 +76,20 @@ class Service:
                 stream.cancel()
                 if stream.usage is not None:
                     self.metrics.count(stream.usage)
-            self._leave()
+            self.leave()
             self.metrics.whole.observe(time.monotonic() - began)
             if asked.stream:
-                self.metrics.requests.labels(request.url.path, str(status)).inc()
+                self.count(request.url.path, status)
 
         events = self._events(asked, streams, replies, began)
         if asked.stream:
-            return EventStream(events, self.settings.seconds, ended)
+            return EventStream(encoded(events), self.settings.seconds, ended)
         try:
             async with within(self.settings.seconds):
                 await until_hang_up(request.receive, _drained(events))
         finally:
             ended(200)
         return JSONResponse(replies.whole(_usage(streams)))
-
-    def _enter(self) -> None:
-        """Take one of the places of requests that may be active at once. Raises ApiError when there is none."""
-        if self._active >= self.settings.requests:
-            message = f"{self._active} requests run or wait, as many as may; come again in a moment"
-            raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
-        self._active += 1
-        self.metrics.active.inc()
-
-    def _leave(self) -> None:
-        self._active -= 1
-        self.metrics.active.dec()
 
     def _submit(self, asked: Asked) -> list[Stream]:
         streams: list[Stream] = []

@@ -1,0 +1,103 @@
+"""The way in and out of a server, whatever answers behind it: keys, bodies, the queue, counts.
+
+Checks come in the order of their cost: stopping, key, type and size of the body, its content, the queue, the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from prometheus_client import Counter, Gauge
+from starlette.requests import Request
+from starlette.responses import Response
+
+from halflap.inference.server.config import ServerSettings
+from halflap.inference.server.errors import ApiError, HungUp
+from halflap.inference.server.exchange import EventStream, read_body
+
+LOG = logging.getLogger(__name__)
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Gate:
+    """The limits that requests are taken under. `stopping` refuses what is new.
+
+    requests counts them by path and status, active those being answered.
+    """
+
+    def __init__(self, settings: ServerSettings, requests: Counter, active: Gauge) -> None:
+        self.settings = settings
+        self.started = int(time.time())
+        self.stopping = False
+        self._requests, self._active_gauge = requests, active
+        self._active = 0
+        self._keys = [key.encode() for key in settings.keys]
+
+    def guarded(self, path: str, endpoint: Endpoint) -> Endpoint:
+        """The endpoint behind the key, its errors as error objects, counted."""
+
+        async def answer(request: Request) -> Response:
+            try:
+                self._admit(request)
+                response = await endpoint(request)
+            except ApiError as error:
+                response = error.response()
+            except HungUp:
+                response = Response(status_code=499)
+            except Exception:
+                LOG.exception("a request to %s failed", path)
+                response = ApiError(500, "the server failed on this request; its log says where").response()
+            if not isinstance(response, EventStream):  # that one is counted when it ends
+                self.count(path, response.status_code)
+            return response
+
+        return answer
+
+    def count(self, path: str, status: int) -> None:
+        self._requests.labels(path, str(status)).inc()
+
+    def _admit(self, request: Request) -> None:
+        if self.stopping:
+            raise ApiError(503, "the server is stopping; ask another, or later", headers={"Retry-After": "5"})
+        if not self._keys:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        matches = [
+            hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self._keys
+        ]  # all, whatever the first says
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    async def raw_body(self, request: Request) -> bytes:
+        """The body as it came. Raises ApiError for one that is too large, too slow or not JSON by its type."""
+        try:
+            async with asyncio.timeout(self.settings.seconds):
+                return await read_body(request, self.settings.body_bytes)
+        except TimeoutError:
+            raise ApiError(408, "the body did not arrive in time; send it again", code="timeout") from None
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.settings.name):
+            message = f"model is {name[:100]!r}; this server has {self.settings.name!r}: ask for that"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def enter(self) -> None:
+        """Take one of the places of requests that may be active at once. Raises ApiError when there is none."""
+        if self._active >= self.settings.requests:
+            message = f"{self._active} requests run or wait, as many as may; come again in a moment"
+            raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+        self._active += 1
+        self._active_gauge.inc()
+
+    def leave(self) -> None:
+        self._active -= 1
+        self._active_gauge.dec()
