@@ -36,6 +36,7 @@ OWNERS = {  # who may import what, beyond the ladder
     "lm_eval": ("evaluate.lm_eval",),
     "gguf": ("checkpoints.gguf_",),
     "ray": ("parallel.fanout",),
+    "httpx2": ("inference.front.",),
     "yaml": ("recipe", "evaluate."),
     "cyclopts": ("recipe", "binding", "commands.config", "commands.config_compress", "commands.sections"),
     "triton": ("ops.triton_",),

@@ -69,7 +69,7 @@ VERBS: dict[str, Verb] = {
 }
 EXTRAS = {
     **{"transformers": "hf", "lm_eval": "eval", "gguf": "gguf", "pyarrow": "data", "zstandard": "data"},
-    **dict.fromkeys(("starlette", "uvicorn", "pydantic", "prometheus_client"), "serve"),
+    **dict.fromkeys(("starlette", "uvicorn", "pydantic", "prometheus_client", "httpx2"), "serve"),
 }
 """Packages that only some verbs need, and the extra that brings each."""
 

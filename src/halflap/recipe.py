@@ -60,6 +60,7 @@ HEADINGS = (
     TRAINING := "Training",
     SAMPLING := "Sampling",
     SERVING := "Serving",
+    VLLM := "vLLM (--engine vllm)",
     COMMON := "Common to all verbs",
 )
 """Headings of the help in their order, after the fields of no section."""

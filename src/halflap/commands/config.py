@@ -16,7 +16,9 @@ from halflap.commands.sections import (
     Phase,
     Sampling,
     Text,
+    Vllm,
 )
+from halflap.errors import RecipeError
 from halflap.recipe import (
     COMMON,
     SWITCH,
@@ -201,7 +203,19 @@ class ServeRecipe:
     """Hugging Face directory or run directory."""
     listening: Listening = Listening()
     decoding: Decoding = Decoding()
+    vllm: Vllm = Vllm()
     common: Common = Common()
+
+    def __post_init__(self) -> None:
+        if self.listening.engine == "halflap" and self.vllm != Vllm():
+            raise RecipeError(
+                "the engine is halflap and a flag of vLLM's is given; add --engine vllm, or leave that out"
+            )
+        if self.listening.engine == "vllm" and self.decoding.speculate != "off":
+            raise RecipeError(
+                f"speculate is {self.decoding.speculate}, which is halflap's; with --engine vllm leave it out, or give "
+                "vLLM's own --speculative-config in --engine-args"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from halflap.commands.fleet import vllm_command
 from halflap.commands.resolve import check_inputs, plan_of, shape_of
 from halflap.inputs import size_of
 from halflap.models.config import ModelConfig
@@ -26,6 +27,8 @@ def estimate(verb: str, recipe: Any) -> dict[str, Any]:
     settings, inputs = settings_of(recipe), inputs_of(recipe)
     read = sum(size_of(Path(value)) for values in inputs.values() for value in values)
     result: dict[str, Any] = {"verb": verb, "input_bytes": read}
+    if verb == "serve" and recipe.listening.engine == "vllm":
+        result["command"] = vllm_command(recipe)
     names = {name: inputs[name][0] for name in ("model", "student", "shape", "teacher") if name in inputs}
     shapes = {name: shape_of(value) for name, value in names.items() if Path(value).is_dir() or value in PRESETS}
     if not shapes:

@@ -27,19 +27,29 @@ def choose_dtype(name: str, device: torch.device) -> str:
 
 
 def check_memory(
-    config: ModelConfig, dtype: str, device: torch.device, beside: Mapping[str, float] | None = None
+    config: ModelConfig,
+    dtype: str,
+    device: torch.device,
+    beside: Mapping[str, float] | None = None,
+    *,
+    replicas: int = 1,
 ) -> None:
     """Raise HalflapError when the weights do not fit, instead of being killed by the system.
 
-    `beside` is what else will be held, by name, in bytes. `auto` is counted as float32 on a CPU.
+    `beside` is what else will be held, by name, in bytes. `auto` is counted as float32 on a CPU. Replicas on GPUs are
+    counted as spread evenly over those there are.
     """
     wide = 4 if dtype in ("auto", "float32") and device.type == "cpu" else 2
     beside = dict(beside or {})
     weights = count_parameters(config) * wide
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if weights + sum(beside.values()) > free:
+    cuda = device.type == "cuda"
+    copies = -(-replicas // torch.cuda.device_count()) if cuda else replicas
+    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    if copies * (weights + sum(beside.values())) > free:
         more = "".join(f", {what} {size / 2**30:.1f} GiB," for what, size in beside.items())
+        times = f" {copies} times over, for {replicas} replicas," if copies > 1 else ""
         raise HalflapError(
-            f"the weights take {weights / 2**30:.1f} GiB as {'float32' if wide == 4 else 'bfloat16'}{more} and "
-            f"{free / 2**30:.1f} GiB are free; take a smaller model{', or --dtype bfloat16' if wide == 4 else ''}"
+            f"the weights take {weights / 2**30:.1f} GiB as {'float32' if wide == 4 else 'bfloat16'}{more}{times} and "
+            f"{free / 2**30:.1f} GiB are free; take {'fewer --replicas, ' if copies > 1 else ''}a smaller model"
+            f"{', or --dtype bfloat16' if wide == 4 else ''}"
         )

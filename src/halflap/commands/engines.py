@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from halflap.amounts import parse_amount
 from halflap.checkpoints.checkpoint import load_model
 from halflap.checkpoints.config import find_directory, read_config
@@ -15,7 +17,7 @@ from halflap.errors import HalflapError, RecipeError
 from halflap.inference.engine import Engine
 from halflap.inference.requests import EngineSettings
 from halflap.models.config import ModelConfig
-from halflap.models.count import cache_bytes
+from halflap.models.count import cache_bytes, count_parameters
 from halflap.models.model import HybridModel
 from halflap.recipe import Common
 
@@ -29,8 +31,20 @@ class Opened(NamedTuple):
     max_context: int
 
 
-def open_engine(path: str | Path, decoding: Decoding, common: Common) -> Opened:
-    """Load a checkpoint and start an engine for it. Raises HalflapError, before loading, for what does not fit."""
+class Plan(NamedTuple):
+    """An engine that has been checked and not loaded."""
+
+    directory: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    max_context: int
+    device: torch.device
+    dtype: str
+    prefix_cache: int
+
+
+def plan_engine(path: str | Path, decoding: Decoding, common: Common, replicas: int = 1) -> Plan:
+    """What an engine will be, so many times. Raises HalflapError for what does not fit together or into memory."""
     directory = find_directory(path)
     config = read_config(directory)
     tokenizer = Tokenizer.load(directory)
@@ -40,17 +54,27 @@ def open_engine(path: str | Path, decoding: Decoding, common: Common) -> Opened:
     device = choose_device(common.device)
     dtype = choose_dtype(common.dtype, device)
     one = cache_bytes(config, context, kv_bits=32 if device.type == "cpu" and dtype != "bfloat16" else 16)
-    check_memory(config, dtype, device, {f"a reply of {context:,} tokens": one, "the prefix cache": prefix})
+    beside = {f"a reply of {context:,} tokens": one, "the prefix cache": prefix}
+    if Path(decoding.speculate).is_dir():
+        guesser = count_parameters(read_config(decoding.speculate))
+        beside["the model that guesses"] = guesser * (4 if dtype == "float32" else 2)
+    check_memory(config, dtype, device, beside, replicas=replicas)
+    return Plan(directory, config, tokenizer, context, device, dtype, prefix)
+
+
+def open_engine(path: str | Path, decoding: Decoding, common: Common) -> Opened:
+    """Load a checkpoint and start an engine for it. Raises HalflapError, before loading, for what does not fit."""
+    plan = plan_engine(path, decoding, common)
     settings = EngineSettings(
         max_batch=decoding.max_batch,
-        max_context=context,
+        max_context=plan.max_context,
         memory=None if decoding.cache_memory is None else int(decoding.cache_memory.value),
         prefill_chunk=decoding.prefill_chunk,
-        prefix_cache=prefix,
-        speculate=_guesser(decoding.speculate, tokenizer, dtype, common),
+        prefix_cache=plan.prefix_cache,
+        speculate=_guesser(decoding.speculate, plan.tokenizer, plan.dtype, common),
     )
-    model = load_model(directory, dtype, device)
-    return Opened(Engine(model, tokenizer, settings), tokenizer, config, context)
+    model = load_model(plan.directory, plan.dtype, plan.device)
+    return Opened(Engine(model, plan.tokenizer, settings), plan.tokenizer, plan.config, plan.max_context)
 
 
 def _prefix_bytes(value: str) -> int:
@@ -71,5 +95,4 @@ def _guesser(value: str, tokenizer: Tokenizer, dtype: str, common: Common) -> Hy
     directory, device = find_directory(value), choose_device(common.device)
     if Tokenizer.load(directory).digest != tokenizer.digest:
         raise HalflapError(f"speculate: {value} has another tokenizer than the model; take a student of that model")
-    check_memory(read_config(directory), dtype, device)
     return load_model(directory, dtype, device)

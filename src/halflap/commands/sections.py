@@ -22,6 +22,7 @@ from halflap.recipe import (
     SEARCH,
     SERVING,
     TEXT,
+    VLLM,
     Bytes,
     Count,
     Duration,
@@ -286,10 +287,14 @@ class Listening:
     """Address to listen on; 0.0.0.0 is all."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
+    uds: str | None = None
+    """Unix socket to listen on instead: a path, guarded by the permissions of its folder."""
     api_key: tuple[str, ...] = ()
     """Keys, one of which a request must bring; without any, the one in $HALFLAP_API_KEY; else anybody may ask."""
-    engine: Literal["halflap"] = "halflap"
-    """What runs the model."""
+    engine: Literal["halflap", "vllm"] = "halflap"
+    """What runs the model: halflap itself, or vLLM, which is installed apart, on checkpoints of stock classes."""
+    replicas: Positive = 1
+    """Copies of the model in processes of their own, which share the requests, and the cores (or each has its GPU)."""
     served_model_name: str | None = None
     """The model's id; its directory's name when not given."""
     queue: int = 64
@@ -300,3 +305,20 @@ class Listening:
     """Longest time a request may take."""
     grace: Duration = Amount(30.0, "seconds")
     """Time that running requests get when the server is told to stop."""
+
+
+@flat(VLLM)
+@dataclass(frozen=True, kw_only=True)
+class Vllm:
+    """What vLLM alone can do."""
+
+    vllm_command: str | None = None
+    """How vLLM is called, such as /opt/vllm/bin/vllm; `vllm` beside this Python or on PATH when not given."""
+    tensor_parallel: Positive = 1
+    """GPUs that share the work of every layer."""
+    pipeline_parallel: Positive = 1
+    """Groups of GPUs that take some of the layers each."""
+    ray: str | None = None
+    """Spread a replica over a Ray cluster: host:port, or auto (the one this machine is part of)."""
+    engine_args: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
+    """Words for `vllm serve` itself, in one text: '--quantization fp8 --gpu-memory-utilization 0.8'."""

@@ -1,28 +1,43 @@
-"""Listening on a port until told to stop, and then letting what runs finish."""
+"""Listening until told to stop, and then letting what runs finish."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from starlette.applications import Starlette
 
 from halflap.errors import HalflapError
 from halflap.inference.server.app import application
+from halflap.inference.server.gate import Gate
 from halflap.inference.server.service import Service
 
 
-class _Server(uvicorn.Server):
-    """Refuses what is new from the first signal on; the second ends what runs, too."""
+class Server(uvicorn.Server):
+    """Refuses what is new from the first signal on; lets the rest finish within the grace, or until a second one."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, app: Starlette, gate: Gate) -> None:
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            backlog=2048,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=max(1, round(gate.settings.grace)),
+            lifespan="off",
+            h11_max_incomplete_event_size=64 << 10,
+        )
         super().__init__(config)
-        self._service = service
+        self._gate = gate
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._service.stopping = True
+        self._gate.stopping = True
         super().handle_exit(sig, frame)
 
 
@@ -41,19 +56,45 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def listen_unix(path: str) -> socket.socket:
+    """A socket bound to a file, which its folder's permissions guard; one that nobody listens on any more is replaced.
+
+    Raises HalflapError when it cannot be had.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            listener.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_left_over(path):
+                raise
+            Path(path).unlink()
+            listener.bind(path)
+    except OSError as error:
+        listener.close()
+        raise HalflapError(f"--uds {path} cannot be listened on ({error}); choose another path") from None
+    return listener
+
+
+def _is_left_over(path: str) -> bool:
+    if not Path(path).is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+        return trial.connect_ex(path) == errno.ECONNREFUSED
+
+
+def address_of(listener: socket.socket) -> str:
+    """Where a socket listens, as a URL (`unix:PATH` for a file)."""
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{name}"
+    host, port = name[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def run(service: Service, listener: socket.socket, *, ready: Callable[[], None] = lambda: None) -> None:
     """Serve until SIGTERM or Ctrl-C; then refuse what is new and let the rest finish within the grace."""
-    config = uvicorn.Config(
-        application(service),
-        log_level="warning",
-        access_log=False,
-        backlog=2048,
-        server_header=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(service.settings.grace)),
-        lifespan="off",
-        h11_max_incomplete_event_size=64 << 10,
-    )
+    server = Server(application(service), service)
     ready()
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has stopped
-        _Server(config, service).run(sockets=[listener])
+        server.run(sockets=[listener])
