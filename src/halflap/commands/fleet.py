@@ -89,24 +89,24 @@ def _vllm(recipe: ServeRecipe, folder: Path, *, dry: bool = False) -> Fleet:
     template = Tokenizer.load(directory).chat_template
     executable = _executable(recipe.vllm.vllm_command, dry)
     changed = vllm.environment(settings, recipe.vllm.ray)
+    plain = folder / "plain.jinja"
     launches = []
     for number in range(recipe.listening.replicas):
         socket = _socket(folder, number)
-        words = vllm.command(executable, str(directory), str(socket), config, settings, template or "")
-        if template is None:
-            words += ["--chat-template", str(folder / "plain.jinja")]
+        words = vllm.command(executable, directory, socket, config, settings, plain if template is None else template)
         share = _share(settings, number, recipe.listening.replicas)
         launches.append(Launch(f"vLLM {number}", tuple(words), socket, changed | share))
-    stops = () if template is not None else chat.PLAIN_STOP
-    if template is None and not dry:
-        (folder / "plain.jinja").write_text(chat.PLAIN, encoding="utf-8")
-    amend = (lambda path, body: vllm.amended(path, body, stops)) if stops else None
+    if template is not None:
+        return Fleet(launches, settings.max_context, (CHAT, COMPLETIONS))
+    if not dry:
+        plain.write_text(chat.PLAIN, encoding="utf-8")
+    amend = lambda path, body: vllm.with_stops(body, chat.PLAIN_STOP) if path == CHAT else dict(body)
     return Fleet(launches, settings.max_context, (CHAT, COMPLETIONS), amend)
 
 
 def vllm_command(recipe: ServeRecipe) -> str:
     """The first replica's command line, as a shell takes it; nothing is started or written."""
-    launch = _vllm(recipe, Path("/tmp/halflap-front"), dry=True).launches[0]
+    launch = _vllm(recipe, Path("/tmp/halflap-XXXX"), dry=True).launches[0]
     variables = [f"{key}={shlex.quote(value)}" for key, value in launch.environment.items() if value is not None]
     return " ".join([*variables, shlex.join(launch.command)])
 

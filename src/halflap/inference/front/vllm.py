@@ -50,10 +50,18 @@ class VllmSettings:
 
 
 def command(
-    executable: Sequence[str], directory: str, socket: str, config: ModelConfig, settings: VllmSettings, template: str
+    executable: Sequence[str],
+    directory: Path,
+    socket: Path,
+    config: ModelConfig,
+    settings: VllmSettings,
+    template: str | Path,
 ) -> list[str]:
-    """The words that start vLLM on a checkpoint, behind a Unix socket. template: the chat template, for its tools."""
-    words = [*executable, "serve", directory, "--uds", socket, "--served-model-name", settings.name]
+    """The words that start vLLM on a checkpoint, behind a Unix socket.
+
+    template: the checkpoint's chat template, or the file of one where it has none.
+    """
+    words = [*executable, "serve", str(directory), "--uds", str(socket), "--served-model-name", settings.name]
     words += ["--max-model-len", str(settings.max_context), "--max-num-seqs", str(settings.max_batch)]
     words += ["--dtype", "float32" if settings.on_cpu and settings.dtype == "auto" else settings.dtype]
     words += ["--tensor-parallel-size", str(settings.tensor_parallel)]
@@ -65,8 +73,9 @@ def command(
     words += ["--enable-prefix-caching" if settings.prefix_cache and not hybrid else "--no-enable-prefix-caching"]
     if settings.cache_memory is not None and not settings.on_cpu:
         words += ["--kv-cache-memory-bytes", str(settings.cache_memory)]
-    parser = next((parser for mark, parser in TOOL_PARSERS.items() if mark in template and "tools" in template), None)
-    if parser is not None:
+    if isinstance(template, Path):
+        words += ["--chat-template", str(template)]
+    elif parser := next((p for mark, p in TOOL_PARSERS.items() if mark in template and "tools" in template), None):
         words += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
     return [*words, "--uvicorn-log-level", "warning", *settings.more]
 
@@ -135,10 +144,8 @@ def _divided(block: Any, ways: int) -> list[tuple[str, int]]:
     return []
 
 
-def amended(path: str, body: Mapping[str, Any], stops: Sequence[str]) -> dict[str, Any]:
-    """A body with the texts that end a turn of a conversation written without a chat template of its own."""
-    if not stops or not path.endswith("/chat/completions"):
-        return dict(body)
+def with_stops(body: Mapping[str, Any], stops: Sequence[str]) -> dict[str, Any]:
+    """A body whose reply ends at these texts, too, as turns do that are written without a template of the model's."""
     given = body.get("stop")
     before = [given] if isinstance(given, str) else given if isinstance(given, list) else []
     return {**body, "stop": [*before, *stops]}
