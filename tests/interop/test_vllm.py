@@ -1,4 +1,4 @@
-"""vLLM on the CPU loads students of equal widths and goes on with the same greedy tokens.
+"""vLLM on the CPU loads students of equal widths, gives the same greedy tokens, and is served by `halflap serve`.
 
 vLLM pins most of what it stands on, so it lives in an environment of its own: `make test-vllm` makes one and names its
 interpreter in HALFLAP_VLLM_PYTHON.
@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,10 +49,15 @@ ENVIRONMENT = {
 
 
 @pytest.fixture(scope="module")
-def vllm_tokens(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[list[int]]]:
-    interpreter = os.environ.get("HALFLAP_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else None)
-    if interpreter is None:
+def interpreter() -> str:
+    found = os.environ.get("HALFLAP_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else None)
+    if found is None:
         pytest.skip("vLLM is not installed: `make test-vllm` installs it into an environment of its own")
+    return found
+
+
+@pytest.fixture(scope="module")
+def vllm_tokens(interpreter: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[list[int]]]:
     script = tmp_path_factory.mktemp("vllm") / "greedy.py"
     script.write_text(SCRIPT)
 
@@ -88,3 +96,46 @@ def test_the_same_greedy_tokens(
             with torch.inference_mode():
                 best = model(torch.tensor([[*prompt, *mine.tokens[:place]]]))[0, -1].topk(2).values
             assert best[0] - best[1] < 1e-4 * best[0].abs(), f"token {place}: {mine.tokens[place]}, not {theirs[place]}"
+
+
+def test_served_by_the_front(interpreter: str, write_model: Any, tmp_path: Path) -> None:
+    """`halflap serve --engine vllm`: chat, streams, numbers and errors through the front, and an end of all of it."""
+    source = write_model(student("nemotron-h-tiny"), tmp_path / "model")
+    words = ["--engine", "vllm", "--vllm-command", str(Path(interpreter).with_name("vllm")), "--port", "0"]
+    words += ["--device", "cpu", "--max-context", "128", "--max-batch", "4", "--cache-memory", "1GiB"]
+    words += ["--engine-args=--enforce-eager", "--api-key", "k"]
+    command = [sys.executable, "-m", "halflap", "serve", str(source), *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT})
+    assert process.stderr is not None
+    said = []
+    try:
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"model is at (http://127\.0\.0\.1:\d+)", line):
+                break
+        else:
+            pytest.fail("".join(said[-40:]))
+        url = found[1]
+        body = {"messages": [{"role": "user", "content": "look"}], "max_tokens": 6, "temperature": 0}
+        whole = json.loads(ask(f"{url}/v1/chat/completions", body))
+        assert whole["model"] == "model" and whole["usage"]["completion_tokens"] <= 6
+        lines = ask(f"{url}/v1/chat/completions", {**body, "stream": True}).split("\n\n")
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
+        text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+        assert text == whole["choices"][0]["message"]["content"] and "data: [DONE]" in lines
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(f"{url}/v1/chat/completions", {**body, "max_tokens": 1000})
+        error = json.load(refused.value)["error"]
+        assert refused.value.code == 400 and error["type"] == "invalid_request_error" and "128" in error["message"]
+        assert re.search(r'vllm:generation_tokens_total\{.*replica="0"\}', ask(f"{url}/metrics"))
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def ask(url: str, body: Any = None) -> str:
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer k"}
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as reply:
+        return reply.read().decode()

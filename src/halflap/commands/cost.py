@@ -44,6 +44,8 @@ def estimate(verb: str, recipe: Any) -> dict[str, Any]:
         each = _flops(verb, main, shapes.get("teacher"), {}, 1, plan.sequence_length)
         result["phases"] = _phases(plan, each)
     result["memory_bytes"] = _memory(verb, main, shapes.get("teacher"))
+    if verb == "serve":
+        result["memory_bytes"] *= recipe.listening.replicas
     return result
 
 

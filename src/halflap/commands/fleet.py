@@ -64,7 +64,7 @@ def _ours(recipe: ServeRecipe, folder: Path) -> Fleet:
         max_time=Amount(listening.max_time.value + LATER, "seconds"),
     )
     devices = _devices() if plan.device.type == "cuda" else []
-    threads = str(max(1, _cores() // count))
+    threads = str(max(1, _threads() // count))
     launches = []
     for number in range(count):
         socket, file = _socket(folder, number), folder / f"{number}.yaml"
@@ -151,7 +151,7 @@ def _share(settings: vllm.VllmSettings, number: int, count: int) -> dict[str, st
     if count == 1 or settings.ray:
         return {}
     if settings.on_cpu:
-        cores = sorted(os.sched_getaffinity(0))
+        cores = _cores()
         size = len(cores) // (count * each)
         if size == 0:
             raise HalflapError(f"{count} replicas of {each} processes need as many cores, and there are {len(cores)}")
@@ -178,10 +178,17 @@ def _devices() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _cores() -> int:
-    """Threads to divide: those that OpenMP is told to take, or all cores this process may use."""
+def _threads() -> int:
+    """Threads to divide: those that OpenMP is told to take, or one a core."""
     told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdecimal() and int(told) > 0 else len(os.sched_getaffinity(0))
+    return int(told) if told.isdecimal() and int(told) > 0 else len(_cores())
+
+
+def _cores() -> list[int]:
+    """The cores that this process may use."""
+    if sys.platform == "linux":
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _socket(folder: Path, number: int) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from halflap.inference.front.relay import Front, application
 from halflap.inference.front.replica import Say, kept
-from halflap.inference.server.run import Server
+from halflap.inference.server.run import BACKLOG, Server
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,6 +46,7 @@ async def _run(front: Front, listener: socket.socket, ready: Callable[[], None],
                 await asyncio.gather(starting, return_exceptions=True)
                 return False
             starting.result()
+            listener.listen(BACKLOG)
             ready()
             # uvicorn handles the signals while it serves, and raises those it met again for us at the end.
             await server.serve(sockets=[listener])

@@ -17,6 +17,8 @@ from halflap.inference.server.app import application
 from halflap.inference.server.gate import Gate
 from halflap.inference.server.service import Service
 
+BACKLOG = 2048
+
 
 class Server(uvicorn.Server):
     """Refuses what is new from the first signal on; lets the rest finish within the grace, or until a second one."""
@@ -26,7 +28,7 @@ class Server(uvicorn.Server):
             app,
             log_level="warning",
             access_log=False,
-            backlog=2048,
+            backlog=BACKLOG,
             server_header=False,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=max(1, round(gate.settings.grace)),
@@ -95,6 +97,7 @@ def address_of(listener: socket.socket) -> str:
 def run(service: Service, listener: socket.socket, *, ready: Callable[[], None] = lambda: None) -> None:
     """Serve until SIGTERM or Ctrl-C; then refuse what is new and let the rest finish within the grace."""
     server = Server(application(service), service)
+    listener.listen(BACKLOG)  # who comes as soon as it is said may wait
     ready()
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has stopped
         server.run(sockets=[listener])

@@ -1,4 +1,4 @@
-"""Requests that begin alike meet at one replica, conversations stay where they were, and nobody waits in a long queue."""
+"""Requests that begin alike meet at one replica, conversations stay where they were, and no queue gets long."""
 
 from __future__ import annotations
 
