@@ -24,16 +24,18 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install -e 
 
 Cli = Callable[..., Any]
 FAKE = """#!{python}
-import argparse, json, os, socketserver, sys
+import argparse, json, os, socketserver, sys, time
 from http.server import BaseHTTPRequestHandler
 parser = argparse.ArgumentParser(prog="vllm")
 parser.add_argument("verb", choices=["serve"])
 parser.add_argument("directory")
 for flag in ("uds", "served-model-name", "max-model-len", "max-num-seqs", "dtype", "tensor-parallel-size",
-             "pipeline-parallel-size", "uvicorn-log-level", "chat-template", "tool-call-parser", "fail"):
+             "pipeline-parallel-size", "uvicorn-log-level", "chat-template", "tool-call-parser", "fail", "sleep"):
     parser.add_argument("--" + flag)
 parser.add_argument("--no-enable-prefix-caching", action="store_true")
 given = parser.parse_args()
+if given.sleep:
+    time.sleep(float(given.sleep))
 if given.fail:
     print("loading ...")
     sys.exit("ValueError: " + given.fail)
@@ -165,6 +167,13 @@ def test_what_vllm_said_last(halflap: Cli, directory: Path, fake: Path) -> None:
     assert "vLLM 0 ended with status 1 before it could answer; the last it said:" in result.err
     result = halflap(*words, "--engine-args=--unknown 3")
     assert result.status == 1 and "unrecognized arguments: --unknown 3" in result.err
+
+
+def test_told_to_stop_while_it_starts(halflap: Cli, directory: Path, fake: Path) -> None:
+    words = ("serve", directory, "--engine", "vllm", "--vllm-command", fake, "--port", "0", "--engine-args=--sleep 60")
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert halflap(*words).status == 130
 
 
 def test_dry_runs_show_the_command(halflap: Cli, directory: Path) -> None:

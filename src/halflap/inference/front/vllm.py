@@ -82,7 +82,8 @@ def command(
 
 def environment(settings: VllmSettings, address: str | None) -> dict[str, str | None]:
     """What is changed for vLLM. address: the Ray cluster's, or None for one that vLLM finds or starts."""
-    found: dict[str, str | None] = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_API_KEY": None}
+    found: dict[str, str | None] = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    found |= {"VLLM_API_KEY": None, "HALFLAP_API_KEY": None}  # the front asks for keys
     if settings.cache_memory is not None and settings.on_cpu:
         found["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, -(-settings.cache_memory // 2**30)))  # GiB
     if settings.ray:
