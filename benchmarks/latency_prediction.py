@@ -20,11 +20,10 @@ import torch
 
 from common import SIZES, Report, arguments, interleave
 from halflap.commands.timing import measure_costs, seconds_of
-from halflap.compress.axes import Sizes, resize
+from halflap.compress.axes import Sizes, kept_after, resize
 from halflap.compress.cost_model import Condition
 from halflap.compress.cost_table import CostTable
-from halflap.compress.costs import kept_after
-from halflap.compress.space import SearchSpace, choices
+from halflap.compress.grid import SearchSpace, choices
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.presets import preset

@@ -25,6 +25,7 @@ PURE = {
     "compress.cost_model",
     "compress.cost_table",
     "compress.costs",
+    "compress.grid",
     "compress.kinds",
     "compress.space",
     "compress.plan",

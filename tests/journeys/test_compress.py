@@ -13,7 +13,8 @@ import torch
 
 from halflap.checkpoints.checkpoint import load_model, save_model
 from halflap.checkpoints.config import read_lineage
-from halflap.commands import scoring, students
+from halflap.commands import scoring, shortlist, students
+from halflap.commands.teaching import distill_together
 from halflap.compress.importance import Importance
 from halflap.data.tokenizer import train_tokenizer
 from halflap.models.count import count_parameters
@@ -137,6 +138,87 @@ def test_compress_does_it_all(halflap: Callable[..., Any], place: Path, tmp_path
     assert read_lineage(out / "checkpoint")[-1]["continues_short_distillation"]
     finished = halflap(*words, *FIT, *cut, *controls, "--shortlist-tokens", 256, "--out", out, "--json")
     assert finished.json == result and "finished" in finished.err
+
+
+@pytest.mark.parametrize("stop", ["in a round", "before the winner is kept"])
+def test_minipuzzle_in_rounds_ends_the_same_after_an_interruption(
+    halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
+) -> None:
+    small = ("--importance", scored, "--score-tokens", 256, "--eval-tokens", 400, "--shortlist", 6, "--refined", 4)
+    words = ("compress", place / "nemotron-h-tiny", "--data", place / "text.jsonl", "--tokens", "2K", *small, *FIT)
+    words = (*words, "--memory", "75%", "--context", 256, "--method", "minipuzzle")
+    words = (*words, "--space.max-depth-cut", 0.5, "--space.mamba-num-heads", 12, 8)
+    words = (*words, "--shortlist-tokens", 256, "--json")
+    whole = halflap(*words, "--out", tmp_path / "whole").json
+    found = json.loads((tmp_path / "whole" / "search.json").read_text())
+    refined = [row for row in found["candidates"] if row["rounds"]]
+    assert [len(row["rounds"]) for row in refined] == [2, 2, 1, 1]
+    spent = sum(row["rounds"][-1]["tokens"] for row in refined)
+    assert abs(spent - 4 * 256) <= 6 * 128, "the budget, but for a step a candidate and round"
+    scores = [row for row in found["candidates"] if row["accuracy"] is not None]
+    assert len(scores) == 6 and all(0 <= row["agreement"] <= 1 for row in scores)
+    assert whole["sizes"]["num_mamba_blocks"] and whole["sizes"]["num_mlp_blocks"] and whole["verified"]
+    step = read_lineage(tmp_path / "whole" / "checkpoint")[-1]
+    assert step["continues_short_distillation"] and step["tokens"] >= 2000
+    kept = [folder for folder in (tmp_path / "whole" / "shortlist").iterdir() if folder.is_dir()]
+    assert len(kept) == 1 and not (kept[0] / "training").exists()
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    calls: list[int] = []
+
+    def second_round(*rest: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return distill_together(*rest, **more)
+
+    with monkeypatch.context() as patch:
+        if stop == "in a round":
+            patch.setattr(shortlist, "distill_together", second_round)
+        else:
+            patch.setattr(shortlist, "keep", interrupted)
+        assert halflap(*words, "--out", tmp_path / "run").status == 130
+    result = halflap(*words, "--out", tmp_path / "run").json
+    assert result | {"report": ""} == whole | {"report": "", "student": result["student"]}
+    assert (tmp_path / "run" / "search.json").read_bytes() == (tmp_path / "whole" / "search.json").read_bytes()
+    one, other = (load_model(tmp_path / name).state_dict() for name in ("run", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_candidates_that_do_not_fit_together_learn_from_stored_logits(
+    halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shortlist, "free_memory", lambda _: 1000)
+    words = ("search", place / "nemotron-h-tiny", "--importance", scored, "--data", place / "text.jsonl", *FIT)
+    words = (*words, "--params", "60%", "--shortlist", 3, "--score-tokens", 256, "--shortlist-tokens", 256, "--json")
+    result = halflap(*words, "--out", tmp_path / "run").json
+    assert [len(row["rounds"]) for row in result["candidates"][:3]] == [2, 2, 1]
+    taught = json.loads((tmp_path / "run" / "shortlist" / "taught.json").read_text())
+    assert taught["taught"] == "in turn" and taught["bytes_needed"] > 1000
+    assert not (tmp_path / "run" / "shortlist" / "teacher-logits").exists()
+    equal = halflap(*words, "--rounds", "equal", "--out", tmp_path / "equal").json
+    assert [len(row["rounds"]) for row in equal["candidates"][:3]] == [1, 1, 1]
+
+
+def test_what_minipuzzle_does_not_do_is_said(
+    halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path
+) -> None:
+    text = ("--data", place / "text.jsonl", *FIT)
+    words = ("compress", place / "nemotron-h-tiny", "--importance", scored, *text, "--params", "60%", *SMALL[2:])
+    for name, (more, says) in enumerate(
+        (
+            (("--sizes.drop-blocks", 1, "--method", "minipuzzle"), "which --method minipuzzle chooses"),
+            (("--space.num-mlp-blocks", 2), "search with --method minipuzzle"),
+            (("--space.num-mlp-blocks", 9, "--method", "minipuzzle"), "the teacher has 3"),
+        )
+    ):
+        outcome = halflap(*words, *more, "--out", tmp_path / str(name))
+        assert outcome.status in (1, 2) and says in outcome.err.replace("\n", " ") and "Traceback" not in outcome.err
+    words = ("compress", place / "llama-tiny", "--data", place / "text.jsonl", *SMALL, *FIT, "--params", "60%")
+    outcome = halflap(*words, "--space.num-mlp-blocks", 2, "--method", "minipuzzle", "--out", tmp_path / "llama")
+    assert outcome.status == 1 and "use sizes.num_blocks" in outcome.err.replace("\n", " ")
 
 
 def test_distill_in_phases_by_a_mix_of_losses(

@@ -5,5 +5,6 @@ checkpoint.py  import, inspect
 export.py      export: stock classes, GGUF, Megatron
 compress.py    score, search, prune, verify, distill, compress; scoring.py measures importance, teaching.py trains
                students, chain.py divides into steps
+searching.py   the methods of search; shortlist.py distils the best candidates in rounds
 doctor.py      versions, kernels, device limits, what is missing
 """

@@ -8,16 +8,15 @@ random         indices kept at random, distilled alike
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from halflap.checkpoints.checkpoint import load_model
-from halflap.checkpoints.config import lineage_step, read_json
-from halflap.commands import students, teaching
-from halflap.commands.config_compress import CompressRecipe, SearchRecipe
+from halflap.checkpoints.config import lineage_step, read_json, read_lineage
+from halflap.commands import shortlist, students, teaching
+from halflap.commands.config_compress import CompressRecipe
 from halflap.commands.corpora import Corpora, held_out_batches
 from halflap.commands.sections import LossSettings
 from halflap.commands.students import Teacher
@@ -69,38 +68,6 @@ def train_and_judge(setting: Setting) -> dict[str, dict[str, Any]]:
             setting.run.save_json("scores.json", rows)
     _write_table(setting, rows)
     return rows
-
-
-def short_distillation(
-    place: Path,
-    teacher: Teacher,
-    plan: PruningPlan,
-    model: HybridModel,
-    loader: Loader,
-    recipe: SearchRecipe | CompressRecipe,
-    tutor: Tutor,
-) -> HybridModel:
-    """A candidate after `shortlist_tokens` of distillation; its weights are kept for the long one to go on from."""
-    directory = place / "shortlist" / plan.digest[:12]
-    if not (directory / "checkpoint").exists():
-        student = students.build(model, plan)
-        students.write_student(directory / "cut", teacher, plan, iter(student.state_dict().items()))
-        loss = recipe.loss_settings if isinstance(recipe, CompressRecipe) else LossSettings()
-        done = teaching.distill_into(
-            student,
-            tutor.teacher,
-            loader,
-            recipe.fit,
-            tokens=recipe.settings.shortlist_tokens,
-            directory=directory / "training",
-            loss=dataclasses.replace(loss, top_k=0),
-            log=lambda row: None,
-            origin=tutor.origin_after(plan),
-        )
-        step = lineage_step("distill", {"teacher": tutor.teacher.digest}, tokens=done["tokens"], loss=done["loss"])
-        students.save_trained(directory / "checkpoint", student, directory / "cut", step)
-        shutil.rmtree(directory / "training", ignore_errors=True)
-    return load_model(directory / "checkpoint", "float32", teacher.device)
 
 
 # ---- arms
@@ -160,11 +127,11 @@ def _train(setting: Setting, name: str, start: HybridModel, place: Path) -> dict
 
 def _short_tokens(setting: Setting) -> int:
     """Tokens of the short distillation that the student goes on from; 0 when there was none."""
-    return setting.recipe.settings.shortlist_tokens if _short(setting).exists() else 0
+    return read_lineage(_short(setting))[-1]["tokens"] if _short(setting).exists() else 0
 
 
 def _short(setting: Setting) -> Path:
-    return setting.run.path / "shortlist" / setting.plan.digest[:12] / "checkpoint"
+    return shortlist.folder(setting.run.path, setting.plan) / "checkpoint"
 
 
 def _start_student(setting: Setting) -> HybridModel:

@@ -12,7 +12,7 @@ from typing import Any
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_json
-from halflap.commands import arms, chain, scoring, students, sweep, teaching, timing
+from halflap.commands import arms, chain, scoring, searching, students, sweep, teaching, timing
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.config_compress import (
     CompressRecipe,
@@ -24,7 +24,7 @@ from halflap.commands.config_compress import (
 )
 from halflap.commands.corpora import Corpora, held_out_batches, open_corpora, training_loader
 from halflap.commands.resolve import plan_of
-from halflap.commands.sections import Budgets, ScoreSettings, SearchSettings
+from halflap.commands.sections import Budgets, ScoreSettings
 from halflap.commands.students import Teacher, has_ceiling, open_teacher
 from halflap.commands.teaching import Origin, Tutor
 from halflap.compress.axes import Sizes, check_sizes, largest_sizes
@@ -32,19 +32,13 @@ from halflap.compress.cost_table import CostTable
 from halflap.compress.importance import Importance
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
-from halflap.compress.ranking import drop_order, plan_for
-from halflap.compress.search import SearchResult
-from halflap.compress.search import search as search_candidates
-from halflap.compress.space import Fitting, SearchSpace, fitting
-from halflap.data.loader import Loader
+from halflap.compress.ranking import plan_for
 from halflap.errors import HalflapError, RecipeError
 from halflap.models.count import count_non_embedding_parameters, count_parameters
 from halflap.parallel import mesh
 from halflap.recipe import inputs_of, settings_of
 from halflap.report.page import build as build_report
 from halflap.run import Run, open_run
-
-SEARCH = "search.json"
 
 
 def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
@@ -75,9 +69,9 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     if not swept:
         _require_target(recipe.budgets, Sizes())
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
-    loader = training_loader(
-        corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.micro_batch_rows, recipe.common.seed
-    )
+    fit, seed = recipe.fit, recipe.common.seed
+    loader = training_loader(corpora, recipe.text, fit.sequence_length, fit.micro_batch_rows, seed)
+    training = training_loader(corpora, recipe.text, fit.sequence_length, fit.batch_size, seed)
     if recipe.importance is None:
         raise RecipeError(
             "no importance was given; measure it with `halflap score` and name its file with --importance"
@@ -85,17 +79,17 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     importance = scoring.read_importance(recipe.importance, teacher)
     first = next(iter(swept.values()), recipe.budgets)
     table = timing.table_for(first, teacher, run.path)
-    each = {
-        value: (budgets, _candidates(teacher, importance, budgets, Sizes(), recipe.space, table))
-        for value, budgets in (swept or {"": recipe.budgets}).items()
-    }
-    found = {}
-    for value, (budgets, candidates) in each.items():
+    each = {}
+    for value, budgets in (swept or {"": recipe.budgets}).items():
         place = sweep.place_of(run.path, value) if swept else run.path
         one = dataclasses.replace(recipe, budgets=budgets, sweep=())
-        found[value] = _search(one, place, teacher, importance, candidates, loader, Tutor(teacher), table)
+        each[value] = searching.Given(one, place, teacher, importance, loader, training, Tutor(teacher), table)
+        searching.check(each[value])  # before any work
+    found = {value: searching.search(given) for value, given in each.items()}
     result = sweep.combined(recipe.sweep[0], found, run.path) if swept else found[""].to_json()
-    return {name: value for name, value in result.items() if name != "plan"} | {"path": str(run.path / SEARCH)}
+    return {name: value for name, value in result.items() if name != "plan"} | {
+        "path": str(run.path / searching.SEARCH)
+    }
 
 
 def prune(recipe: PruneRecipe, run: Run) -> dict[str, Any]:
@@ -218,10 +212,12 @@ def _compress(
         shortage = scoring.shortage(importance, measuring, tokens)
     sizes, remark = recipe.sizes, None
     if has_ceiling(recipe.budgets):
-        candidates = _candidates(teacher, importance, recipe.budgets, recipe.sizes, recipe.space, times)
-        found = _search(recipe, run.path, teacher, importance, candidates, measuring, tutor, times)
-        sizes, remark = _with_dropped(found.chosen.sizes, recipe.sizes), found.remark
-    plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
+        given = searching.Given(recipe, run.path, teacher, importance, measuring, training, tutor, times)
+        found = searching.search(given)
+        sizes, remark = searching.with_dropped(found.chosen.sizes, recipe.sizes), found.remark
+        plan = PruningPlan.from_json(found.plan or {})
+    else:
+        plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
     certificate = _prune(run.path / "pruned", teacher, plan)
 
     setting = arms.Setting(recipe, run, teacher, plan, importance, training, corpora, tutor)
@@ -265,77 +261,6 @@ def _require_target(budgets: Budgets, sizes: Sizes) -> None:
         )
 
 
-def _candidates(
-    teacher: Teacher,
-    importance: Importance,
-    budgets: Budgets,
-    fixed: Sizes,
-    space: SearchSpace,
-    table: CostTable | None,
-) -> Fitting:
-    """Sizes that fit the budgets; those given as `fixed` are not varied."""
-    check_sizes(teacher.config, fixed)
-    order = drop_order(importance, teacher.config) if importance.depth else None
-    given = {name: (value,) for name, value in vars(fixed).items() if value and name != "drop_blocks"}
-    if fixed.drop_blocks:
-        rest = [index for index in range(len(teacher.config.blocks)) if index not in fixed.drop_blocks]
-        order = (*fixed.drop_blocks, *rest)
-        given["num_blocks"] = (len(rest),)
-    budget = students.budget_of(budgets, teacher.config, table)
-    return fitting(teacher.config, budget, dataclasses.replace(space, **given), order)
-
-
-def _with_dropped(sizes: Sizes, fixed: Sizes) -> Sizes:
-    """Blocks named to be dropped stay named."""
-    return dataclasses.replace(sizes, num_blocks=None, drop_blocks=fixed.drop_blocks) if fixed.drop_blocks else sizes
-
-
-def _search(
-    recipe: SearchRecipe | CompressRecipe,
-    place: Path,
-    teacher: Teacher,
-    importance: Importance,
-    candidates: Fitting,
-    loader: Loader,
-    tutor: Tutor,
-    table: CostTable | None,
-) -> SearchResult:
-    """Losses of the likeliest candidates as cut, and of the best after a short distillation if tokens are given."""
-    settings: SearchSettings = recipe.settings
-    batches = students.choosing(loader, settings.score_tokens)
-    model = teacher.load()
-    fixed = recipe.sizes if isinstance(recipe, CompressRecipe) else Sizes()
-
-    def plan_of_sizes(sizes: Sizes) -> PruningPlan:
-        sizes = _with_dropped(sizes, fixed)
-        return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
-
-    def loss_as_cut(plan: PruningPlan) -> float:
-        return students.next_token_loss(students.build(model, plan), batches, teacher)
-
-    def loss_after_distillation(plan: PruningPlan) -> float:
-        student = arms.short_distillation(place, teacher, plan, model, loader, recipe, tutor)
-        return students.next_token_loss(student, batches, teacher)
-
-    return search_candidates(
-        candidates,
-        plan_of_sizes,
-        loss_as_cut,
-        made_from={
-            "teacher": teacher.digest,
-            "importance": importance.digest,
-            "budgets": {name: str(value) for name, value in vars(recipe.budgets).items() if value is not None},
-            "norm_correction": recipe.norm_correction,
-            "settings": dataclasses.asdict(settings),
-            **({} if table is None else {"costs": table.digest}),
-        },
-        path=place / SEARCH,
-        shortlist=settings.shortlist,
-        refine=loss_after_distillation if settings.shortlist_tokens else None,
-        refined=settings.refined,
-    )
-
-
 def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[PruningPlan, str | None, float | None]:
     """From a plan, which a search leaves too, from sizes, or from budgets; with a remark and the predicted latency."""
     sizes, file = recipe.sizes, Path(recipe.importance) if recipe.importance is not None else None
@@ -357,8 +282,8 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[
     remark = seconds = None
     if has_ceiling(recipe.budgets):
         table = timing.table_for(recipe.budgets, teacher, place)
-        found = _candidates(teacher, importance, recipe.budgets, sizes, recipe.space, table)
-        sizes, remark = _with_dropped(found.candidates[0].sizes, sizes), found.remark
+        found = searching.candidates(teacher, importance, recipe.budgets, sizes, recipe.space, table)
+        sizes, remark = searching.with_dropped(found.candidates[0].sizes, sizes), found.remark
         seconds = found.candidates[0].costs.get("latency")
     return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction), remark, seconds
 

@@ -18,7 +18,7 @@ from halflap.commands.sections import (
     Text,
 )
 from halflap.compress.axes import Sizes
-from halflap.compress.space import SearchSpace
+from halflap.compress.grid import SearchSpace
 from halflap.recipe import SIZES, SPACE, TRAINING, Common, File, Files, Model, Positive, section
 from halflap.train.config import Fit
 

@@ -99,14 +99,19 @@ class Budgets:
 class SearchSettings:
     """How candidates are ranked."""
 
-    method: Literal["homogeneous"] = "homogeneous"
-    """One size an axis for all blocks."""
+    method: Literal["homogeneous", "minipuzzle"] = "homogeneous"
+    """One size an axis for all blocks, ranked by loss; or numbers of blocks of each type and one width of all MLPs,
+    ranked by the text's tokens and by the teacher's that a candidate says (minipuzzle)."""
     shortlist: Positive = 8
     """Candidates that are built and scored by loss."""
     shortlist_tokens: Tokens = 0
-    """Tokens the best of the shortlist are distilled on and then scored again; 0 lets the loss as cut decide."""
+    """Tokens that each of the best of the shortlist is distilled on, on average, and then scored again; 0 lets the
+    ranking as cut decide."""
     refined: Positive = 3
     """How many of the shortlist those are."""
+    rounds: Literal["halving", "equal"] = "halving"
+    """Of these tokens in all, some for each of them, then as many again for the better half, twice as many for the
+    better half of that, until two are left (halving); or equal shares."""
     score_tokens: Positive = 16384
     """Tokens on which a candidate's loss is measured."""
 

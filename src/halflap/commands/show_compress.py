@@ -20,6 +20,9 @@ SIZE_WORDS = {
     "num_attention_heads": "query heads",
     "num_key_value_heads": "key/value heads",
     "num_blocks": "blocks",
+    "num_mamba_blocks": "Mamba blocks",
+    "num_attention_blocks": "attention blocks",
+    "num_mlp_blocks": "MLP blocks",
 }
 SHOWN_CANDIDATES = 10
 
@@ -50,25 +53,28 @@ def score(result: Mapping[str, Any], console: Console) -> None:
 
 def search(result: Mapping[str, Any], console: Console) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column, justify in (
-        ("parameters", "right"),
-        ("loss as cut", "right"),
-        ("distilled", "right"),
-        ("sizes", "left"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    sweep = result.get("sweep")
+    rows, sweep = result["candidates"], result.get("sweep")
+    shown = [rows[best["candidate"]] for best in sweep["values"]] if sweep else rows[:SHOWN_CANDIDATES]
+    rounds = sorted({done["tokens"] for row in rows for done in row["rounds"]})
+    shares = [name for name in ("accuracy", "agreement") if any(row[name] is not None for row in rows)]
+    for column in ("parameters", *shares, "loss as cut", *(f"after {short(tokens)}" for tokens in rounds)):
+        table.add_column(column, justify="right")
+    table.add_column("sizes")
     if sweep:
         table.add_column(sweep["budget"].replace("_", " "), justify="right")
-        shown = [result["candidates"][best["candidate"]] for best in sweep["values"]]
-    else:
-        shown = result["candidates"][:SHOWN_CANDIDATES]
     for row in shown:
-        losses = ["" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "refined_loss")]
+        after = {done["tokens"]: done["loss"] for done in row["rounds"]}
+        losses = ["" if loss is None else f"{loss:.4f}" for loss in (row["loss"], *map(after.get, rounds))]
+        said = ["" if row[name] is None else f"{100 * row[name]:.1f} %" for name in shares]
         style = "bold" if row["chosen"] and not sweep else ""
         value = [row["value"]] if sweep else []
-        table.add_row(number(row["costs"]["params"]), *losses, sizes_text(row["sizes"]), *value, style=style)
+        table.add_row(number(row["costs"]["params"]), *said, *losses, sizes_text(row["sizes"]), *value, style=style)
     console.print(table)
+    if rounds:
+        spent = sum(row["rounds"][-1]["tokens"] for row in rows if row["rounds"])
+        taken = [sum(len(row["rounds"]) > place for row in rows) for place in range(len(rounds))]
+        each = ", ".join(f"{count} to {short(tokens)}" for count, tokens in zip(taken, rounds, strict=True))
+        console.print(f"short distillation: {each} tokens each, {short(spent)} in all")
     console.print(f"{len(result['candidates']):,} of {result['tried']:,} sizes fit; all of them in {result['path']}")
     if result["remark"]:
         console.print(result["remark"])

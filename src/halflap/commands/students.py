@@ -39,6 +39,7 @@ from halflap.models.model import HybridModel
 from halflap.recipe import Common
 from halflap.train.losses import mean_loss
 from halflap.train.numerics import resolve_dtype
+from halflap.train.objectives.agreement import Agreement, GreedyBatch, with_teacher_tokens
 from halflap.train.objectives.language import NextToken
 
 CERTIFIED_AT_ONCE = 300_000_000
@@ -148,6 +149,18 @@ def fill(config: ModelConfig, tensors: Iterator[tuple[str, Tensor]]) -> HybridMo
 def next_token_loss(model: HybridModel, batches: list[Batch], teacher: Teacher) -> float:
     dtype = resolve_dtype(teacher.dtype, teacher.device)
     return mean_loss(model, NextToken(), batches, teacher.device, dtype)["loss"]
+
+
+def with_teacher_tokens_of(teacher: Teacher, batches: list[Batch]) -> list[GreedyBatch]:
+    """The batches with the likeliest tokens of a teacher, who is gone from memory then."""
+    dtype = resolve_dtype(teacher.dtype, teacher.device)
+    return with_teacher_tokens(teacher.load().eval(), batches, teacher.device, dtype)
+
+
+def agreement(model: HybridModel, batches: list[GreedyBatch], teacher: Teacher) -> dict[str, float]:
+    """Loss, and shares of the text's and of the teacher's likeliest tokens that the model says."""
+    dtype = resolve_dtype(teacher.dtype, teacher.device)
+    return mean_loss(model, Agreement(), batches, teacher.device, dtype)
 
 
 def write_student(

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from halflap.checkpoints.config import lineage_step, read_json
 from halflap.commands import students
@@ -24,7 +24,7 @@ from halflap.files import write_json
 from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel
 from halflap.train.config import Fit
-from halflap.train.fit import fit
+from halflap.train.fit import Trainee, fit, fit_together
 from halflap.train.objectives.distillation import Distillation, TopKDistillation
 from halflap.train.objectives.intermediate import InnerStates, WithProjections, pair_states, proportional_map
 from halflap.train.objectives.language import NextToken
@@ -85,19 +85,24 @@ def distill_into(
     held_out: Sequence[Batch] = (),
     origin: Origin | None = None,
     phases: Plan | None = None,
+    until: int | None = None,
+    stored_in: Path | None = None,
 ) -> dict[str, Any]:
     """Train the student in place, on its teacher's outputs or on the text itself; goes on from a saved state.
 
+    Outputs that are stored go to `stored_in`, by default beside `directory`; `until` stops before the schedule's end.
     Returns what `fit` does and, where there are such, what the stored teacher costs and the map of blocks.
     """
     batches: Callable[[int], Any] = (
         loader.batch if phases is None else lambda step: loader.rows_from(*phases.rows(step))
     )
     if loss.loss != "next_token" and loss.top_k and loss.top_k_from == "disk":
-        count = _steps(batches, tokens, loader.world) if phases is None else phases.steps
-        lesson = _stored(student, teacher, batches, count, loss, directory.parent / "teacher-logits")
+        count = _steps(batches, until or tokens, loader.world) if phases is None else phases.steps
+        place = stored_in or directory.parent / "teacher-logits"
+        lesson = _stored(student, teacher, batches, count, loss, place)
     else:
-        lesson = _lesson(student, teacher, batches, loss, origin)
+        model = None if loss.loss == "next_token" else teacher.load()
+        lesson = _lesson(student, teacher, model, batches, loss, origin)
 
     def logged(row: dict[str, Any]) -> None:
         if loss.loss != "next_token" and "loss" in row:
@@ -117,21 +122,60 @@ def distill_into(
         dtype=teacher.dtype,
         seed=teacher.seed,
         plan=phases,
+        until=until,
     )
     return result | lesson.said
 
 
-def _lesson(
-    student: HybridModel, teacher: Teacher, batches: Callable[[int], Any], loss: LossSettings, origin: Origin | None
-) -> Lesson:
-    """On the text itself, or on what the teacher says while the student learns."""
-    if loss.loss == "next_token":
-        return Lesson(student, NextToken(), batches)
-    said: dict[str, Any] = {}
-    inner = _inner_states(student.config, teacher, loss, origin, said)
-    trained = inner is not None and any(True for _ in inner.parameters())
-    objective = Distillation(
-        teacher.load(),
+class Pupil(NamedTuple):
+    """One of several students that are taught together, its training's place, and where it lies in the teacher."""
+
+    student: HybridModel
+    directory: Path
+    origin: Origin | None
+
+
+def distill_together(
+    pupils: Sequence[Pupil],
+    teacher: Teacher,
+    loader: Loader,
+    settings: Fit,
+    *,
+    tokens: int,
+    until: int,
+    loss: LossSettings,
+) -> list[dict[str, Any]]:
+    """Train several students in place on the same batches; the teacher reads each of them once for all.
+
+    Each ends as it would by `distill_into`, whose schedule is over `tokens` and which stops after `until`.
+    Where inner states are learned the teacher runs for each student, as its states are handed over as they come.
+    """
+    model = None if loss.loss == "next_token" else teacher.load()
+    shared = None if model is None or loss.intermediate else _distillation(model, loss, remember=True)
+    trainees = []
+    for student, directory, origin in pupils:
+        if shared is not None:
+            trainees.append(Trainee(student, shared, directory))
+        else:
+            lesson = _lesson(student, teacher, model, loader.batch, loss, origin)
+            trainees.append(Trainee(lesson.model, lesson.objective, directory))
+    return fit_together(
+        trainees,
+        loader.batch,
+        settings,
+        tokens=tokens,
+        until=until,
+        device=teacher.device,
+        dtype=teacher.dtype,
+        seed=teacher.seed,
+    )
+
+
+def _distillation(
+    model: HybridModel, loss: LossSettings, inner: InnerStates | None = None, remember: bool = False
+) -> Distillation:
+    return Distillation(
+        model,
         loss.temperature,
         loss.loss,
         skew_alpha=loss.skew_alpha,
@@ -140,7 +184,25 @@ def _lesson(
         next_token_share=loss.next_token_share,
         inner=inner,
         inner_weight=loss.intermediate_weight,
+        remember=remember,
     )
+
+
+def _lesson(
+    student: HybridModel,
+    teacher: Teacher,
+    model: HybridModel | None,
+    batches: Callable[[int], Any],
+    loss: LossSettings,
+    origin: Origin | None,
+) -> Lesson:
+    """On what the teacher's `model` says while the student learns; without it on the text itself."""
+    if model is None:
+        return Lesson(student, NextToken(), batches)
+    said: dict[str, Any] = {}
+    inner = _inner_states(student.config, teacher, loss, origin, said)
+    trained = inner is not None and any(True for _ in inner.parameters())
+    objective = _distillation(model, loss, inner)
     return Lesson(WithProjections(student, inner) if trained and inner else student, objective, batches, said)
 
 

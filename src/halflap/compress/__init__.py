@@ -14,8 +14,9 @@ ranking.py     group-aware kept indices from importance and target sizes
 cost_model.py  seconds of a pass as a sum over blocks, fitted to measured times
 cost_table.py  those times and fits, as a file
 costs.py       what a config costs, and the budgets that limit it
-space.py       sizes to try, and the candidates that fit the budgets
-search.py      rank candidates by loss, then after a short distillation; resumable
+grid.py        sizes to try: one an axis, or numbers of blocks of each type and one width of the MLPs
+space.py       the candidates that fit the budgets
+search.py      rank candidates as cut, then in rounds of short distillations; resumable
 correction.py  gains and eps of norms over fewer channels
 plan.py        PruningPlan: exact kept indices, validated, saved as JSON
 compose.py     two plans as one

@@ -8,9 +8,19 @@ of block says `kinds.py`. Pure data: no torch.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from halflap.compress.kinds import KINDS, PRUNABLE, block_counts, block_sizes, owner, resize_block
+from halflap.compress.kinds import (
+    BLOCK_COUNTS,
+    BLOCKS_OF,
+    KINDS,
+    PRUNABLE,
+    block_counts,
+    block_sizes,
+    owner,
+    resize_block,
+)
 from halflap.errors import HalflapError
 from halflap.models.config import BlockConfig, ModelConfig
 from halflap.models.layout import Axis, layout
@@ -41,6 +51,12 @@ class Sizes:
     """How many blocks stay; the least important go."""
     drop_blocks: tuple[int, ...] = ()
     """Blocks that go, by index."""
+    num_mamba_blocks: int | None = None
+    """How many Mamba blocks stay; like the two after it, in place of num_blocks."""
+    num_attention_blocks: int | None = None
+    """How many attention blocks stay."""
+    num_mlp_blocks: int | None = None
+    """How many MLP blocks stay."""
 
 
 def _axes_by_size() -> dict[str, tuple[str, ...]]:
@@ -85,6 +101,30 @@ def depth_units(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(range(start, min(start + step, count))) for start in range(0, count, step))
 
 
+def block_types(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Blocks that are counted and ranked among themselves, by the size that says how many of them stay.
+
+    Layers of several blocks, and what leans on them, are all of one type, counted by `num_blocks`.
+    """
+    if len(depth_units(config)[0]) > 1 or any(type(block) not in BLOCKS_OF for block in config.blocks):
+        return {"num_blocks": tuple(range(len(config.blocks)))}
+    names = [BLOCKS_OF[type(block)] for block in config.blocks]
+    return {name: tuple(i for i, other in enumerate(names) if other == name) for name in dict.fromkeys(names)}
+
+
+def kept_after(config: ModelConfig, sizes: Sizes, drop_order: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Blocks that stay when the first of `drop_order` go, of each type or of all, until as many are left as asked."""
+    everything = tuple(range(len(config.blocks)))
+    gone = set(sizes.drop_blocks)
+    for name, blocks in {"num_blocks": everything, **block_types(config)}.items():
+        wanted = getattr(sizes, name)
+        if wanted is not None and wanted < len(blocks):
+            members = set(blocks)
+            order = [index for index in (everything[::-1] if drop_order is None else drop_order) if index in members]
+            gone |= set(order[: len(blocks) - wanted])
+    return tuple(index for index in everything if index not in gone)
+
+
 # ---- sizes, counts and configs
 
 
@@ -99,7 +139,9 @@ def largest_sizes(config: ModelConfig) -> dict[str, int]:
 
 def check_sizes(config: ModelConfig, sizes: Sizes) -> None:
     """Raise HalflapError on a size that this teacher cannot be cut to."""
-    largest = largest_sizes(config)
+    types = block_types(config)
+    largest = largest_sizes(config) | {name: len(blocks) for name, blocks in types.items()}
+    _check_types(config, sizes, types)
     for name, value in dataclasses.asdict(sizes).items():
         if value is None or name == "drop_blocks":
             continue
@@ -116,6 +158,25 @@ def check_sizes(config: ModelConfig, sizes: Sizes) -> None:
     for block in set(config.blocks):
         target_counts(block, sizes)
     _check_depth(config, sizes)
+
+
+def counts_by_type(sizes: Sizes) -> dict[str, int]:
+    """Those that are asked for of how many blocks of a type stay."""
+    return {name: count for name in BLOCK_COUNTS if (count := getattr(sizes, name)) is not None}
+
+
+def _check_types(config: ModelConfig, sizes: Sizes, types: Mapping[str, tuple[int, ...]]) -> None:
+    counts = counts_by_type(sizes)
+    if counts and "num_blocks" in types:
+        raise HalflapError(
+            f"sizes.{next(iter(counts))} counts blocks of one type, and a {config.family} layer is "
+            f"{len(depth_units(config)[0])} blocks of several, which stay or go together: use sizes.num_blocks"
+        )
+    if counts and (sizes.num_blocks is not None or sizes.drop_blocks):
+        other = "drop_blocks" if sizes.drop_blocks else "num_blocks"
+        raise HalflapError(
+            f"sizes.{next(iter(counts))} and sizes.{other} both say which blocks stay; give one of the two"
+        )
 
 
 def _check_depth(config: ModelConfig, sizes: Sizes) -> None:

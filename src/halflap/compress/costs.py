@@ -7,14 +7,13 @@ device; all else is counted. Pure data: no torch.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halflap.compress.axes import Sizes, target_counts
+from halflap.compress.axes import Sizes, block_types, kept_after, target_counts
 from halflap.compress.cost_model import Condition
 from halflap.compress.cost_table import CostTable
 from halflap.compress.kinds import block_sizes, resize_block
@@ -127,17 +126,11 @@ def costs(config: ModelConfig, budget: Budget) -> dict[str, float]:
     """Every cost of a config, under a budget's context, batch and bits; with a cost table also latency, in seconds a
     pass, and throughput, in tokens a second."""
     found = {name: cost(config, budget) for name, cost in COSTS.items() if name != "latency" or budget.table}
-    return found | ({"throughput": budget.condition.tokens / found["latency"]} if "latency" in found else {})
+    return found | _throughput(found, budget)
 
 
-def kept_after(teacher: ModelConfig, sizes: Sizes, drop_order: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Blocks that stay when the first of `drop_order` go until `num_blocks` are left."""
-    count = len(teacher.blocks)
-    gone = set(sizes.drop_blocks)
-    if sizes.num_blocks is not None and sizes.num_blocks < count:
-        order = range(count - 1, -1, -1) if drop_order is None else drop_order
-        gone = set(itertools.islice(order, count - sizes.num_blocks))
-    return tuple(index for index in range(count) if index not in gone)
+def _throughput(found: Mapping[str, float], budget: Budget) -> dict[str, float]:
+    return {"throughput": budget.condition.tokens / found["latency"]} if "latency" in found else {}
 
 
 class Costs:
@@ -145,25 +138,37 @@ class Costs:
 
     def __init__(self, teacher: ModelConfig, budget: Budget, drop_order: tuple[int, ...] | None) -> None:
         self.teacher, self.budget, self.drop_order = teacher, budget, drop_order
-        self._alone = [with_source(block, 0) for block in teacher.blocks]  # which block is read costs nothing
+        alone = {block: with_source(block, 0) for block in teacher.blocks}  # which block is read costs nothing
+        self._alone = [alone[block] for block in teacher.blocks]
+        self._sizes = {id(block): tuple(block_sizes(block)) for block in self._alone}
+        self._types = {"num_blocks": tuple(range(len(teacher.blocks)))} | block_types(teacher)
         self._blocks: dict[Any, Counter[BlockConfig]] = {}
         self._known: dict[Any, float] = {}
 
     def of(self, name: str, sizes: Mapping[str, int]) -> float:
         hidden = sizes["hidden_size"]
         return self._rest(name, hidden) + sum(
-            count * self._block(name, hidden, block, tuple(sizes[size] for size in block_sizes(block)))
-            for block, count in self._kept(sizes["num_blocks"]).items()
+            count * self._block(name, hidden, block, tuple(sizes[size] for size in self._sizes[id(block)]))
+            for counted in self._types.keys() & sizes.keys()
+            for block, count in self._kept(counted, sizes[counted]).items()
         )
+
+    def all(self, sizes: Mapping[str, int]) -> dict[str, float]:
+        """As `costs` has them, to what rounding of each block to whole bytes and operations leaves."""
+        found = {name: self.of(name, sizes) for name in COSTS if name != "latency" or self.budget.table}
+        return found | _throughput(found, self.budget)
 
     def within(self, sizes: Mapping[str, int], ceilings: Mapping[str, float]) -> bool:
         return all(self.of(name, sizes) <= limit for name, limit in ceilings.items())
 
-    def _kept(self, num_blocks: int) -> Counter[BlockConfig]:
-        if num_blocks not in self._blocks:
-            kept = kept_after(self.teacher, Sizes(num_blocks=num_blocks), self.drop_order)
-            self._blocks[num_blocks] = Counter(self._alone[index] for index in kept)
-        return self._blocks[num_blocks]
+    def _kept(self, counted: str, left: int) -> Counter[BlockConfig]:
+        """Blocks of a type (all for num_blocks) when so many of them are left."""
+        key = (counted, left)
+        if key not in self._blocks:
+            sizes: dict[str, Any] = {counted: left}
+            kept = {*kept_after(self.teacher, Sizes(**sizes), self.drop_order)} & {*self._types[counted]}
+            self._blocks[key] = Counter(self._alone[index] for index in sorted(kept))
+        return self._blocks[key]
 
     def _block(self, name: str, hidden: int, block: BlockConfig, values: tuple[int, ...]) -> float:
         """What one more block of these sizes adds; one that reads another's keys and values needs that beside it."""

@@ -133,6 +133,15 @@ KINDS: dict[type, Kind] = {
     ),
 }
 
+BLOCKS_OF: dict[type, str] = {
+    Mamba2Config: "num_mamba_blocks",
+    Mamba1Config: "num_mamba_blocks",
+    AttentionConfig: "num_attention_blocks",
+    MLPConfig: "num_mlp_blocks",
+}
+"""The size that says how many blocks of a type stay."""
+BLOCK_COUNTS: tuple[str, ...] = tuple(dict.fromkeys(BLOCKS_OF.values()))
+
 # A group keeps its own B, C and norm, so it can only go or move whole; no size asks for it, but a plan may say it.
 PRUNABLE = frozenset(row.axis for kind in KINDS.values() for row in kind.sizes) | {"hidden", "group"}
 

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halflap.compress.axes import Sizes, check_sizes, depth_units, readers_of, target_counts
+from halflap.compress.axes import (
+    Sizes,
+    check_sizes,
+    counts_by_type,
+    depth_units,
+    kept_after,
+    readers_of,
+    target_counts,
+)
 from halflap.compress.correction import norms
 from halflap.compress.importance import Importance
 from halflap.compress.kinds import SHARED, axis_name, block_counts, owner
@@ -70,23 +78,21 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 
 def kept_blocks(importance: Importance, config: ModelConfig, sizes: Sizes) -> Row:
-    """Blocks that stay, ascending: all but `drop_blocks`, or the `num_blocks` that score highest."""
-    everything = tuple(range(len(config.blocks)))
-    if sizes.drop_blocks:
-        return tuple(index for index in everything if index not in sizes.drop_blocks)
-    if sizes.num_blocks is None or sizes.num_blocks == len(everything):
-        return everything
-    dropped = drop_order(importance, config)[: len(everything) - sizes.num_blocks]
-    return tuple(index for index in everything if index not in dropped)
+    """Blocks that stay, ascending: all but `drop_blocks`, or of all or of each type as many as asked, the best."""
+    by_type = bool(counts_by_type(sizes))
+    ranked = by_type or sizes.num_blocks not in (None, len(config.blocks))
+    return kept_after(config, sizes, drop_order(importance, config, by_type) if ranked else None)
 
 
-def drop_order(importance: Importance, config: ModelConfig) -> Row:
+def drop_order(importance: Importance, config: ModelConfig, by_type: bool = False) -> Row:
     """All blocks, the least important first; blocks of one layer together, by the sum of their scores.
 
     The best of every kind goes last of all: without any attention, say, a model is another kind of model, which stock
     transformers cannot decode with a cache. A block whose keys and values others read goes after them.
+    `by_type`: for counts of each type, where a file names no metric, MiniPuzzle's is taken first.
     """
-    metric = importance.depth_metric or next((name for name in DEPTH_ORDER if name in importance.depth), None)
+    metrics = ("hidden_mse", *DEPTH_ORDER) if by_type else DEPTH_ORDER
+    metric = importance.depth_metric or next((name for name in metrics if name in importance.depth), None)
     if metric is None:
         raise HalflapError(
             "the importance file has no score of whole blocks, so none can be dropped; run `halflap score` again with "

@@ -1,17 +1,20 @@
-"""Rank the likeliest candidates by loss as cut, then the best of them after a short distillation; keep everything.
+"""Rank the likeliest candidates as cut, then the best of them after short distillations; keep everything.
 
-What a loss is, and how a candidate is built and trained, is the caller's business: `score` and `refine` are functions
-of a plan. The result is written after every loss, so that an interrupted search goes on where it stopped.
+What is measured, and how a candidate is built and trained, is the caller's business: `score` and `refine` are functions
+of plans. Distillations come in rounds (successive halving: Jamieson & Talwalkar 2016), of all that are refined, then of
+the better half, and so on, each on twice the tokens. The result is written after every score and every round,
+so that an interrupted search goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from halflap.compress.axes import Sizes
 from halflap.compress.plan import PruningPlan
@@ -23,21 +26,77 @@ from halflap.progress import Progress
 FORMAT = "halflap-search-1"
 
 
+class Round(NamedTuple):
+    """Tokens that a candidate had been distilled on, all rounds together, and its loss then."""
+
+    tokens: int
+    loss: float
+
+
 @dataclass(frozen=True)
 class Trial:
-    """A candidate with its loss as cut and after a short distillation, None where not measured."""
+    """A candidate with what was measured of it as cut, None where nothing was, and after each round of distillation.
+
+    loss       nats a token of the text
+    accuracy   share of its tokens that are the likeliest
+    agreement  share of the teacher's likeliest tokens that are
+    """
 
     sizes: Sizes
     costs: Mapping[str, float]
     hurt: float
     loss: float | None = None
-    refined_loss: float | None = None
+    accuracy: float | None = None
+    agreement: float | None = None
+    rounds: tuple[Round, ...] = ()
 
     @property
-    def rank(self) -> tuple[bool, float]:
-        """Sorts the measured first, by the loss nearest to the student's fate."""
-        loss = self.loss if self.refined_loss is None else self.refined_loss
-        return self.refined_loss is None, float("inf") if loss is None else loss
+    def refined_loss(self) -> float | None:
+        """After the last round; None before any."""
+        return self.rounds[-1].loss if self.rounds else None
+
+
+Order = Callable[[Iterable[Trial]], list[Trial]]
+"""Of trials measured as cut, the best first."""
+
+
+def by_loss(trials: Iterable[Trial]) -> list[Trial]:
+    return sorted(trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)
+
+
+def by_agreement(trials: Iterable[Trial]) -> list[Trial]:
+    """The rankings by accuracy and by agreement merged: taken from both in turn, ties by the lower loss.
+
+    So the first n hold the best of either (Nemotron-H, section 5, keeps 130 of 400).
+    """
+    trials = by_loss(trials)
+    places = []
+    for name in ("accuracy", "agreement"):
+        values = sorted((getattr(trial, name) or 0.0 for trial in trials), reverse=True)
+        places.append([values.index(getattr(trial, name) or 0.0) for trial in trials])
+    ranks = [(min(pair), max(pair)) for pair in zip(*places, strict=True)]
+    return [trial for _, trial in sorted(zip(ranks, trials, strict=True), key=lambda pair: pair[0])]
+
+
+class Stage(NamedTuple):
+    """A round to come: how many candidates take part, and the tokens each has been distilled on at its end."""
+
+    candidates: int
+    tokens: int
+
+
+def stages(candidates: int, tokens: int, halving: bool = True) -> tuple[Stage, ...]:
+    """Rounds that cost `candidates` times `tokens` in all, or less by their rounding down.
+
+    With halving all get t tokens, the better half go on to 2 t, the better half of these to 4 t, until two are left.
+    """
+    live, tokens_each = [candidates], [1]
+    while halving and live[-1] > 2:
+        live.append(math.ceil(live[-1] / 2))
+        tokens_each.append(2 * tokens_each[-1])
+    steps = [after - before for before, after in zip([0, *tokens_each], tokens_each, strict=False)]
+    first = max(1, candidates * tokens // sum(count * step for count, step in zip(live, steps, strict=True)))
+    return tuple(Stage(count, first * share) for count, share in zip(live, tokens_each, strict=True))
 
 
 @dataclass(frozen=True)
@@ -58,7 +117,7 @@ class SearchResult:
         return self.trials[0]
 
     def to_json(self) -> dict[str, Any]:
-        rows = [dataclasses.asdict(trial) | {"sizes": _given(trial.sizes)} for trial in self.trials]
+        rows = [_row(trial) for trial in self.trials]
         return {
             "format": FORMAT,
             "made_from": dict(self.made_from),
@@ -79,10 +138,7 @@ class SearchResult:
                 raise HalflapError(
                     f"{str(path)!r} is of format {data['format']!r}, and {FORMAT!r} is read here; search again"
                 )
-            trials = tuple(
-                Trial(_sizes(row["sizes"]), row["costs"], row["hurt"], row["loss"], row["refined_loss"])
-                for row in data["candidates"]
-            )
+            trials = tuple(map(_trial, data["candidates"]))
             return SearchResult(data["made_from"], data["tried"], trials, data["remark"], data["plan"])
         except FileNotFoundError:
             raise HalflapError(f"search result {str(path)!r} does not exist; make it with `halflap search`") from None
@@ -92,55 +148,88 @@ class SearchResult:
             raise HalflapError(f"{str(path)!r} is not a search result ({error!r}); give a search.json") from error
 
 
-def search(
+Score = Callable[[PruningPlan], Mapping[str, float]]
+"""Plan -> what is measured of its student as cut, by the names of `Trial`."""
+Refine = Callable[[Sequence[PruningPlan], int], Sequence[Round]]
+"""(plans, tokens) -> each after distillation on so many tokens in all, at the least; what earlier rounds did counts."""
+
+
+def ranked_search(
     fitting: Fitting,
     plan_for: Callable[[Sizes], PruningPlan],
-    score: Callable[[PruningPlan], float],
+    score: Score,
     *,
     made_from: Mapping[str, Any],
     path: str | Path,
     shortlist: int = 8,
-    refine: Callable[[PruningPlan], float] | None = None,
-    refined: int = 3,
+    order: Order = by_loss,
+    rounds: Sequence[Stage] = (),
+    refine: Refine | None = None,
 ) -> SearchResult:
-    """Score the `shortlist` likeliest candidates, refine the `refined` best of those, and write `path`.
+    """Score the `shortlist` likeliest candidates, refine the best of those in `rounds`, and write `path`.
 
-    Losses that `path` already holds for the same `made_from` are taken from there.
+    What `path` already holds for the same `made_from` is taken from there.
     """
     known = _known(path, made_from)
-    trials = [Trial(c.sizes, c.costs, c.hurt, *known.get(c.sizes, (None, None))) for c in fitting.candidates]
-
-    def measure(what: str, field: str, places: list[int], loss_of: Callable[[PruningPlan], float]) -> None:
-        with Progress(what, len(places), unit="candidates") as progress:
-            for place in places:
-                if getattr(trials[place], field) is None:
-                    loss = loss_of(plan_for(trials[place].sizes))
-                    trials[place] = dataclasses.replace(trials[place], **{field: loss})
-                    _result(made_from, fitting, trials).save(path)
-                progress.advance()
-
-    measure("candidates as cut", "loss", list(range(min(shortlist, len(trials)))), score)
-    if refine is not None:
-        best = sorted(range(min(shortlist, len(trials))), key=lambda place: trials[place].loss or 0.0)
-        measure("candidates after a short distillation", "refined_loss", best[:refined], refine)
-    found = _result(made_from, fitting, trials)
-    result = dataclasses.replace(found, plan=plan_for(found.chosen.sizes).to_json())
+    likeliest, others = fitting.candidates[:shortlist], fitting.candidates[shortlist:]
+    unseen = [Trial(c.sizes, c.costs, c.hurt) for c in others]
+    scored = [known.get(c.sizes, Trial(c.sizes, c.costs, c.hurt)) for c in likeliest]
+    with Progress("candidates as cut", len(scored), unit="candidates") as progress:
+        for place, trial in enumerate(scored):
+            if trial.loss is None:
+                scored[place] = dataclasses.replace(trial, **score(plan_for(trial.sizes)))
+                _result(made_from, fitting, _ranked(scored, order), unseen).save(path)
+            progress.advance()
+    trials = order(scored)
+    for number, stage in enumerate(rounds if refine is not None else ()):
+        best, rest = trials[: stage.candidates], trials[stage.candidates :]
+        if refine is not None and any(len(trial.rounds) <= number for trial in best):
+            found = refine([plan_for(trial.sizes) for trial in best], stage.tokens)
+            best = [
+                dataclasses.replace(trial, rounds=(*trial.rounds[:number], done))
+                for trial, done in zip(best, found, strict=True)
+            ]
+        trials = [*sorted(best, key=lambda trial: trial.rounds[number].loss), *rest]
+        _result(made_from, fitting, trials, unseen).save(path)
+    result = _result(made_from, fitting, trials, unseen)
+    result = dataclasses.replace(result, plan=plan_for(result.chosen.sizes).to_json())
     result.save(path)
     return result
 
 
-def _result(made_from: Mapping[str, Any], fitting: Fitting, trials: list[Trial]) -> SearchResult:
-    return SearchResult(made_from, fitting.tried, tuple(sorted(trials, key=lambda trial: trial.rank)), fitting.remark)
+def _ranked(trials: Iterable[Trial], order: Order) -> list[Trial]:
+    """Those already measured first."""
+    trials = list(trials)
+    measured = [trial for trial in trials if trial.loss is not None]
+    return [*order(measured), *(trial for trial in trials if trial.loss is None)]
 
 
-def _known(path: str | Path, made_from: Mapping[str, Any]) -> dict[Sizes, tuple[float | None, float | None]]:
-    """Losses of an earlier, interrupted search of the very same."""
+def _result(
+    made_from: Mapping[str, Any], fitting: Fitting, trials: Sequence[Trial], unseen: Sequence[Trial]
+) -> SearchResult:
+    return SearchResult(made_from, fitting.tried, (*trials, *unseen), fitting.remark)
+
+
+def _known(path: str | Path, made_from: Mapping[str, Any]) -> dict[Sizes, Trial]:
+    """Trials of an earlier, interrupted search of the very same."""
     if not Path(path).exists():
         return {}
     earlier = SearchResult.load(path)
     if dict(earlier.made_from) != json.loads(json.dumps(dict(made_from))):
         return {}
-    return {trial.sizes: (trial.loss, trial.refined_loss) for trial in earlier.trials}
+    return {trial.sizes: trial for trial in earlier.trials}
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    rounds = [done._asdict() for done in trial.rounds]
+    measured = {"rounds": rounds, "refined_loss": trial.refined_loss}
+    return dataclasses.asdict(trial) | {"sizes": _given(trial.sizes)} | measured
+
+
+def _trial(row: Mapping[str, Any]) -> Trial:
+    scores = {name: row.get(name) for name in ("loss", "accuracy", "agreement")}
+    rounds = tuple(Round(done["tokens"], done["loss"]) for done in row.get("rounds", ()))
+    return Trial(_sizes(row["sizes"]), row["costs"], row["hurt"], **scores, rounds=rounds)
 
 
 def _given(sizes: Sizes) -> dict[str, Any]:

@@ -25,13 +25,14 @@ class Batch:
     segments: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device; itself when it is there."""
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in dataclasses.fields(self)
             if (value := getattr(self, field.name)) is not None
         }
-        return dataclasses.replace(self, **moved)
+        here = all(value is getattr(self, name) for name, value in moved.items())
+        return self if here else dataclasses.replace(self, **moved)
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows [start, stop), without a copy."""

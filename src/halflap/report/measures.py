@@ -13,6 +13,9 @@ from halflap.report.plots import CandidatePoint, Curve, thinned
 COLORS = 8
 SIZES = {
     "num_blocks": "blocks",
+    "num_mamba_blocks": "Mamba blocks",
+    "num_attention_blocks": "attention blocks",
+    "num_mlp_blocks": "MLP blocks",
     "hidden_size": "hidden",
     "intermediate_size": "neurons",
     "mamba_num_heads": "Mamba heads",
@@ -29,7 +32,10 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of the search: its sizes, and its losses as cut and after the short distillation."""
+    """One row of the search: its sizes, what it says as cut, and its losses as cut and after each short distillation.
+
+    `accuracy` and `agreement` are shares of the text's and of the teacher's tokens; `rounds` are (tokens, loss).
+    """
 
     number: int
     sizes: str
@@ -37,6 +43,9 @@ class Candidate:
     zero_shot: Fact | None
     refined: Fact | None
     chosen: bool
+    accuracy: Fact | None = None
+    agreement: Fact | None = None
+    rounds: tuple[tuple[Fact, Fact], ...] = ()
 
     @property
     def best(self) -> float:
@@ -75,9 +84,25 @@ def _candidate(number: int, row: Node) -> Candidate | None:
         return None
     chosen = row.fact("chosen")
     sizes = describe_sizes(row.get("sizes") or row)
+    rounds = row.get("rounds")
+    found = [(done.number("tokens"), done.number("loss")) for _, done in rounds.items()] if rounds is not None else []
     return Candidate(
-        number, sizes, parameters, row.number("loss"), row.number("refined_loss"), bool(chosen and chosen.value)
+        number,
+        sizes,
+        parameters,
+        row.number("loss"),
+        row.number("refined_loss"),
+        bool(chosen and chosen.value),
+        row.number("accuracy"),
+        row.number("agreement"),
+        tuple((tokens, loss) for tokens, loss in found if tokens is not None and loss is not None),
     )
+
+
+def rounds_of(candidates: Sequence[Candidate]) -> list[tuple[int, float]]:
+    """How many candidates took part in each round, and on how many tokens they had been distilled then."""
+    most = max((one.rounds for one in candidates), key=len, default=())
+    return [(sum(len(one.rounds) > place for one in candidates), float(done[0])) for place, done in enumerate(most)]
 
 
 def describe_sizes(node: Node) -> str:

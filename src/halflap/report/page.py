@@ -26,7 +26,7 @@ from halflap.report.analysis import read_analysis
 from halflap.report.artifacts import Fact, RunFiles, Source, read_run
 from halflap.report.importance import Importance, read_importance
 from halflap.report.judgements import Judgements, read_judgements, verdict, with_parameters
-from halflap.report.measures import Series, Speed, read_candidates, read_series, read_speed
+from halflap.report.measures import Series, Speed, read_candidates, read_series, read_speed, rounds_of
 from halflap.report.shapes import KINDS, Shapes, read_shapes, size_rows
 from halflap.report.study import read_study
 from halflap.report.svg import element
@@ -174,6 +174,8 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
         "importance_plots": _importance_plots(importance, shapes),
         "search_file": candidates[0].path if candidates else None,
         "candidates": candidates[1] if candidates else [],
+        "agreements": any(one.agreement for one in candidates[1]) if candidates else False,
+        "rounds": rounds_of(candidates[1]) if candidates else [],
         "candidates_plot": _candidates_plot(candidates[1] if candidates else [], teacher and teacher.loss),
         "study": study,
         "tasks": read_tasks(runs),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from halflap.train.optim import learning_rate, make_optimizer, set_learning_rate
 from halflap.train.phases import Plan
 
 HeldOut = Callable[[nn.Module], Mapping[str, float]] | Sequence[Any]
+Log = Callable[[dict[str, Any]], None]
 RECENT_STEPS = 20  # the returned loss is the mean of this many last steps
 
 
@@ -42,13 +43,14 @@ def fit(
     *,
     tokens: int,
     directory: str | Path | None = None,
-    log: Callable[[dict[str, Any]], None] | None = None,
+    log: Log | None = None,
     held_out: HeldOut | None = None,
     device: str | torch.device = "cpu",
     dtype: str = "float32",
     seed: int = 0,
     progress: bool = True,
     plan: Plan | None = None,
+    until: int | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place until at least `tokens` tokens with weight were seen on all ranks together.
 
@@ -57,42 +59,96 @@ def fit(
     directory holds the saved states; a fit that finds some there goes on from the newest. held_out is a list of
     batches (judged by next-token loss) or a function of the model; its numbers are logged as `held_out_<name>`. A plan
     of phases has the learning rate of every step and ends the run after its last; the settings' schedule is not used.
+    `until` stops after so many tokens; a fit of the same `tokens` on the same directory goes on to the same end.
     Returns loss (mean of the last steps), tokens, tokens_per_second, steps, and the last held-out numbers. Raises
     HalflapError when a loss or gradient is not finite, and KeyboardInterrupt or SystemExit after saving.
     """
+    alone = Trainee(model, objective, directory, log)
+    return fit_together(
+        [alone], batches, settings, tokens=tokens, held_out=held_out, device=device, dtype=dtype, seed=seed,
+        progress=progress, plan=plan, until=until,
+    )[0]  # fmt: skip
+
+
+class Trainee(NamedTuple):
+    """A model that `fit_together` trains: by which objective, where its states are kept, who is told."""
+
+    model: nn.Module
+    objective: Objective
+    directory: str | Path | None = None
+    log: Log | None = None
+
+
+def fit_together(
+    trainees: Sequence[Trainee],
+    batches: Callable[[int], Any],
+    settings: Fit,
+    *,
+    tokens: int,
+    held_out: HeldOut | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    progress: bool = True,
+    plan: Plan | None = None,
+    until: int | None = None,
+) -> list[dict[str, Any]]:
+    """Train several models at once, each on every batch as `fit` alone would; all are in memory together.
+
+    A micro-batch is one object for all of them, so what an objective remembers of it serves all (`Distillation`).
+    """
     keep_freed_memory()
-    model.to(device).train()
-    state = _State(model, objective, settings, tokens, torch.device(device), resolve_dtype(dtype, device), plan)
-    place = None if directory is None else Path(directory)
-    _start(state, place, seed, log)
+    numeric, place = resolve_dtype(dtype, device), torch.device(device)
+    states = [_State(_ready(one.model, place), one, settings, tokens, place, numeric, plan, until) for one in trainees]
+    for state in states:
+        _start(state, seed)
     steps = plan.steps if plan else max(1, math.ceil(tokens / (settings.tokens_per_step * mesh.world_size())))
     save_every = max(1, steps // 20) if settings.save_every is None else settings.save_every
     evaluate_every = max(1, steps // 10) if settings.evaluate_every is None else settings.evaluate_every
-    shown = Progress("train", tokens, unit="tokens") if progress and mesh.is_main() else None
+    whole = len(states) * (until or tokens)
+    shown = Progress("train", whole, unit="tokens") if progress and mesh.is_main() else None
     with Interrupts() as interrupts, shown or contextlib.nullcontext():
         if shown is not None:
-            shown.start_at(state.tokens)
+            shown.start_at(sum(state.tokens for state in states))
         try:
-            while not state.done:
-                row = _step(state, batches(state.step), interrupts)
-                if shown is not None:
-                    shown.note(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}")
-                    shown.advance(row["seen"])
-                _log_window(state, row, log)
-                if held_out is not None and _due(state, evaluate_every) and not state.done:
-                    _judge(state, held_out, log)
-                if place is not None and _due(state, save_every):
-                    _save(state, place)
-            if place is not None:
-                _save(state, place)
+            while going := [state for state in states if not state.done]:
+                step = min(state.step for state in going)
+                parts = _parts(batches(step), settings, place if len(states) > 1 else None)
+                for state in going:
+                    if state.step > step:  # after an interruption between two of them
+                        continue
+                    row = _step(state, parts, interrupts)
+                    if shown is not None:
+                        shown.note(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}")
+                        shown.advance(row["seen"])
+                    _log_window(state, row)
+                    if held_out is not None and _due(state, evaluate_every) and not state.done:
+                        _judge(state, held_out)
+                    if _due(state, save_every):
+                        _save(state)
+            for state in states:
+                _save(state)
         except KeyboardInterrupt:
-            if place is not None and not state.updating:
-                _save(state, place)
+            for state in states:
+                if not state.updating:
+                    _save(state)
             raise interrupts.reason() from None
-    model.eval()
-    if held_out is not None:
-        _judge(state, held_out, log)
-    return _result(state)
+    for state in states:
+        state.model.eval()
+        if held_out is not None:
+            _judge(state, held_out)
+    return [_result(state) for state in states]
+
+
+def _ready(model: nn.Module, device: torch.device) -> nn.Module:
+    return model.to(device).train()
+
+
+def _parts(batch: Any, settings: Fit, device: torch.device | None) -> list[Any]:
+    """A step's micro-batches; already on the device when several models are to see the same objects."""
+    rows = settings.micro_batch_rows
+    parts = [batch.rows(start, start + rows) for start in range(0, len(batch.tokens), rows)]
+    return parts if device is None else [part.to(device) for part in parts]
 
 
 @dataclass
@@ -100,12 +156,13 @@ class _State:
     """What a running fit knows; the last group is saved."""
 
     model: nn.Module
-    objective: Objective
+    trainee: Trainee
     settings: Fit
     total: int
     device: torch.device
     dtype: torch.dtype
     plan: Plan | None = None
+    until: int | None = None
     parameters: dict[str, nn.Parameter] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     updating: bool = False
@@ -129,33 +186,40 @@ class _State:
         self.optimizer = make_optimizer(self.parameters, self.settings)
 
     @property
+    def objective(self) -> Objective:
+        return self.trainee.objective
+
+    @property
+    def place(self) -> Path | None:
+        return None if self.trainee.directory is None else Path(self.trainee.directory)
+
+    @property
     def done(self) -> bool:
-        return self.tokens >= self.total or (self.plan is not None and self.step >= self.plan.steps)
+        return self.tokens >= (self.until or self.total) or (self.plan is not None and self.step >= self.plan.steps)
 
 
 SAVED = ("tokens", "seconds", "recent", "window", "judged")
 
 
-def _start(state: _State, place: Path | None, seed: int, log: Callable[[dict[str, Any]], None] | None) -> None:
+def _start(state: _State, seed: int) -> None:
     torch.manual_seed(seed + mesh.rank())
-    found = resume.restore(place, state.parameters, state.optimizer) if place is not None else None
+    found = resume.restore(state.place, state.parameters, state.optimizer) if state.place is not None else None
     if found is not None:
         state.step, counters = found
         for name in SAVED:
             setattr(state, name, counters[name])
-        _log({"resumed_at": state.step, "tokens": state.tokens}, log)
+        _log(state, {"resumed_at": state.step, "tokens": state.tokens})
     state.random = resume.random_state()
     if state.settings.compile:
         for block in getattr(state.model, "blocks", [state.model]):
             block.compile()
 
 
-def _step(state: _State, batch: Any, interrupts: Interrupts) -> dict[str, Any]:
+def _step(state: _State, parts: Sequence[Any], interrupts: Interrupts) -> dict[str, Any]:
     """One update; raises KeyboardInterrupt between micro-batches with the model as it was before the step."""
     started = time.perf_counter()
-    rows = state.settings.micro_batch_rows
-    parts = [batch.rows(start, start + rows) for start in range(0, len(batch.tokens), rows)]
-    counted = [sum(map(state.objective.count, parts)), float((batch.weights > 0).sum()), float(interrupts.requested)]
+    seen = sum(float((part.weights > 0).sum()) for part in parts)
+    counted = [sum(map(state.objective.count, parts)), seen, float(interrupts.requested)]
     count, seen, stop = mesh.all_reduce_sum(
         torch.tensor(counted, dtype=torch.float64, device=mesh.wire(state.device))
     ).tolist()
@@ -214,7 +278,7 @@ def _clip(state: _State) -> float:
     return float(norm)
 
 
-def _log_window(state: _State, row: dict[str, Any], log: Callable[[dict[str, Any]], None] | None) -> None:
+def _log_window(state: _State, row: dict[str, Any]) -> None:
     """Add a step to the window of unlogged steps; log their means when it is full or the run ends."""
     for name, (total, number) in {
         **row["totals"],
@@ -229,6 +293,7 @@ def _log_window(state: _State, row: dict[str, Any], log: Callable[[dict[str, Any
     (seconds, _), (seen, _) = window.pop("step_seconds"), window.pop("seen")
     means = {name: total / number if number else math.nan for name, (total, number) in window.items()}
     _log(
+        state,
         {
             "step": state.step,
             "tokens": state.tokens,
@@ -239,16 +304,15 @@ def _log_window(state: _State, row: dict[str, Any], log: Callable[[dict[str, Any
             "seconds": state.seconds,
             "peak_memory_bytes": peak_memory(state.device),
         },
-        log,
     )
 
 
-def _log(row: dict[str, Any], log: Callable[[dict[str, Any]], None] | None) -> None:
-    if log is not None and mesh.is_main():
-        log(row)
+def _log(state: _State, row: dict[str, Any]) -> None:
+    if state.trainee.log is not None and mesh.is_main():
+        state.trainee.log(row)
 
 
-def _judge(state: _State, held_out: HeldOut, log: Callable[[dict[str, Any]], None] | None) -> None:
+def _judge(state: _State, held_out: HeldOut) -> None:
     training = state.model.training
     state.model.eval()
     if callable(held_out):
@@ -258,18 +322,20 @@ def _judge(state: _State, held_out: HeldOut, log: Callable[[dict[str, Any]], Non
     state.model.train(training)
     named = {f"held_out_{name}": value for name, value in numbers.items()}
     state.judged = {"step": state.step, **named}
-    _log({"step": state.step, "tokens": state.tokens, **named}, log)
+    _log(state, {"step": state.step, "tokens": state.tokens, **named})
 
 
 def _due(state: _State, every: int) -> bool:
     return every > 0 and state.step % every == 0
 
 
-def _save(state: _State, place: Path) -> None:
+def _save(state: _State) -> None:
+    if state.place is None:
+        return
     generators = resume.random_state()
     resume.set_random_state(state.random)  # as after the last whole step, whatever an abandoned one has drawn
     counters = {name: getattr(state, name) for name in SAVED}
-    resume.save(place, state.step, state.parameters, state.optimizer, counters)
+    resume.save(state.place, state.step, state.parameters, state.optimizer, counters)
     resume.set_random_state(generators)
 
 

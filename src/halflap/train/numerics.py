@@ -64,6 +64,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken without swapping, or of the GPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep freed blocks of up to 32 MiB instead of returning them to the kernel (no effect elsewhere).
 

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halflap.compress.axes import Sizes, resize
+from halflap.compress.axes import Sizes, kept_after, resize
 from halflap.compress.cost_model import Condition, amounts, fit, kind_of
 from halflap.compress.cost_table import CostTable, Stack
-from halflap.compress.costs import Budget, costs, kept_after
-from halflap.compress.space import SearchSpace, choices, fitting
+from halflap.compress.costs import Budget, costs
+from halflap.compress.grid import SearchSpace, choices
+from halflap.compress.space import fitting
 from halflap.errors import HalflapError
 from halflap.evaluate.block_times import measure, stacks
 from halflap.models.config import Mamba1Config, MLPConfig, ModelConfig

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from halflap.compress.axes import Sizes, resize
 from halflap.compress.costs import Budget, costs
-from halflap.compress.plan import PruningPlan
-from halflap.compress.search import SearchResult, search
-from halflap.compress.space import STEPS, SearchSpace, choices, fitting
+from halflap.compress.grid import STEPS, SearchSpace, choices
+from halflap.compress.space import fitting
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, MLPConfig
 from halflap.models.count import count_parameters
@@ -155,84 +151,3 @@ def test_thousands_of_candidates_take_seconds() -> None:
     start = time.process_time()
     found = fitting(preset("nemotron-h-8b"), Budget(params=4.5e9), drop_order=tuple(range(52)))
     assert found.tried > 10_000 and time.process_time() - start < 10
-
-
-# ---- search
-
-
-def plan_for(sizes: Sizes) -> PruningPlan:
-    keep = {"hidden": tuple(range(sizes.hidden_size))} if sizes.hidden_size else {}
-    return PruningPlan("teacher", TINY, None, keep)
-
-
-class Losses:
-    """Loss by hidden size, counting calls; raises after `limit` of them."""
-
-    def __init__(self, limit: int = 99, sign: int = 1) -> None:
-        self.calls: list[int] = []
-        self.limit, self.sign = limit, sign
-
-    def __call__(self, plan: PruningPlan) -> float:
-        if len(self.calls) >= self.limit:
-            raise KeyboardInterrupt
-        self.calls.append(plan.student.hidden_size)
-        return self.sign * plan.student.hidden_size / 100
-
-
-FITTING = fitting(TINY, Budget(params=0.6 * count_parameters(TINY)), SearchSpace(max_width_cut=0.6))
-
-
-def run(path: Path, score: Losses, **more: Any) -> SearchResult:
-    return search(FITTING, plan_for, score, made_from={"budget": 1}, path=path, shortlist=4, **more)
-
-
-def test_the_lowest_loss_wins(tmp_path: Path) -> None:
-    score = Losses()
-    result = run(tmp_path / "search.json", score)
-    assert len(score.calls) == 4 and len(result.trials) == len(FITTING.candidates) > 4
-    measured = [trial.loss for trial in result.trials if trial.loss is not None]
-    assert result.chosen.loss == min(measured) and measured == sorted(measured)
-    assert SearchResult.load(tmp_path / "search.json") == result
-    rows = json.loads((tmp_path / "search.json").read_text())["candidates"]
-    assert rows[0]["chosen"] and not rows[1]["chosen"] and rows[0]["costs"]["params"]
-    assert PruningPlan.load(tmp_path / "search.json") == plan_for(result.chosen.sizes)
-
-
-def test_a_short_distillation_decides_among_the_best(tmp_path: Path) -> None:
-    score, refine = Losses(), Losses(sign=-1)
-    result = run(tmp_path / "search.json", score, refine=refine, refined=2)
-    assert len(refine.calls) == 2 and result.chosen.refined_loss == -max(refine.calls) / 100
-    assert sorted(score.calls)[:2] == sorted(refine.calls)
-
-
-def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "search.json"
-    with pytest.raises(KeyboardInterrupt):
-        run(path, Losses(limit=2))
-    rest, again = Losses(), Losses()
-    result = run(path, rest)
-    assert len(rest.calls) == 2
-    assert run(path, again) == result and not again.calls
-
-
-def test_another_search_starts_anew(tmp_path: Path) -> None:
-    path = tmp_path / "search.json"
-    run(path, Losses())
-    score = Losses()
-    search(FITTING, plan_for, score, made_from={"budget": 2}, path=path, shortlist=4)
-    assert len(score.calls) == 4
-
-
-def test_what_is_no_search_result_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "search.json"
-    with pytest.raises(HalflapError, match="does not exist"):
-        SearchResult.load(path)
-    for text in ("", "[]", '{"format": "x"}', '{"format": "halflap-search-1"}'):
-        path.write_text(text)
-        with pytest.raises(HalflapError, match="search"):
-            SearchResult.load(path)
-
-
-def test_trials_are_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        FITTING.candidates[0].hurt = 0  # type: ignore[misc]

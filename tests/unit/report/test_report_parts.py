@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from halflap.commands.show_compress import search as show_search
 from halflap.errors import HalflapError
 from halflap.report import plots, strips, units
 from halflap.report.arms import Arm, Arms, across_seeds, arms_markdown
@@ -20,6 +23,7 @@ from halflap.report.artifacts import Node, Source, read_run
 from halflap.report.importance import read_importance
 from halflap.report.judgements import read_judgements, verdict
 from halflap.report.measures import read_candidates, read_series, read_speed
+from halflap.report.page import build
 from halflap.report.shapes import read_shapes
 from halflap.report.svg import Scale, element, log_ticks, padded, ticks
 
@@ -141,6 +145,26 @@ def test_candidates_and_speed(compress_run: Path) -> None:
     assert speed is not None and speed.models == ("teacher", "student") and len(speed.rows) == 2
     ratio = speed.ratio(speed.rows[0], "decode_tokens_per_second")
     assert ratio is not None and ratio.value == pytest.approx(262 / 150) and len(ratio.sources) == 2
+
+
+def test_agreement_and_rounds_are_shown(compress_run: Path, tmp_path: Path) -> None:
+    result = json.loads((compress_run / "search.json").read_text())
+    for row in result["candidates"]:
+        row |= {"accuracy": None, "agreement": None, "rounds": []}
+    for place, row in enumerate(result["candidates"][:4]):
+        row |= {"accuracy": 0.25, "agreement": 0.625}
+        row["rounds"] = [{"tokens": 2_000_000, "loss": 4.5}, {"tokens": 4_000_000, "loss": 4.25}][: 2 - place // 2]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "search.json").write_text(json.dumps(result))
+    page = build([tmp_path / "run"], tmp_path / "page.html").read_text()
+    text = " ".join(re.sub("<[^>]*>", " ", page.replace("\N{NO-BREAK SPACE}", " ")).split())
+    assert "25.0 %" in text and "62.5 %" in text and "4.500 → 4.250" in text
+    assert "4 candidates to 2.00 M tokens, 2 candidates to 4.00 M tokens" in text
+    console = Console(file=io.StringIO(), width=200)
+    show_search(result | {"path": "search.json"}, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "agreement" in shown and "62.5 %" in shown and "after 4 M" in shown
+    assert "short distillation: 4 to 2 M, 2 to 4 M tokens each, 12 M in all" in shown
 
 
 def test_series_are_told_apart_by_their_words(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class Distillation:
     top_k, tail       teach the k best entries alone, as a stored teacher would (forward KL at temperature 1)
     next_token_share  of the text's own next-token loss in the mix
     inner             losses on inner states, times inner_weight or, when None, balanced with the rest
+    remember          keep what the teacher says of a micro-batch as long as that object lives, for several students
 
     Raises HalflapError on a value that is not allowed and, at the first batch, on a teacher of another vocabulary.
     """
@@ -68,6 +70,7 @@ class Distillation:
         next_token_share: float = 0.0,
         inner: InnerStates | None = None,
         inner_weight: float | None = None,
+        remember: bool = False,
     ) -> None:
         if loss not in LOSSES:
             raise HalflapError(
@@ -87,6 +90,7 @@ class Distillation:
         self.top_k = top_k
         self.tail: Tail = tail
         self.share, self.inner, self.inner_weight = next_token_share, inner, inner_weight
+        self._remembered: WeakKeyDictionary[Batch, Tensor] | None = WeakKeyDictionary() if remember else None
 
     def count(self, batch: Batch) -> float:
         return float(batch.weights.sum())
@@ -100,7 +104,7 @@ class Distillation:
         with contextlib.ExitStack() as watching, torch.no_grad():
             if inner is not None:
                 states = watching.enter_context(inner.of_teacher(self.teacher, batch))
-            known, _, _ = flat_hidden(self.teacher, batch)
+            known = self._known(batch)
         with contextlib.ExitStack() as watching:
             if inner is not None:
                 sums = watching.enter_context(inner.of_student(student, batch, states))
@@ -108,6 +112,14 @@ class Distillation:
         divergence = self._divergence(hidden, model.head_weight, known, weights)
         terms = _mixed(self.name, divergence, self.share, hidden, model.head_weight, targets, weights)
         return terms if inner is None else _with_inner(terms, torch.stack(sums).sum(), self.inner_weight, weights)
+
+    def _known(self, batch: Batch) -> Tensor:
+        """The teacher's hidden states (M, D), from which its logits follow."""
+        if self._remembered is None or self.inner is not None:  # inner states come of a pass alone
+            return flat_hidden(self.teacher, batch)[0]
+        if batch not in self._remembered:
+            self._remembered[batch] = flat_hidden(self.teacher, batch)[0]
+        return self._remembered[batch]
 
     def _divergence(self, hidden: Tensor, head: Tensor, known: Tensor, weights: Tensor) -> Tensor:
         teacher_head = self.teacher.head_weight

@@ -1,0 +1,197 @@
+"""The methods of `search`: what each tries, what it measures of a candidate as cut, and in which order it puts them.
+
+All then distil the best of their shortlist for a while and choose by loss, if the recipe has tokens for that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from halflap.commands import shortlist, students
+from halflap.commands.config_compress import CompressRecipe, SearchRecipe
+from halflap.commands.sections import Budgets, LossSettings
+from halflap.commands.shortlist import Shortlist
+from halflap.commands.students import Teacher
+from halflap.commands.teaching import Tutor
+from halflap.compress.axes import Sizes, check_sizes
+from halflap.compress.cost_table import CostTable
+from halflap.compress.grid import Grid, SearchSpace, choices, choices_by_type
+from halflap.compress.importance import Importance
+from halflap.compress.plan import PruningPlan
+from halflap.compress.ranking import drop_order, plan_for
+from halflap.compress.search import Order, Round, Score, SearchResult, by_agreement, by_loss, ranked_search, stages
+from halflap.compress.space import Fitting, fitting
+from halflap.data.batch import Batch
+from halflap.data.loader import Loader
+from halflap.errors import RecipeError
+from halflap.models.model import HybridModel
+
+SEARCH = "search.json"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a search is given: `scoring` are the rows of a micro-batch, `training` those of a step."""
+
+    recipe: SearchRecipe | CompressRecipe
+    place: Path
+    teacher: Teacher
+    importance: Importance
+    scoring: Loader
+    training: Loader
+    tutor: Tutor
+    times: CostTable | None = None
+
+    @property
+    def fixed(self) -> Sizes:
+        """Sizes that are not varied."""
+        return self.recipe.sizes if isinstance(self.recipe, CompressRecipe) else Sizes()
+
+    def plan_for(self, sizes: Sizes) -> PruningPlan:
+        sizes = with_dropped(sizes, self.fixed)
+        return plan_for(self.importance, self.teacher.digest, self.teacher.config, sizes, self.recipe.norm_correction)
+
+
+def check(given: Given) -> None:
+    """Raise HalflapError for budgets that cannot be met, and for what the recipe's method does not do."""
+    METHODS[given.recipe.settings.method].candidates(given)
+
+
+def search(given: Given) -> SearchResult:
+    """Search by the recipe's method; the result is in search.json too."""
+    method = METHODS[given.recipe.settings.method]
+    return method.search(given, method.candidates(given))
+
+
+def _fitting(given: Given, grid: Grid) -> Fitting:
+    recipe = given.recipe
+    if grid is choices_by_type and given.fixed.drop_blocks:
+        raise RecipeError(
+            "sizes.drop_blocks names blocks to drop, which --method minipuzzle chooses; leave it out, or give numbers "
+            "of blocks (--space.num-attention-blocks, ...)"
+        )
+    return candidates(given.teacher, given.importance, recipe.budgets, given.fixed, recipe.space, given.times, grid)
+
+
+def _homogeneous(given: Given, found: Fitting) -> SearchResult:
+    """One size an axis for all blocks, ranked by loss."""
+    recipe, model = given.recipe, given.teacher.load()
+    batches = students.choosing(given.scoring, recipe.settings.score_tokens)
+
+    def score(plan: PruningPlan) -> dict[str, float]:
+        return {"loss": students.next_token_loss(students.build(model, plan), batches, given.teacher)}
+
+    return _rank(given, model, batches, found, score, by_loss)
+
+
+def _minipuzzle(given: Given, found: Fitting) -> SearchResult:
+    """Numbers of blocks of each type and one width of the MLPs, ranked by accuracy and agreement with the teacher."""
+    recipe, teacher = given.recipe, given.teacher
+    model = teacher.load()
+    batches = students.choosing(given.scoring, recipe.settings.score_tokens)
+    said = students.with_teacher_tokens_of(given.tutor.teacher, batches)
+
+    def score(plan: PruningPlan) -> dict[str, float]:
+        return students.agreement(students.build(model, plan), said, teacher)
+
+    return _rank(given, model, batches, found, score, by_agreement)
+
+
+class Method(NamedTuple):
+    """What is tried, found from configs alone, so that budgets which cannot be met are refused before any work; and
+    how that is searched."""
+
+    candidates: Callable[[Given], Any]
+    search: Callable[[Given, Any], SearchResult]
+
+
+METHODS: dict[str, Method] = {
+    "homogeneous": Method(partial(_fitting, grid=choices), _homogeneous),
+    "minipuzzle": Method(partial(_fitting, grid=choices_by_type), _minipuzzle),
+}
+
+
+def candidates(
+    teacher: Teacher,
+    importance: Importance,
+    budgets: Budgets,
+    fixed: Sizes,
+    space: SearchSpace,
+    table: CostTable | None,
+    grid: Grid = choices,
+) -> Fitting:
+    """Sizes that fit the budgets; those given as `fixed` are not varied."""
+    check_sizes(teacher.config, fixed)
+    by_type = grid is choices_by_type
+    order = drop_order(importance, teacher.config, by_type) if importance.depth or by_type else None
+    given = {name: (value,) for name, value in vars(fixed).items() if value and name != "drop_blocks"}
+    if fixed.drop_blocks:
+        rest = [index for index in range(len(teacher.config.blocks)) if index not in fixed.drop_blocks]
+        order = (*fixed.drop_blocks, *rest)
+        given["num_blocks"] = (len(rest),)
+    budget = students.budget_of(budgets, teacher.config, table)
+    return fitting(teacher.config, budget, dataclasses.replace(space, **given), order, grid)
+
+
+def with_dropped(sizes: Sizes, fixed: Sizes) -> Sizes:
+    """Blocks named to be dropped stay named."""
+    return dataclasses.replace(sizes, num_blocks=None, drop_blocks=fixed.drop_blocks) if fixed.drop_blocks else sizes
+
+
+def _rank(
+    given: Given, model: HybridModel, batches: list[Batch], found: Fitting, score: Score, order: Order
+) -> SearchResult:
+    """Measure the likeliest as cut and, if tokens are given, the best of them after rounds of distillation."""
+    recipe, settings = given.recipe, given.recipe.settings
+    refined = min(settings.refined, settings.shortlist, len(found.candidates))
+    rounds = stages(refined, settings.shortlist_tokens, settings.rounds == "halving")
+    if not settings.shortlist_tokens:
+        rounds = ()
+    shared = Shortlist(
+        given.place,
+        given.teacher,
+        model,
+        given.tutor,
+        given.training,
+        recipe.fit,
+        recipe.loss_settings if isinstance(recipe, CompressRecipe) else LossSettings(),
+        rounds[-1].tokens if rounds else 0,
+    )
+
+    def refine(plans: Sequence[PruningPlan], tokens: int) -> list[Round]:
+        return [
+            Round(done["tokens"], students.next_token_loss(student, batches, given.teacher))
+            for student, done in shortlist.train(shared, plans, tokens)
+        ]
+
+    result = ranked_search(
+        found,
+        given.plan_for,
+        score,
+        made_from=_made_from(given),
+        path=given.place / SEARCH,
+        shortlist=settings.shortlist,
+        order=order,
+        rounds=rounds,
+        refine=refine,
+    )
+    if rounds:
+        shortlist.keep(shared, given.plan_for(result.chosen.sizes), rounds[-1].tokens)
+    return result
+
+
+def _made_from(given: Given) -> dict[str, Any]:
+    recipe = given.recipe
+    return {
+        "teacher": given.teacher.digest,
+        "importance": given.importance.digest,
+        "budgets": {name: str(value) for name, value in vars(recipe.budgets).items() if value is not None},
+        "norm_correction": recipe.norm_correction,
+        "settings": dataclasses.asdict(recipe.settings),
+        **({} if given.times is None else {"costs": given.times.digest}),
+    }

@@ -1,0 +1,177 @@
+"""Sizes to try on each axis: lists that are given, else steps down from the teacher's. From configs alone; no torch.
+
+Two grids: one size an axis for all blocks (homogeneous), and numbers of blocks of each type beside one width of all
+MLPs, where the blocks of a type that stay are its best (MiniPuzzle: Nemotron-H, section 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from halflap.compress.axes import Sizes, block_types, check_sizes, depth_units, largest_sizes
+from halflap.compress.kinds import BLOCK_COUNTS
+from halflap.errors import HalflapError
+from halflap.models.config import HybridConfig, Mamba2Config, ModelConfig
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Sizes to try on each axis; an axis not given is chosen automatically, within the largest cuts."""
+
+    hidden_size: tuple[int, ...] = ()
+    """Widths of the residual stream."""
+    intermediate_size: tuple[int, ...] = ()
+    """Neurons of each MLP."""
+    mamba_num_heads: tuple[int, ...] = ()
+    """Heads of each Mamba-2 block."""
+    mamba_head_dim: tuple[int, ...] = ()
+    """Channels of a Mamba-2 head; of hybrid blocks, of an attention head's values and the SSM beside them."""
+    ssm_state_size: tuple[int, ...] = ()
+    """State sizes of a Mamba block."""
+    num_attention_heads: tuple[int, ...] = ()
+    """Query heads of each attention or hybrid block."""
+    num_key_value_heads: tuple[int, ...] = ()
+    """Key/value heads of each attention or hybrid block."""
+    mamba_intermediate_size: tuple[int, ...] = ()
+    """Channels of each Mamba-1 block."""
+    num_blocks: tuple[int, ...] = ()
+    """Numbers of blocks that stay."""
+    num_mamba_blocks: tuple[int, ...] = ()
+    """Numbers of Mamba blocks that stay (minipuzzle)."""
+    num_attention_blocks: tuple[int, ...] = ()
+    """Numbers of attention blocks that stay (minipuzzle)."""
+    num_mlp_blocks: tuple[int, ...] = ()
+    """Numbers of MLP blocks that stay (minipuzzle)."""
+    max_width_cut: float = 0.4
+    """Largest share of an axis that automatic choices cut."""
+    max_depth_cut: float = 0.2
+    """Largest share of the blocks that automatic choices drop."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_width_cut", "max_depth_cut"):
+            if not 0 <= getattr(self, name) < 1:
+                raise HalflapError(
+                    f"space.{name} is {getattr(self, name)}; it must be at least 0 and below 1: correct it"
+                )
+
+
+# Axes that automatic choices leave whole: attention is 8 % of a Nemotron-H and whole in all published students, and
+# cutting the state size is untried. On the query heads of hybrid blocks hang the channels of their SSM.
+LEFT_WHOLE = ("num_attention_heads", "num_key_value_heads", "ssm_state_size")
+
+
+def left_whole(teacher: ModelConfig) -> tuple[str, ...]:
+    """Names of `LEFT_WHOLE` that this teacher has reasons for."""
+    hybrid = any(isinstance(block, HybridConfig) for block in teacher.blocks)
+    return tuple(name for name in LEFT_WHOLE if not (hybrid and name == "num_attention_heads"))
+
+
+Grid = Callable[[ModelConfig, SearchSpace, bool, int], dict[str, tuple[int, ...]]]
+"""(teacher, space, whether depth may be chosen, least step of a width) -> sizes to try by name, largest first."""
+STEPS = 8, 1
+"""Least step of a width: a multiple of 8 suits matrix units; finer where no such size comes near the budget."""
+
+
+def choices(
+    teacher: ModelConfig, space: SearchSpace, with_depth: bool, least: int = STEPS[0]
+) -> dict[str, tuple[int, ...]]:
+    """Sizes to try by name, largest first; depth is chosen automatically only `with_depth`."""
+    largest = largest_sizes(teacher)
+    found: dict[str, tuple[int, ...]] = {}
+    for field in dataclasses.fields(SearchSpace):
+        given = getattr(space, field.name)
+        if field.name.startswith("max_"):
+            continue
+        if given and field.name in BLOCK_COUNTS:
+            raise HalflapError(
+                f"{field.name} counts blocks of one type, which is not varied here; search with --method minipuzzle, "
+                "or use num_blocks"
+            )
+        if given:
+            for value in given:
+                check_sizes(teacher, Sizes(**{field.name: value}))
+            found[field.name] = tuple(sorted(set(given), reverse=True))
+        elif field.name in largest:
+            found[field.name] = _automatic(teacher, space, field.name, largest[field.name], with_depth, least)
+    return found
+
+
+def choices_by_type(
+    teacher: ModelConfig, space: SearchSpace, with_depth: bool, least: int = STEPS[0]
+) -> dict[str, tuple[int, ...]]:
+    """Numbers of blocks of each type and widths of the MLPs; other axes stay whole unless lists of sizes are given.
+
+    `num_blocks` is a choice of its own only where all blocks are of one type, else a list of it is of sums.
+    """
+    types = block_types(teacher)
+    counted = {"num_blocks", *BLOCK_COUNTS}
+    widths = choices(teacher, dataclasses.replace(space, **dict.fromkeys(counted, ())), False, least)
+    found = {
+        name: values if name == "intermediate_size" or getattr(space, name) else values[:1]
+        for name, values in widths.items()
+        if name not in counted
+    }
+    if unknown := [name for name in BLOCK_COUNTS if getattr(space, name) and name not in types]:
+        check_sizes(teacher, Sizes(**{unknown[0]: getattr(space, unknown[0])[0]}))
+    step, count = len(depth_units(teacher)[0]), len(teacher.blocks)
+    most = count - min(space.num_blocks) if space.num_blocks else math.floor(space.max_depth_cut * count)
+    for name, blocks in types.items():
+        given = getattr(space, name)
+        for value in given:
+            check_sizes(teacher, Sizes(**{name: value}))
+        fewest = max(step, len(blocks) - most) if with_depth else len(blocks)
+        found[name] = tuple(sorted(set(given), reverse=True)) or tuple(range(len(blocks), fewest - 1, -step))
+    return found
+
+
+def points(teacher: ModelConfig, space: SearchSpace, grid: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
+    """Sizes of a grid that go together.
+
+    Numbers of blocks of types add up to one of `num_blocks`, or else leave out at most `max_depth_cut` of the blocks,
+    unless each of them was given.
+    """
+    types = [name for name in BLOCK_COUNTS if name in grid]
+    given = all(getattr(space, name) for name in types)
+    least = 0 if given else math.ceil((1 - space.max_depth_cut) * len(teacher.blocks))
+    totals = space.num_blocks or range(least, len(teacher.blocks) + 1)
+    for values in itertools.product(*grid.values()):
+        sizes = dict(zip(grid, values, strict=True))
+        if sizes.get("num_attention_heads", 0) % sizes.get("num_key_value_heads", 1):
+            continue
+        if not types or sum(sizes[name] for name in types) in totals:
+            yield sizes
+
+
+def _automatic(
+    teacher: ModelConfig, space: SearchSpace, name: str, largest: int, with_depth: bool, least: int
+) -> tuple[int, ...]:
+    if name in left_whole(teacher) or (name == "num_blocks" and not with_depth):
+        return (largest,)
+    if name == "num_blocks":
+        unit = len(depth_units(teacher)[0])
+        step = unit * max(1, round(largest / 26 / unit))  # 2 of the 52 blocks of the 8B
+        return tuple(range(largest, math.ceil((1 - space.max_depth_cut) * largest) - 1, -step))
+    if name == "mamba_num_heads":
+        step = _step_of_heads(largest, [b.num_groups for b in teacher.blocks if isinstance(b, Mamba2Config)])
+    elif name == "num_attention_heads":
+        step = _step_of_heads(largest, [b.attention.num_key_value_heads for b in teacher.blocks if b.attention])
+    elif name == "mamba_head_dim":
+        step = max(1, largest // 8)
+    else:
+        step = _step(largest, least)
+    return tuple(range(largest, math.ceil((1 - space.max_width_cut) * largest) - 1, -step))
+
+
+def _step_of_heads(largest: int, parents: list[int]) -> int:
+    """Every group, or key/value head, keeps equally many."""
+    common = math.lcm(*parents)
+    return common * _step(largest // common, 1)
+
+
+def _step(size: int, least: int) -> int:
+    """The largest power of two that leaves at least 16 steps: 256 of 4096, 1024 of 21504, 32 of 512."""
+    return max(least, 1 << max(0, (size // 16).bit_length() - 1))
