@@ -101,8 +101,8 @@ def check_settings(config: ModelConfig, settings: ScoreSettings) -> None:
         given = getattr(settings, name) != getattr(ScoreSettings, name)
         if given and not any(isinstance(block, types) for block in config.blocks):
             raise HalflapError(
-                f"{name} was given, and this {config.family} model ({config.pattern()}) has no {kind} blocks: leave out "
-                f"--{name.replace('_', '-')}"
+                f"{name} was given, and this {config.family} model ({config.pattern()}) has no {kind} blocks: leave "
+                f"out --{name.replace('_', '-')}"
             )
     if settings.depth_iterative is not None:
         check_count(config, settings.depth_iterative)
