@@ -80,6 +80,12 @@ class ExportRecipe:
     """Target form: stock classes of transformers; a file for llama.cpp; Megatron's names and fused QKV (Nemotron-4)."""
     pad_to_stock: Annotated[bool, SWITCH] = False
     """Pad unequal blocks with zeros to equal widths, so that stock classes load them with the same logits."""
+    quantize: Literal["int8", "int4", "off"] | None = None
+    """Pack linear maps to 8 or 4 bits (hf), or write packed ones plain; as they are when not given."""
+    group_size: Literal[32, 64, 128] | None = None
+    """Inputs that share a scale: 32 for int4 when not given, all of a row for int8."""
+    keep: tuple[str, ...] = ("dt", "embedding")
+    """Parts that are not packed: z x B C dt q k v o out gate up down embedding head."""
     common: ExportCommon = ExportCommon()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
-from halflap.models.count import count_parameters
+from halflap.models.quantization import Quantization, weight_bytes
 
 
 def choose_device(name: str) -> torch.device:
@@ -27,7 +27,11 @@ def choose_dtype(name: str, device: torch.device) -> str:
 
 
 def check_memory(
-    config: ModelConfig, dtype: str, device: torch.device, beside: Mapping[str, float] | None = None
+    config: ModelConfig,
+    dtype: str,
+    device: torch.device,
+    beside: Mapping[str, float] | None = None,
+    quantization: Quantization | None = None,
 ) -> None:
     """Raise HalflapError when the weights do not fit, instead of being killed by the system.
 
@@ -35,11 +39,12 @@ def check_memory(
     """
     wide = 4 if dtype in ("auto", "float32") and device.type == "cpu" else 2
     beside = dict(beside or {})
-    weights = count_parameters(config) * wide
+    weights = weight_bytes(config, quantization, wide)
+    kind = quantization.name if quantization else "float32" if wide == 4 else "bfloat16"
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if weights + sum(beside.values()) > free:
         more = "".join(f", {what} {size / 2**30:.1f} GiB," for what, size in beside.items())
         raise HalflapError(
-            f"the weights take {weights / 2**30:.1f} GiB as {'float32' if wide == 4 else 'bfloat16'}{more} and "
+            f"the weights take {weights / 2**30:.1f} GiB as {kind}{more} and "
             f"{free / 2**30:.1f} GiB are free; take a smaller model{', or --dtype bfloat16' if wide == 4 else ''}"
         )

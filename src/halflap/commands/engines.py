@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from halflap.amounts import parse_amount
 from halflap.checkpoints.checkpoint import load_model
-from halflap.checkpoints.config import find_directory, read_config
+from halflap.checkpoints.config import find_directory, read_config, read_quantization
 from halflap.commands.device import check_memory, choose_device, choose_dtype
 from halflap.commands.sections import Decoding
 from halflap.data.tokenizer import Tokenizer
@@ -40,7 +40,8 @@ def open_engine(path: str | Path, decoding: Decoding, common: Common) -> Opened:
     device = choose_device(common.device)
     dtype = choose_dtype(common.dtype, device)
     one = cache_bytes(config, context, kv_bits=32 if device.type == "cpu" and dtype != "bfloat16" else 16)
-    check_memory(config, dtype, device, {f"a reply of {context:,} tokens": one, "the prefix cache": prefix})
+    beside = {f"a reply of {context:,} tokens": one, "the prefix cache": prefix}
+    check_memory(config, dtype, device, beside, read_quantization(directory, config))
     settings = EngineSettings(
         max_batch=decoding.max_batch,
         max_context=context,
@@ -71,5 +72,6 @@ def _guesser(value: str, tokenizer: Tokenizer, dtype: str, common: Common) -> Hy
     directory, device = find_directory(value), choose_device(common.device)
     if Tokenizer.load(directory).digest != tokenizer.digest:
         raise HalflapError(f"speculate: {value} has another tokenizer than the model; take a student of that model")
-    check_memory(read_config(directory), dtype, device)
+    config = read_config(directory)
+    check_memory(config, dtype, device, quantization=read_quantization(directory, config))
     return load_model(directory, dtype, device)

@@ -60,6 +60,11 @@ def fit(
     Returns loss (mean of the last steps), tokens, tokens_per_second, steps, and the last held-out numbers. Raises
     HalflapError when a loss or gradient is not finite, and KeyboardInterrupt or SystemExit after saving.
     """
+    if (quantization := getattr(model, "quantization", None)) is not None:
+        raise HalflapError(
+            f"the model holds {quantization.name} weights, which cannot be trained: take the checkpoint that they were "
+            "made from, or write plain ones with `halflap export --quantize off`"
+        )
     keep_freed_memory()
     model.to(device).train()
     state = _State(model, objective, settings, tokens, torch.device(device), resolve_dtype(dtype, device), plan)
