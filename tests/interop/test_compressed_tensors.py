@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from halflap.checkpoints.checkpoint import load_model, write_checkpoint
+from halflap.checkpoints.config import family_of
 from halflap.models.model import HybridModel, initialize
 from halflap.models.quantization import Quantization
 from halflap.models.quantized import pack_tensors
@@ -16,7 +17,7 @@ from halflap.models.quantized import pack_tensors
 pytest.importorskip("compressed_tensors")
 FORMS = {
     "int4": Quantization(4, 32, keep=("embedding",)),
-    "int4 but the head": Quantization(4, 64, keep=("embedding", "head")),
+    "int4 but the head": Quantization(4, 32, keep=("embedding", "head")),
     "int8": Quantization(8, keep=("embedding",)),
 }
 
@@ -24,9 +25,11 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_reads_packed_weights(tiny_config: object, form: str, tied: bool, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    import transformers  # halflap.hf, which other tests import, would open the directory itself
 
-    config = dataclasses.replace(tiny_config, tie_word_embeddings=tied, hidden_size=128)  # type: ignore[type-var]
+    config = dataclasses.replace(tiny_config, tie_word_embeddings=tied)  # type: ignore[type-var]
+    if family_of(config).cannot_write(config):  # type: ignore[arg-type]
+        pytest.skip("the stock class ties no embeddings")
     model = HybridModel(config)  # type: ignore[arg-type]
     initialize(model, seed=0)
     plain = ((name, tensor.detach()) for name, tensor in model.state_dict().items())
@@ -38,7 +41,8 @@ def test_transformers_reads_packed_weights(tiny_config: object, form: str, tied:
         dtype="float32",
         quantization=quantization,
     )
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    stock = getattr(transformers, family_of(model.config).architecture)
+    theirs = stock.from_pretrained(tmp_path, dtype=torch.float32).eval()
     tokens = torch.arange(24)[None]
     with torch.inference_mode():
         ours, other = load_model(tmp_path)(tokens), theirs(tokens).logits
