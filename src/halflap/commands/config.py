@@ -280,7 +280,11 @@ class AnalyzeRecipe:
     tokens: Positive = 8192
     """Tokens read of each path of --data; a path is a domain of its own."""
     removal_tokens: Positive = 4096
-    """Tokens on which branches are left out one by one."""
+    """Tokens on which branches are left out, and parts rounded, one by one."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Also measure what packing each part of the model to so many bits costs, alone."""
+    group_size: Literal[32, 64, 128] | None = None
+    """Inputs that share a scale then: 32 for int4 when not given, all of a row for int8."""
     context: Positive = 512
     """Tokens of a row."""
     common: Common = Common()

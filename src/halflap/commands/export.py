@@ -24,7 +24,7 @@ from halflap.files import write_json
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.layout import layout
-from halflap.models.quantization import BITS, DEFAULT_GROUP, KEPT, Quantization
+from halflap.models.quantization import KEPT, Quantization
 from halflap.models.quantized import pack_tensors
 from halflap.progress import track
 from halflap.run import Run
@@ -126,10 +126,7 @@ def _quantization(recipe: ExportRecipe, opened: Checkpoint) -> Quantization | No
         found = f"{opened.path} holds {before.name} weights; " if before else ""
         raise RecipeError(f"{found}packed weights are written as --format hf alone; add --quantize off for plain ones")
     if before is None:
-        bits = BITS[str(asked)]
-        return Quantization(
-            bits, recipe.group_size or (DEFAULT_GROUP if bits == 4 else None), tuple(sorted({*recipe.keep}))
-        )
+        return Quantization.asked(str(asked), recipe.group_size, recipe.keep)
     if asked is not None or recipe.pad_to_stock:
         raise HalflapError(
             f"{opened.path} holds {before.name} weights already, and packing or padding them anew would add to their "

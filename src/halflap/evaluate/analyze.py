@@ -104,6 +104,11 @@ def _rows(documents: Sequence[Document], context: int, tokens: int) -> Iterator[
                 return
 
 
+def shared_rows(texts: Mapping[str, Sequence[Document]], context: int, tokens: int, wanted: int) -> list[Tensor]:
+    """The rows on which removals are measured: about `wanted` tokens, of all domains in turn."""
+    return _share({name: list(_rows(documents, context, tokens)) for name, documents in texts.items()}, wanted)
+
+
 def _share(rows: dict[str, list[Tensor]], tokens: int) -> list[Tensor]:
     """Rows of all domains in turn, about `tokens` tokens of them, at least one."""
     chosen: list[Tensor] = []

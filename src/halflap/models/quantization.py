@@ -14,7 +14,7 @@ to 8 bits with one scale a row, whatever the others are. Pure data: no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -46,6 +46,13 @@ class Quantization:
                 f"weights of {self.bits} bits in groups of {self.group_size} are not known; allowed are 4 and 8 bits, "
                 f"and groups of {', '.join(map(str, GROUP_SIZES))} or none: choose among them"
             )
+
+    @staticmethod
+    def asked(name: str, group_size: int | None, keep: Iterable[str] = KEPT) -> Quantization:
+        """What a user's words mean: "int4" or "int8", and the group that suits it where none is given."""
+        return Quantization(
+            BITS[name], group_size or (DEFAULT_GROUP if name == "int4" else None), tuple(sorted({*keep}))
+        )
 
     @property
     def name(self) -> str:
