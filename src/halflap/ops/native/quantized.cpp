@@ -7,6 +7,9 @@
 #include "parallel.h"
 #include "vector.h"
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 using namespace halflap;
 
@@ -31,15 +34,56 @@ struct Form {
         else memcpy(&words, p, left * sizeof(uint32_t));
         return words;
     }
+    // numbers k .. k + VL of a row, of which `left` are there; k is a multiple of VL
+    LANES static vf in_order(const uint32_t* row, int64_t k, int64_t left) {
+        constexpr int WORDS = VL > PER ? VL / PER : 1;
+        vu words, shifts;
+        uint32_t own[WORDS] = {};
+        const int64_t there = (left + PER - 1) / PER;
+        if (there >= WORDS) memcpy(own, row + k / PER, sizeof own);
+        else memcpy(own, row + k / PER, there * sizeof(uint32_t));
+        for (int i = 0; i < VL; i++) words[i] = own[i / PER % WORDS];
+        for (int i = 0; i < VL; i++) shifts[i] = (i % PER) * BITS;
+        if (VL < PER) shifts += (uint32_t)(k % PER) * BITS;
+        return __builtin_convertvector((vi)(words >> shifts & ((1u << BITS) - 1)), vf);
+    }
     LANES static vf number(vu words, int s) {
         return __builtin_convertvector((vi)(words >> (s * BITS) & ((1u << BITS) - 1)), vf);
     }
-    // lane i's scale in a block that begins at input k; lanes behind the last input read what lies behind the last scale
-    LANES static vf lane_scales(const float* scales, int64_t k, int64_t group) {
-        if (k / group == (k + BLOCK - 1) / group) return splat(scales[k / group]);
+};
+
+// Each lane's scale in a block of BITS: groups are powers of two, or one for all inputs.
+template <int BITS>
+struct Spread {
+    int64_t blocks_of_a_group = 0, groups_of_a_block = 0;  // whichever is at least 1; neither where one group holds all
+    vi lane_group;                                         // a lane's group within the block
+    Spread(int64_t inputs, int64_t group) {
+        const int64_t lanes = group * BITS / 32;
+        for (int i = 0; i < VL; i++) lane_group[i] = lanes ? (int32_t)(i / lanes) : 0;
+        if (group >= inputs) return;
+        if (lanes >= VL) blocks_of_a_group = lanes / VL;
+        else groups_of_a_block = VL / lanes;
+    }
+    // of the block after `block` others; lanes behind the last input get whatever lies behind the last scale
+    LANES vf of(const float* scales, int64_t block, int shift) const {
+        if (groups_of_a_block) return permute(load(scales + block * groups_of_a_block), lane_group);
+        return splat(blocks_of_a_group ? scales[block >> shift] : scales[0]);
+    }
+    int shift() const {
+        int bits = 0;
+        while (blocks_of_a_group >> (bits + 1)) bits++;
+        return bits;
+    }
+    LANES static vf permute(vf a, vi lanes) {
+#if defined(__AVX512F__)
+        return (vf)_mm512_permutexvar_ps((__m512i)lanes, (__m512)a);
+#elif defined(__AVX2__)
+        return (vf)_mm256_permutevar8x32_ps((__m256)a, (__m256i)lanes);
+#else
         vf r;
-        for (int i = 0; i < VL; i++) r[i] = scales[(k + i * PER) / group];
+        for (int i = 0; i < VL; i++) r[i] = a[lanes[i]];
         return r;
+#endif
     }
 };
 
@@ -62,24 +106,28 @@ void arrange(int64_t M, int64_t K, int64_t blocks, const T* x, float* ordered, f
 
 // one row of weights times ROWS rows of activations
 template <int BITS, int ROWS>
-inline void multiply(const uint32_t* words, const float* scales, int64_t K, int64_t group, int64_t blocks, const float* x, const float* sums, float* y) {
+inline void multiply(const uint32_t* words, const float* scales, const Spread<BITS>& spread, int64_t K, int64_t blocks, const float* x, const float* sums, float* y) {
     using F = Form<BITS>;
     const int64_t count = (K + F::PER - 1) / F::PER;
+    const int shift = spread.shift();
     vf totals[ROWS] = {};
     for (int64_t b = 0; b < blocks; b++) {
         const vu w = F::load_words(words + b * VL, count - b * VL);
         vf parts[ROWS];
 #pragma GCC unroll 4
-        for (int m = 0; m < ROWS; m++) parts[m] = -F::OFFSET * load(sums + (m * blocks + b) * VL);
+        for (int m = 0; m < ROWS; m++) parts[m] = splat(0);
 #pragma GCC unroll 8
         for (int s = 0; s < F::PER; s++) {
             const vf number = F::number(w, s);
 #pragma GCC unroll 4
             for (int m = 0; m < ROWS; m++) parts[m] += number * load(x + ((m * blocks + b) * F::PER + s) * VL);
         }
-        const vf scale = F::lane_scales(scales, b * F::BLOCK, group);
+        const vf scale = spread.of(scales, b, shift);
 #pragma GCC unroll 4
-        for (int m = 0; m < ROWS; m++) totals[m] += parts[m] * scale;
+        for (int m = 0; m < ROWS; m++) {
+            parts[m] -= F::OFFSET * load(sums + (m * blocks + b) * VL);
+            totals[m] += parts[m] * scale;
+        }
     }
     for (int m = 0; m < ROWS; m++) y[m] = sum(totals[m]);
 }
@@ -88,7 +136,7 @@ inline void multiply(const uint32_t* words, const float* scales, int64_t K, int6
 void widen_scales(const Weights& w, int64_t row, int64_t groups, float* to) {
     if (!w.narrow_scales) memcpy(to, (const float*)w.scales + row * groups, groups * sizeof(float));
     else
-        for (int64_t g = 0; g < groups; g++) to[g] = widen(((const bf16*)w.scales)[row * groups + g]);
+        for (int64_t g = 0; g < groups; g += VL) store_to(to + g, load_to((const bf16*)w.scales + row * groups + g, groups - g), groups - g);
 }
 
 // y (M, rows) = x (M, K) weights'
@@ -97,6 +145,7 @@ void few_rows(const Weights& w, int64_t M, const T* x, T* y, int threads) {
     using F = Form<BITS>;
     const int64_t K = w.inputs, blocks = (K + F::BLOCK - 1) / F::BLOCK, per_row = (K + F::PER - 1) / F::PER;
     const int64_t groups = (K + w.group - 1) / w.group;
+    const Spread<BITS> spread(K, w.group);
     float* ordered = scratch(M * blocks * VL * (F::PER + 1) + 16);
     float* sums = ordered + M * blocks * VL * F::PER;
     arrange<BITS>(M, K, blocks, x, ordered, sums);
@@ -111,10 +160,10 @@ void few_rows(const Weights& w, int64_t M, const T* x, T* y, int threads) {
                 const float *xs = ordered + m * blocks * F::PER * VL, *ss = sums + m * blocks * VL;
                 const int64_t rows = M - m < AT_ONCE ? M - m : AT_ONCE;
                 switch (rows) {
-                    case 1: multiply<BITS, 1>(words, scales, K, w.group, blocks, xs, ss, out); break;
-                    case 2: multiply<BITS, 2>(words, scales, K, w.group, blocks, xs, ss, out); break;
-                    case 3: multiply<BITS, 3>(words, scales, K, w.group, blocks, xs, ss, out); break;
-                    default: multiply<BITS, 4>(words, scales, K, w.group, blocks, xs, ss, out);
+                    case 1: multiply<BITS, 1>(words, scales, spread, K, blocks, xs, ss, out); break;
+                    case 2: multiply<BITS, 2>(words, scales, spread, K, blocks, xs, ss, out); break;
+                    case 3: multiply<BITS, 3>(words, scales, spread, K, blocks, xs, ss, out); break;
+                    default: multiply<BITS, 4>(words, scales, spread, K, blocks, xs, ss, out);
                 }
                 for (int64_t r = 0; r < rows; r++) store_some(y + (m + r) * w.rows + n, splat(out[r]), 1);
             }
@@ -131,14 +180,12 @@ void write_out(const Weights& w, int64_t begin, int64_t end, T* to, int threads)
         std::vector<float> scales(groups);
         for (int64_t n = first; n < last; n++) {
             widen_scales(w, begin + n, groups, scales.data());
-            const uint8_t* bytes = (const uint8_t*)(w.words + (begin + n) * per_row);
+            const uint32_t* words = w.words + (begin + n) * per_row;
             for (int64_t g = 0; g < groups; g++) {
                 const int64_t stop = (g + 1) * w.group < K ? (g + 1) * w.group : K;
                 for (int64_t k = g * w.group; k < stop; k += VL) {
-                    vi whole = {};
-                    const int64_t left = stop - k < VL ? stop - k : VL;
-                    for (int i = 0; i < left; i++) whole[i] = BITS == 8 ? bytes[k + i] : bytes[(k + i) / 2] >> ((k + i) % 2 * 4) & 15;
-                    store_to(to + n * K + k, (__builtin_convertvector(whole, vf) - F::OFFSET) * scales[g], left);
+                    const int64_t left = stop - k;
+                    store_to(to + n * K + k, (F::in_order(words, k, left) - F::OFFSET) * scales[g], left);
                 }
             }
         }

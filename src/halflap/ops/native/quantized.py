@@ -15,6 +15,7 @@ from torch import Tensor
 from halflap.ops.native.common import fits, is_narrow, library, long, pointer
 
 FEW_ROWS = 16
+GROUP_SIZES = (32, 64, 128)  # powers of two, which the kernels count by shifts
 WRITTEN_BYTES = 4 << 20  # of a block of weights that is written out at once
 
 
@@ -34,7 +35,9 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group_size: int)
         return NotImplemented
     if packed.dtype != torch.int32 or packed.shape != (outputs, -(-inputs * bits // 32)) or packed.device != x.device:
         return NotImplemented
-    if not (packed.is_contiguous() and scale.is_contiguous()) or (group_size % 8 and group_size < inputs):
+    if not (packed.is_contiguous() and scale.is_contiguous()) or (
+        group_size not in GROUP_SIZES and group_size < inputs
+    ):
         return NotImplemented
     weights = Weights(outputs, inputs, group_size, is_narrow(scale), packed.data_ptr(), scale.data_ptr())
     rows = x.detach().reshape(-1, inputs).contiguous()
