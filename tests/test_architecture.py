@@ -20,6 +20,7 @@ PURE = {
     "models.layout",
     "models.count",
     "models.presets",
+    "models.quantization",
     "models.sharing",
     "compress.axes",
     "compress.cost_model",

@@ -9,6 +9,7 @@
 - `megatron.py`    Nemotron-4 under Megatron's and NeMo's names, fused QKV included
 - `gguf_names.py`, `gguf_metadata.py`, `gguf_tokenizer.py`   what a GGUF file says of tensors, network and tokenizer,
   both ways; `gguf_import.py` and `gguf_export.py` read and write the files
+- `compressed_tensors.py`  packed weights as transformers and vLLM read them
 - `padding.py`     unequal blocks padded with zeros for the stock classes
 - `card.py`        README.md of a checkpoint
 """

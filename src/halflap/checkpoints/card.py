@@ -9,9 +9,10 @@ from typing import Any
 
 from halflap import __version__
 from halflap.checkpoints import gguf_metadata
-from halflap.checkpoints.config import family_of
+from halflap.checkpoints.config import family_of, not_stock_because
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_non_embedding_parameters, count_parameters
+from halflap.models.quantization import Quantization
 
 CARD = "README.md"
 
@@ -33,6 +34,7 @@ def model_card(
     lineage: Sequence[Mapping[str, Any]],
     license: str | None,
     more: str = "",
+    quantization: Quantization | None = None,
 ) -> str:
     """The text of the card of what lies, or will lie, in `directory`.
 
@@ -40,12 +42,12 @@ def model_card(
     """
     name, place = _names(directory.resolve())
     family = family_of(config)
-    reason = family.cannot_write(config)
-    opens = (
-        f"stock transformers (`{family.architecture}`) and halflap"
-        if reason is None
-        else f"halflap, and transformers by `import halflap.hf`: {reason}"
+    reason = not_stock_because(config, quantization)
+    stock = (
+        f"stock transformers (`{family.architecture}`{', with compressed-tensors' if quantization else ''}) and halflap"
     )
+    own = f"halflap{'' if quantization else ', and transformers by `import halflap.hf`'}: {reason}"
+    packed = f"| weights | {quantization.said()} |\n" if quantization else ""
     steps = "\n".join(f"{i}. {_step(step)}" for i, step in enumerate(lineage, 1)) or "Not recorded."
     return f"""---
 library_name: transformers
@@ -63,7 +65,7 @@ tags: [halflap, {family.name}]
 | without embeddings | {count_non_embedding_parameters(config):,} |
 | hidden size | {config.hidden_size} |
 | vocabulary | {config.vocab_size} |
-| opens in | {opens} |
+{packed}| opens in | {stock if reason is None else own} |
 
 {more}## How it came to be
 
@@ -71,7 +73,7 @@ tags: [halflap, {family.name}]
 
 ## How to load it
 
-{_loading(place, config, stock=reason is None)}
+{_loading(place, config, stock=reason is None, packed=quantization is not None)}
 
 Written by halflap {__version__}; `lineage.json` has the digests.
 """
@@ -85,12 +87,18 @@ def _names(directory: Path) -> tuple[str, str]:
     return directory.parent.name if directory.name == "checkpoint" else place, place
 
 
-def _loading(place: str, config: ModelConfig, *, stock: bool) -> str:
+def _loading(place: str, config: ModelConfig, *, stock: bool, packed: bool = False) -> str:
     """Code for halflap and transformers, and the way to llama.cpp or what bars it."""
+    if packed and not stock:
+        return f"""```python
+import halflap
+model = halflap.load("{place}")
+```"""
     ours = "" if stock else "import halflap.hf\n"
     bar = gguf_metadata.cannot_write(config)
+    plain = " --quantize off" if packed else ""
     llama_cpp = (
-        f"llama.cpp: `halflap export {place} --format gguf --out gguf`, then `llama-cli -m gguf/model.gguf`."
+        f"llama.cpp: `halflap export {place} --format gguf{plain} --out gguf`, then `llama-cli -m gguf/model.gguf`."
         if bar is None
         else f"llama.cpp does not run it as it is: {bar}."
     )

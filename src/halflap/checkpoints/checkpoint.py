@@ -28,23 +28,28 @@ from halflap.checkpoints.config import (
     FAMILIES,
     Lineage,
     family_of,
+    file_names,
     find_directory,
+    not_stock_because,
     read_config,
     read_lineage,
+    read_quantization,
     uses_own_names,
     write_config,
 )
 from halflap.checkpoints.files import CODES, DTYPES, Entry, TensorSpec
-from halflap.checkpoints.names import expand, match_tensors
+from halflap.checkpoints.names import match_tensors
 from halflap.errors import HalflapError
 from halflap.files import atomic_write, write_json
 from halflap.models.config import ModelConfig
-from halflap.models.layout import layout, shape
 from halflap.models.model import HybridModel
+from halflap.models.quantization import FLOAT, Quantization, matrices, split_part, stored
+from halflap.models.quantized import prepare, unpack_matrix
 
 __all__ = ["FAMILIES", "Checkpoint", "load_model", "read_config", "save_model", "write_checkpoint"]
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+FLOAT_CODES = ("F32", "BF16", "F16", "F64")  # of what is not packed
 ALWAYS_WIDE = (".A_log", ".D", ".dt_bias")  # float32 or wider in a model, and where a type is asked for on disk
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -54,43 +59,56 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: its config and where each tensor is; weights are read when asked for."""
+    """An opened checkpoint: its config and where each tensor is; weights are read when asked for.
+
+    Of a packed checkpoint (`quantization`) the entries are the parts of packed matrices, see `models/quantization.py`.
+    """
 
     path: Path
     config: ModelConfig
     entries: Mapping[str, Entry]  # by our names, in the order of the layout
     lineage: list[dict[str, Any]]
+    quantization: Quantization | None = None
 
     @staticmethod
-    def open(path: str | Path) -> Checkpoint:
+    def open(path: str | Path, *, packed: bool = False) -> Checkpoint:
         """Open a Hugging Face directory or a run directory: read config and tensor headers, check that they fit.
 
+        packed: whether the caller knows what to do with packed weights.
         Raises HalflapError, in one sentence, for everything that can be wrong with the files.
         """
         directory = find_directory(path)
         config = read_config(directory)
         family = family_of(config)
         own = uses_own_names(directory)
+        quantization = read_quantization(directory, config)
+        if quantization is not None and not packed:
+            raise HalflapError(
+                f"{directory} holds {quantization.name} weights, which are for running alone: take the checkpoint that "
+                "they were made from, or write plain ones with `halflap export --quantize off`"
+            )
+        wanted = stored(config, quantization)
         entries = files.open_tensors(directory)
         ignored = (*family.ignored, r"^lm_head\.weight$") if config.tie_word_embeddings else family.ignored
         found = match_tensors(
             str(directory),
-            config,
-            expand(config, () if own else family.rows),
+            {name: shape for name, (_, shape) in wanted.items()},
+            _spelled(wanted, file_names(config, own=own)),
             {name: entry.spec.shape for name, entry in entries.items()},
             prefixes=() if own else family.prefixes,
             ignored=ignored,
         )
-        ordered = {ours: entries[found[ours]] for ours in layout(config)}
+        ordered = {ours: entries[found[ours]] for ours in wanted}
         if config.tie_word_embeddings and family.tied_head_is_checked and "lm_head.weight" in entries:
             _check_tied_head(directory, entries["lm_head.weight"], ordered["embedding.weight"])
         for name, entry in ordered.items():
-            if not DTYPES[entry.spec.code].is_floating_point or entry.spec.code.startswith("F8"):
+            code, allowed = entry.spec.code, wanted[name][0]
+            if code not in ((allowed,) if allowed else FLOAT_CODES):
                 raise HalflapError(
-                    f"tensor {name} in {directory} is {entry.spec.code}, a quantized type; allowed are F32, BF16, F16 "
-                    "and F64: dequantize the checkpoint first"
+                    f"tensor {name} in {directory} is {code}{'' if allowed else ', a quantized type'}; allowed is "
+                    f"{allowed or ', '.join(FLOAT_CODES)}: dequantize the checkpoint first"
                 )
-        return Checkpoint(directory, config, ordered, read_lineage(directory))
+        return Checkpoint(directory, config, ordered, read_lineage(directory), quantization)
 
     @property
     def family(self) -> str:
@@ -108,9 +126,11 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> str:
-        """The type most of the stored bytes have."""
+        """The type most of the stored bytes have, what packed matrices consist of left out."""
         sizes: dict[str, int] = {}
-        for entry in self.entries.values():
+        for entry in (
+            self.entries[name] for name, (code, _) in stored(self.config, self.quantization).items() if not code
+        ):
             sizes[entry.spec.code] = sizes.get(entry.spec.code, 0) + entry.spec.nbytes
         return _name(DTYPES[max(sizes, key=lambda code: sizes[code])])
 
@@ -125,6 +145,8 @@ class Checkpoint:
         Tensors above 1 MiB are sampled (`files.digest_entry` says what that may miss).
         """
         total = sha256(dumps(self.config.to_json(), sort_keys=True).encode())
+        if self.quantization is not None:
+            total.update(dumps(self.quantization.to_json(), sort_keys=True).encode())
         for name, entry in self.entries.items():
             total.update(name.encode() + files.digest_entry(entry))
         return total.hexdigest()
@@ -142,6 +164,15 @@ class Checkpoint:
         for name in self.entries:
             yield name, self.read(name)
 
+    def read_plain(self, name: str) -> Tensor:
+        """One parameter of the layout by our name; a packed matrix in float32."""
+        matrix = matrices(self.config, self.quantization).get(name) if self.quantization else None
+        return (
+            self.read(name)
+            if matrix is None
+            else unpack_matrix({p: self.read(name + p) for p in matrix.parts()}, matrix)
+        )
+
 
 def _check_tied_head(directory: Path, head: Entry, embedding: Entry) -> None:
     if head.spec.shape != embedding.spec.shape or not torch.equal(
@@ -158,9 +189,9 @@ def load_model(path: str | Path, dtype: str = "float32", device: str | torch.dev
 
     Memory stays at the model's own size and one tensor: the model is built without storage and filled as tensors come.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, packed=True)
     wanted = float_dtype(checkpoint.dtype if dtype == "auto" else dtype)
-    return fill_model(checkpoint.config, checkpoint.tensors(), wanted, device)
+    return fill_model(checkpoint.config, checkpoint.tensors(), wanted, device, checkpoint.quantization)
 
 
 def fill_model(
@@ -168,10 +199,13 @@ def fill_model(
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
+    quantization: Quantization | None = None,
 ) -> HybridModel:
-    """A model in evaluation mode from a stream of (our name, tensor)."""
+    """A model in evaluation mode from a stream of (our name, tensor), the parts of packed matrices as they are."""
     with torch.device("meta"), _NoInitialisation():
         model = HybridModel(config)
+        if quantization is not None:
+            prepare(model, quantization)
     model.load_state_dict({n: _place(n, t, dtype, device) for n, t in tensors}, strict=True, assign=True)
     return model.eval()
 
@@ -194,6 +228,8 @@ def float_dtype(name: str) -> torch.dtype:
 
 
 def _place(name: str, tensor: Tensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    if split_part(name)[1] not in FLOAT:
+        return tensor.to(device)
     if name.endswith(ALWAYS_WIDE):
         dtype = torch.promote_types(dtype, torch.float32)
     return tensor.to(device, dtype)
@@ -218,6 +254,7 @@ def save_model(
         tokenizer_from=tokenizer_from,
         lineage=lineage,
         extra_files=extra_files,
+        quantization=model.quantization,
     )
 
 
@@ -232,32 +269,34 @@ def write_checkpoint(
     extra_files: Mapping[str, str | bytes] | None = None,
     max_shard_bytes: int = 4_000_000_000,
     license: str | None = None,
+    quantization: Quantization | None = None,
 ) -> Checkpoint:
     """Write a stream of (our name, tensor) as a checkpoint directory, one tensor in memory at a time, and open it.
 
     dtype: a type for all (`A_log`, `D`, `dt_bias` stay float32 or wider), "auto" for the first tensor's, or our name to
     type. The stock class's config and tensor names are used where it can express the model, ours where not.
     tokenizer_from: directory whose tokenizer files travel along, and its licence unless another is given.
-    extra_files: name to content.
+    extra_files: name to content. quantization: how matrices of the stream are packed, as by `pack_tensors`.
     Raises HalflapError for tensors that do not fit the config and for a full disk; old weights survive that.
     """
     directory = Path(directory)
-    family = family_of(config)
-    names = expand(config, family.rows if family.cannot_write(config) is None else ())
+    reason = not_stock_because(config, quantization)
     tensors = iter(tensors)
     if dtype == "auto":
         first = next(tensors, None)
         tensors = itertools.chain([] if first is None else [first], tensors)
         dtype = "float32" if first is None else _name(first[1].dtype)
-    specs = {names[ours]: spec for ours, spec in _specs(config, dtype).items()}
+    announced = _specs(config, dtype, quantization)
+    names = _spelled(announced, file_names(config, own=reason is not None))
+    specs = {names[ours]: spec for ours, spec in announced.items()}
     spelled = ((names.get(ours, ours), tensor) for ours, tensor in tensors)
     files.write_shards(directory, specs, spelled, max_shard_bytes=max_shard_bytes)
-    most = max(specs.values(), key=lambda spec: spec.nbytes)
+    most = max((s for n, s in announced.items() if split_part(n)[1] in FLOAT), key=lambda spec: spec.nbytes)
     small = dict(extra_files or {})
     license = license or (license_of(tokenizer_from) if tokenizer_from is not None else None)
-    small.setdefault(CARD, model_card(directory, config, lineage, license))
+    small.setdefault(CARD, model_card(directory, config, lineage, license, quantization=quantization))
     with files.full_disk_named(directory):
-        write_config(directory, config, _name(DTYPES[most.code]), __version__)
+        write_config(directory, config, _name(DTYPES[most.code]), __version__, quantization)
         write_json(directory / "lineage.json", {"steps": [dict(step) for step in lineage]})
         if tokenizer_from is not None:
             copy_tokenizer(Path(tokenizer_from), directory)
@@ -266,7 +305,7 @@ def write_checkpoint(
         for name, content in small.items():
             with atomic_write(directory / name) as file:
                 file.write(content.encode() if isinstance(content, str) else content)
-    return Checkpoint.open(directory)
+    return Checkpoint.open(directory, packed=True)
 
 
 def _special_ids(config: ModelConfig) -> dict[str, Any]:
@@ -276,19 +315,31 @@ def _special_ids(config: ModelConfig) -> dict[str, Any]:
     return {name: stored[name] for name in names if stored.get(name) is not None}
 
 
-def _specs(config: ModelConfig, dtype: str | Mapping[str, str]) -> dict[str, TensorSpec]:
+def _specs(
+    config: ModelConfig, dtype: str | Mapping[str, str], quantization: Quantization | None
+) -> dict[str, TensorSpec]:
     specs = {}
-    for name, dims in layout(config).items():
-        if isinstance(dtype, str):
-            chosen = float_dtype(dtype)
-            if name.endswith(ALWAYS_WIDE):
-                chosen = torch.promote_types(chosen, torch.float32)
-        elif name in dtype:
-            chosen = float_dtype(dtype[name])
-        else:
-            raise HalflapError(f"no dtype is given for tensor {name}: name one for every parameter of the layout")
-        specs[name] = TensorSpec(CODES[chosen], shape(dims))
+    for name, (code, shape) in stored(config, quantization).items():
+        if code is None:
+            code = CODES[_stored_type(name, dtype)]
+        specs[name] = TensorSpec(code, shape)
     return specs
+
+
+def _stored_type(name: str, dtype: str | Mapping[str, str]) -> torch.dtype:
+    """The type that a tensor of our name is written in; kept rows have that of their matrix."""
+    if isinstance(dtype, str):
+        chosen = float_dtype(dtype)
+        return torch.promote_types(chosen, torch.float32) if name.endswith(ALWAYS_WIDE) else chosen
+    given = dtype.get(name) or dtype.get(split_part(name)[0])
+    if given is None:
+        raise HalflapError(f"no dtype is given for tensor {name}: name one for every parameter of the layout")
+    return float_dtype(given)
+
+
+def _spelled(names: Iterable[str], table: Mapping[str, str]) -> dict[str, str]:
+    """Our names, those of parts among them, to the file's; table: our parameter to the file's."""
+    return {name: table[parameter] + suffix for name in names for parameter, suffix in (split_part(name),)}
 
 
 def copy_tokenizer(source: Path, directory: Path) -> list[str]:

@@ -12,18 +12,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halflap.checkpoints import compressed_tensors
 from halflap.checkpoints.family import Family
 from halflap.checkpoints.hymba import HYMBA
 from halflap.checkpoints.llama import LLAMA
+from halflap.checkpoints.names import expand
 from halflap.checkpoints.nemotron import NEMOTRON
 from halflap.checkpoints.nemotron_h import NEMOTRON_H
 from halflap.errors import HalflapError
 from halflap.files import atomic_write, write_json
 from halflap.models.config import ModelConfig
+from halflap.models.quantization import Quantization
 
 FAMILIES: dict[str, Family] = {"nemotron_h": NEMOTRON_H, "llama": LLAMA, "nemotron": NEMOTRON, "hymba": HYMBA}
 OWN_MODEL_TYPE, OWN_ARCHITECTURE = "halflap", "HalflapForCausalLM"
 FORMAT = 1
+QUANTIZATION = "quantization_config"  # of config.json
 Lineage = Sequence[Mapping[str, Any]]
 
 
@@ -109,6 +113,8 @@ def _read_stock(directory: Path) -> ModelConfig | None:
             f"{file} has model_type {kind!r}; allowed are {', '.join((*FAMILIES, OWN_MODEL_TYPE))}: "
             "use a checkpoint of one of these families"
         )
+    if (data.get(QUANTIZATION) or {}).get("quant_method") == compressed_tensors.METHOD:
+        data = {key: value for key, value in data.items() if key != QUANTIZATION}  # `read_quantization`'s
     try:
         return FAMILIES[kind].read_config(data)
     except HalflapError as error:
@@ -132,13 +138,40 @@ def _difference(a: ModelConfig, b: ModelConfig) -> str:
     return "nothing that can be named"
 
 
-def write_config(directory: Path, config: ModelConfig, dtype: str, version: str) -> None:
+def not_stock_because(config: ModelConfig, quantization: Quantization | None = None) -> str | None:
+    """Why no stock class opens a checkpoint of the model, packed like this; None where one does."""
+    reason = family_of(config).cannot_write(config)
+    if reason is None and quantization is not None:
+        reason = compressed_tensors.cannot_say(config, quantization)
+    return reason
+
+
+def file_names(config: ModelConfig, *, own: bool) -> dict[str, str]:
+    """Our name of every parameter to the file's: the family's, or ours where no stock class opens the file."""
+    return expand(config, () if own else family_of(config).rows)
+
+
+def read_quantization(directory: Path, config: ModelConfig) -> Quantization | None:
+    """How the weights in a directory are packed; None for plain ones. Raises HalflapError for a way not known."""
+    own, stock = directory / "halflap.json", directory / "config.json"
+    if own.exists():
+        found = read_json(own).get("quantization")
+        return None if found is None else Quantization.from_json(found)
+    said = read_json(stock).get(QUANTIZATION) if stock.exists() else None
+    return compressed_tensors.read(said, config, file_names(config, own=False)) if said else None
+
+
+def write_config(
+    directory: Path, config: ModelConfig, dtype: str, version: str, quantization: Quantization | None = None
+) -> None:
     """Write `config.json` and `halflap.json`; dtype is the torch name that loaders are told, e.g. "bfloat16"."""
     family = family_of(config)
-    reason = family.cannot_write(config)
+    reason = not_stock_because(config, quantization)
     if reason is None:
         data = {"architectures": [family.architecture], "model_type": family.name, "torch_dtype": dtype}
         data |= family.write_config(config)
+        if quantization is not None:
+            data[QUANTIZATION] = compressed_tensors.describe(config, quantization, file_names(config, own=False))
     else:
         data = {
             "architectures": [OWN_ARCHITECTURE],
@@ -151,6 +184,8 @@ def write_config(directory: Path, config: ModelConfig, dtype: str, version: str)
             OWN_MODEL_TYPE: config.to_json(),
         }
     own = {"format": FORMAT, "halflap": version, "not_stock_because": reason, "config": config.to_json()}
+    if quantization is not None:
+        own["quantization"] = quantization.to_json()
     write_json(directory / "halflap.json", own)
     with atomic_write(directory / "config.json", "w") as file:  # not write_json: a time step limit may be Infinity here
         file.write(json.dumps(data, indent=2) + "\n")

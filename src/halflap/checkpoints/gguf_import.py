@@ -84,7 +84,8 @@ def open_gguf(file: str | Path) -> GgufFile:
         if shapes.get(name) == item.shape:  # as the layout has it, which is what the check below speaks of
             shapes[name] = shape(dims[item.ours])
     names = {item.ours: name for name, item in expected.items()}
-    matched = match_tensors(str(file), config, names, shapes, ignored=(r"^rope_freqs\.weight$",))
+    wanted = {ours: shape(size) for ours, size in dims.items()}
+    matched = match_tensors(str(file), wanted, names, shapes, ignored=(r"^rope_freqs\.weight$",))
     return GgufFile(file, config, fields, {ours: found[matched[ours]] for ours in dims})
 
 

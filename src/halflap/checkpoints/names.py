@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
-from halflap.models.layout import layout, shape
+from halflap.models.layout import layout
 
 SHOWN = 4  # names given of each list in an error
 
@@ -48,7 +48,7 @@ def _translate(name: str, table: tuple[tuple[re.Pattern[str], NameRow], ...]) ->
 
 def match_tensors(
     where: str,
-    config: ModelConfig,
+    expected: Mapping[str, tuple[int, ...]],
     names: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     *,
@@ -57,10 +57,10 @@ def match_tensors(
 ) -> dict[str, str]:
     """Our name to the name in the file, for every parameter.
 
-    names: `expand(...)`; shapes: what the file has; prefixes: spellings of the first one that a file may use instead;
-    ignored: patterns of tensors that carry nothing. One HalflapError lists what is missing, unknown and wrongly shaped.
+    expected: our names to shapes; names: ours to the file's; shapes: what the file has; prefixes: spellings of the
+    first one that a file may use instead; ignored: patterns of tensors that carry nothing. One HalflapError lists what
+    is missing, unknown and wrongly shaped.
     """
-    expected = {ours: shape(dims) for ours, dims in layout(config).items()}
     ours_of = {theirs: ours for ours, theirs in names.items()}
     skip = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or r"(?!)")
     found: dict[str, str] = {}

@@ -9,7 +9,7 @@ import torch
 
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
-from halflap.models.count import count_parameters
+from halflap.models.quantization import Quantization, weight_bytes
 
 
 def choose_device(name: str) -> torch.device:
@@ -31,6 +31,7 @@ def check_memory(
     dtype: str,
     device: torch.device,
     beside: Mapping[str, float] | None = None,
+    quantization: Quantization | None = None,
     *,
     replicas: int = 1,
 ) -> None:
@@ -41,7 +42,8 @@ def check_memory(
     """
     wide = 4 if dtype in ("auto", "float32") and device.type == "cpu" else 2
     beside = dict(beside or {})
-    weights = count_parameters(config) * wide
+    weights = weight_bytes(config, quantization, wide)
+    kind = quantization.name if quantization else "float32" if wide == 4 else "bfloat16"
     cuda = device.type == "cuda"
     copies = -(-replicas // torch.cuda.device_count()) if cuda else replicas
     free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
@@ -49,7 +51,7 @@ def check_memory(
         more = "".join(f", {what} {size / 2**30:.1f} GiB," for what, size in beside.items())
         times = f" {copies} times over, for {replicas} replicas," if copies > 1 else ""
         raise HalflapError(
-            f"the weights take {weights / 2**30:.1f} GiB as {'float32' if wide == 4 else 'bfloat16'}{more}{times} and "
+            f"the weights take {weights / 2**30:.1f} GiB as {kind}{more}{times} and "
             f"{free / 2**30:.1f} GiB are free; take {'fewer --replicas, ' if copies > 1 else ''}a smaller model"
             f"{', or --dtype bfloat16' if wide == 4 else ''}"
         )

@@ -9,7 +9,7 @@ import torch
 
 from halflap.amounts import parse_amount
 from halflap.checkpoints.checkpoint import load_model
-from halflap.checkpoints.config import find_directory, read_config
+from halflap.checkpoints.config import find_directory, read_config, read_quantization
 from halflap.commands.device import check_memory, choose_device, choose_dtype
 from halflap.commands.sections import Decoding
 from halflap.data.tokenizer import Tokenizer
@@ -17,8 +17,9 @@ from halflap.errors import HalflapError, RecipeError
 from halflap.inference.engine import Engine
 from halflap.inference.requests import EngineSettings
 from halflap.models.config import ModelConfig
-from halflap.models.count import cache_bytes, count_parameters
+from halflap.models.count import cache_bytes
 from halflap.models.model import HybridModel
+from halflap.models.quantization import weight_bytes
 from halflap.recipe import Common
 
 
@@ -56,9 +57,11 @@ def plan_engine(path: str | Path, decoding: Decoding, common: Common, replicas: 
     one = cache_bytes(config, context, kv_bits=32 if device.type == "cpu" and dtype != "bfloat16" else 16)
     beside = {f"a reply of {context:,} tokens": one, "the prefix cache": prefix}
     if Path(decoding.speculate).is_dir():
-        guesser = count_parameters(read_config(decoding.speculate))
-        beside["the model that guesses"] = guesser * (4 if dtype == "float32" else 2)
-    check_memory(config, dtype, device, beside, replicas=replicas)
+        other = find_directory(decoding.speculate)
+        guesser = read_config(other)
+        packed = read_quantization(other, guesser)
+        beside["the model that guesses"] = weight_bytes(guesser, packed, 4 if dtype == "float32" else 2)
+    check_memory(config, dtype, device, beside, read_quantization(directory, config), replicas=replicas)
     return Plan(directory, config, tokenizer, context, device, dtype, prefix)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from halflap import environment
 from halflap.checkpoints.checkpoint import float_dtype, load_model
-from halflap.checkpoints.config import find_directory
+from halflap.checkpoints.config import find_directory, read_quantization
 from halflap.commands import timing
 from halflap.commands.config import BenchRecipe, EvaluateRecipe
 from halflap.commands.corpora import tokenizer_place
@@ -111,8 +111,9 @@ def bench(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
     device = choose_device(recipe.common.device)
     config = shape_of(recipe.model)
     dtype = choose_dtype(recipe.common.dtype, device)
-    check_memory(config, dtype, device)
     is_checkpoint = Path(recipe.model).is_dir()
+    quantization = read_quantization(find_directory(recipe.model), config) if is_checkpoint else None
+    check_memory(config, dtype, device, quantization=quantization)
     if is_checkpoint:
         model = load_model(find_directory(recipe.model), dtype, device)
     else:
@@ -128,6 +129,7 @@ def bench(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
         log=lambda row: run.log({"phase": "bench", **row}),
     )
     result |= {"weights": "checkpoint" if is_checkpoint else "random", "repeats": recipe.repeats}
+    result["quantization"] = quantization.said() if quantization else None
     if run.directory is not None:
         run.save_json("bench.json", result)
     return result
@@ -139,7 +141,7 @@ def measure_speed(
     """The rows of a grid, `how` being keywords of evaluate.bench.bench, and the machine they were measured on."""
     return {
         "rows": benchmark.bench(model, prompt, output, batch, **how),
-        "hardware": _hardware(model.head_weight.device),
+        "hardware": _hardware(model.device),
         "kernels": select.describe(),
         "parameters": count_parameters(model.config),
     }
@@ -153,4 +155,4 @@ def _hardware(device: torch.device) -> dict[str, Any]:
 
 
 def _dtype(model: HybridModel) -> str:
-    return str(model.head_weight.dtype).removeprefix("torch.")
+    return str(model.dtype).removeprefix("torch.")

@@ -19,10 +19,13 @@ from halflap.checkpoints.gguf_export import TYPES, write_gguf
 from halflap.checkpoints.gguf_import import open_gguf
 from halflap.checkpoints.padding import padded_config, padder, widened_norms
 from halflap.commands.config import ExportRecipe
-from halflap.errors import HalflapError
+from halflap.errors import HalflapError, RecipeError
 from halflap.files import write_json
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
+from halflap.models.layout import layout
+from halflap.models.quantization import KEPT, Quantization
+from halflap.models.quantized import pack_tensors
 from halflap.progress import track
 from halflap.run import Run
 
@@ -32,17 +35,31 @@ GGUF_FILE = "model.gguf"
 
 @dataclass(frozen=True)
 class Source:
-    """What is written: a checkpoint under a config that may be padded, and each tensor of that by name."""
+    """What is written: a checkpoint under a config that may be padded, each of its parameters by name, how packed."""
 
     checkpoint: Checkpoint
     config: ModelConfig
     read: Callable[[str], Tensor]
     dtype: str
     lineage: Lineage
+    quantization: Quantization | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name in track(self.checkpoint.entries, "export", len(self.checkpoint.entries)):
-            yield name, self.read(name)
+        """What a checkpoint of it holds; packed weights that stay so are copied as they are."""
+        if self.quantization is not None and self.quantization == self.checkpoint.quantization:
+            yield from track(self.checkpoint.tensors(), "export", len(self.checkpoint.entries))
+            return
+        names = layout(self.config)
+        plain = ((name, self.read(name)) for name in track(names, "export", len(names)))
+        yield from plain if self.quantization is None else pack_tensors(plain, self.config, self.quantization)
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Our names to the types they are written in; a matrix that was packed has that of most others."""
+        if self.dtype != "auto":
+            return dict.fromkeys(layout(self.config), self.dtype)
+        stored = self.checkpoint.dtypes
+        return stored | {name: self.checkpoint.dtype for name in layout(self.config) if name not in stored}
 
 
 def export(recipe: ExportRecipe, run: Run) -> dict[str, Any]:
@@ -51,7 +68,7 @@ def export(recipe: ExportRecipe, run: Run) -> dict[str, Any]:
     path, written = form.write(source, run.path)
     before = source.checkpoint.config
     error, scale = _largest_difference(source.checkpoint, written, recipe.common.seed)
-    return {
+    result = {
         "format": recipe.format,
         "path": str(path),
         "parameters": count_parameters(source.config),
@@ -60,6 +77,9 @@ def export(recipe: ExportRecipe, run: Run) -> dict[str, Any]:
         "logit_scale": scale,
         "remark": _remark(source, recipe.format),
     }
+    if source.quantization is not None:
+        result |= {"weights": source.quantization.said(), "bytes": written.nbytes}
+    return result
 
 
 def _remark(source: Source, form: str) -> str | None:
@@ -76,8 +96,9 @@ def _remark(source: Source, form: str) -> str | None:
 
 
 def _source(recipe: ExportRecipe) -> Source:
-    opened, form = Checkpoint.open(recipe.model), FORMS[recipe.format]
-    config, read = opened.config, opened.read
+    opened, form = Checkpoint.open(recipe.model, packed=True), FORMS[recipe.format]
+    quantization = _quantization(recipe, opened)
+    config, read = opened.config, opened.read_plain
     if reason := form.cannot_write(config):
         if not recipe.pad_to_stock:
             help = "--pad-to-stock pads unequal widths with zeros, and " if _padding_helps(config, form) else ""
@@ -88,9 +109,30 @@ def _source(recipe: ExportRecipe) -> Source:
         if reason := form.cannot_write(config):
             raise HalflapError(f"{form.what} cannot hold this model even padded, because {reason}; run it in halflap")
         pad = padder(opened.config, config)
-        read = lambda name: pad(name, opened.read(name))
-    step = lineage_step("export", {opened.path.name: opened.digest}, format=recipe.format)
-    return Source(opened, config, read, recipe.common.dtype, [*opened.lineage, step])
+        read = lambda name: pad(name, opened.read_plain(name))
+    packed = {"weights": quantization.said()} if quantization else {}
+    step = lineage_step("export", {opened.path.name: opened.digest}, format=recipe.format, **packed)
+    return Source(opened, config, read, recipe.common.dtype, [*opened.lineage, step], quantization)
+
+
+def _quantization(recipe: ExportRecipe, opened: Checkpoint) -> Quantization | None:
+    """How the weights are to be packed. Raises RecipeError for flags and HalflapError for weights that do not fit."""
+    asked, before = recipe.quantize, opened.quantization
+    if asked == "off" or (asked is None and before is None):
+        if recipe.group_size or recipe.keep != KEPT:
+            raise RecipeError("group_size and keep say how weights are packed; add --quantize int8 or --quantize int4")
+        return None
+    if recipe.format != "hf":
+        found = f"{opened.path} holds {before.name} weights; " if before else ""
+        raise RecipeError(f"{found}packed weights are written as --format hf alone; add --quantize off for plain ones")
+    if before is None:
+        return Quantization.asked(str(asked), recipe.group_size, recipe.keep)
+    if asked is not None or recipe.pad_to_stock:
+        raise HalflapError(
+            f"{opened.path} holds {before.name} weights already, and packing or padding them anew would add to their "
+            "error; take the checkpoint that they were made from"
+        )
+    return before
 
 
 def _padding_helps(config: ModelConfig, form: Form) -> bool:
@@ -106,17 +148,16 @@ def _write_hf(source: Source, directory: Path) -> tuple[Path, Any]:
         directory,
         source.config,
         source.tensors(),
-        dtype=opened.dtypes if source.dtype == "auto" else source.dtype,
+        dtype=source.dtypes if source.dtype == "auto" else source.dtype,
         tokenizer_from=opened.path,
         lineage=source.lineage,
+        quantization=source.quantization,
     )
     return directory, written
 
 
 def _write_megatron(source: Source, directory: Path) -> tuple[Path, Any]:
-    stored = source.checkpoint.dtypes
-    types = stored if source.dtype == "auto" else dict.fromkeys(stored, source.dtype)
-    megatron.write_megatron(directory, source.config, source.tensors(), types)
+    megatron.write_megatron(directory, source.config, source.tensors(), source.dtypes)
     write_json(directory / "lineage.json", {"steps": list(source.lineage)})
     copy_tokenizer(source.checkpoint.path, directory)
     return directory, megatron.open_megatron(directory, megatron.settings_of(source.config))
@@ -124,7 +165,7 @@ def _write_megatron(source: Source, directory: Path) -> tuple[Path, Any]:
 
 def _write_gguf(source: Source, directory: Path) -> tuple[Path, Any]:
     opened = source.checkpoint
-    matrices = {opened.dtypes[name] for name, entry in opened.entries.items() if len(entry.spec.shape) == 2}
+    matrices = {source.dtypes[name] for name, dims in layout(opened.config).items() if len(dims) == 2}
     common = next(iter(matrices)) if len(matrices) == 1 else "float32"
     write_gguf(
         directory / GGUF_FILE,
@@ -159,7 +200,9 @@ def _largest_difference(one: Any, other: Any, seed: int) -> tuple[float, float]:
     """Largest difference of the logits of two checkpoints on random tokens, in float32, and the largest logit."""
     logits = []
     for opened in (one, other):
-        model = fill_model(opened.config, opened.tensors(), torch.float32)
+        model = fill_model(
+            opened.config, opened.tensors(), torch.float32, quantization=getattr(opened, "quantization", None)
+        )
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(model.config.vocab_size, (2, CHECK_TOKENS), generator=generator)
         with torch.inference_mode():

@@ -244,6 +244,12 @@ def analyze(result: Mapping[str, Any], console: Console) -> None:
         table.add_row(str(row["block"]), row["kind"], *shares, entropy, added)
     console.print(table)
     console.print("shares of a token's attention, entropy in nats, loss in nats a token")
+    if costs := result.get("quantization"):
+        worst = sorted(costs["parts"], key=lambda part: -part["kl"])[:10]
+        console.print(f"packed to {costs['weights']}: KL divergence {costs['whole']['kl']:.4f} nats a token; most by")
+        for part in worst:
+            where = part["parameter"] or f"all of block {part['block']}"
+            console.print(f"  {part['kl']:.4f}  {where} {'' if part['slice'] == 'all' else part['slice']}".rstrip())
     for name, row in zip(result["domains"], result["similarity"], strict=True):
         alike = ", ".join(f"{other} {value:.3f}" for other, value in zip(result["domains"], row, strict=True))
         console.print(f"meta tokens of {name} as of {alike}")

@@ -11,6 +11,7 @@ probe_texts.py    and as text
 probe_words.py    the words of those texts
 probe_prompts.py  texts as prompts of an exact length
 recall.py         asking them: accuracy by length and depth
+sensitivity.py    what packing each part to few bits costs, alone
 bench.py          prefill and decode speed, memory and cache over a grid
 block_times.py    seconds of every kind of block, for a cost table
 memory.py         peak memory of a piece of work

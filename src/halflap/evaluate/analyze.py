@@ -104,6 +104,11 @@ def _rows(documents: Sequence[Document], context: int, tokens: int) -> Iterator[
                 return
 
 
+def shared_rows(texts: Mapping[str, Sequence[Document]], context: int, tokens: int, wanted: int) -> list[Tensor]:
+    """The rows on which removals are measured: about `wanted` tokens, of all domains in turn."""
+    return _share({name: list(_rows(documents, context, tokens)) for name, documents in texts.items()}, wanted)
+
+
 def _share(rows: dict[str, list[Tensor]], tokens: int) -> list[Tensor]:
     """Rows of all domains in turn, about `tokens` tokens of them, at least one."""
     chosen: list[Tensor] = []
@@ -133,7 +138,7 @@ def _probabilities(model: HybridModel, row: Tensor) -> list[Tensor]:
         return (probabilities @ value.float()).to(value.dtype)
 
     with _attention_is(watched):
-        model.hidden_states(row.to(model.head_weight.device))
+        model.hidden_states(row.to(model.device))
     return seen
 
 
@@ -201,7 +206,7 @@ def _nothing(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
 def _loss(model: HybridModel, rows: Sequence[Tensor]) -> float:
     total, count = 0.0, 0
     for row in rows:
-        row = row.to(model.head_weight.device)
+        row = row.to(model.device)
         logits = model(row[:, :-1])
         total += float(nn.functional.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten(), reduction="sum"))
         count += row.shape[1] - 1

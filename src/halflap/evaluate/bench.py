@@ -66,7 +66,7 @@ def bench(
 
 
 def _cell(model: HybridModel, tokens: list[list[int]], output: int, repeats: int, progress: Progress) -> dict[str, Any]:
-    with PeakMemory(model.head_weight.device) as peak:
+    with PeakMemory(model.device) as peak:
         warm = _timed_pass(model, tokens, output)
     cached = warm.cache.nbytes(tokens_only=True)
     del warm
@@ -84,7 +84,7 @@ def _cell(model: HybridModel, tokens: list[list[int]], output: int, repeats: int
         "peak_memory_bytes": [peak.bytes],
         "cache_bytes": [cached],
     }
-    dtype = str(model.head_weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     row: dict[str, Any] = {"prompt": prompt, "output": output, "batch": batch, "dtype": dtype}
     for name, values in samples.items():
         whole = name.endswith("_bytes")
@@ -96,7 +96,7 @@ def _cell(model: HybridModel, tokens: list[list[int]], output: int, repeats: int
 @torch.inference_mode()
 def _timed_pass(model: HybridModel, tokens: list[list[int]], output: int) -> Pass:
     """Read the prompts, then write `output` tokens a row one step at a time."""
-    device = model.head_weight.device
+    device = model.device
     started = now(device)
     cache, logits = prefill(model, tokens, ahead=output)
     read = now(device)

@@ -155,7 +155,7 @@ def _with_time(table: CostTable, condition: Condition, stack: Stack, seconds: fl
 @torch.inference_mode()
 def seconds_of(model: HybridModel, condition: Condition) -> float:
     """The median time of a decode step and its choice of a token, or of reading a batch of prompts, once warm."""
-    device = model.head_weight.device
+    device = model.device
     run = (_decode_step if condition.phase == "decode" else _reading)(model, condition)
     run()
     times: list[float] = []
@@ -168,14 +168,14 @@ def seconds_of(model: HybridModel, condition: Condition) -> float:
 
 def _decode_step(model: HybridModel, condition: Condition) -> Callable[[], object]:
     """A step whose token is the last of `context`, from a cache of random content; each call rewinds it."""
-    weight = model.head_weight
-    cache = Cache.create(model.config, condition.batch, condition.context, weight.dtype, weight.device)
+
+    cache = Cache.create(model.config, condition.batch, condition.context, model.dtype, model.device)
     for state in parts(cache):
         for tensor in fields(state).values():
             tensor.normal_(std=0.1)  # zeros are as fast on this path, but nothing promises it
     cache.started, cache.used = True, condition.context - 1
     lengths = cache.lengths + cache.used
-    tokens = torch.zeros(condition.batch, 1, dtype=torch.int64, device=weight.device)
+    tokens = torch.zeros(condition.batch, 1, dtype=torch.int64, device=model.device)
 
     def step() -> object:
         cache.lengths, cache.used = lengths, condition.context - 1

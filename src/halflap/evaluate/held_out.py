@@ -173,7 +173,7 @@ def _window_losses(
             for indices in length_batches([window.end - window.start for window in part], batch_tokens):
                 batch = [part[i] for i in indices]
                 sequences = [documents[w.document].tokens[w.start : w.end + 1] for w in batch]
-                device = model.head_weight.device
+                device = model.device
                 inputs, targets, wanted = padded_batch(sequences, [w.scored for w in batch], device)
                 scores = score_tokens(model, inputs, targets, wanted).log_probs.double()
                 rows = wanted.nonzero()[:, 0]

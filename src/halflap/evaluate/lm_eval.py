@@ -79,7 +79,7 @@ class HalflapLM(TemplateLM):
         require_positions(model.config, self.max_length, "a window takes")
         self.batch_tokens = self.max_length * (batch_size if isinstance(batch_size, int) else FULL_WINDOWS)
         self.truncated = 0
-        self._device = model.head_weight.device
+        self._device = model.device
 
     # ---- tokens
 

@@ -122,7 +122,7 @@ def ask_ids(
         indices = range(start, min(start + rows, items))
         batches = [probe_batch(name, seed, i, length, vocab_size or model.config.vocab_size) for i in indices]
         tokens, targets, weights = (
-            torch.cat([getattr(batch, part) for batch in batches]).to(model.head_weight.device)
+            torch.cat([getattr(batch, part) for batch in batches]).to(model.device)
             for part in ("tokens", "targets", "weights")
         )
         wanted = weights > 0

@@ -59,7 +59,7 @@ def score_answers(
     for rows in length_batches([len(sequence) for sequence in sequences], batch_tokens):
         indices = [alone[row] for row in rows]
         counts = [counted[i] for i in indices]
-        tokens, targets, wanted = padded_batch([sequences[row] for row in rows], counts, model.head_weight.device)
+        tokens, targets, wanted = padded_batch([sequences[row] for row in rows], counts, model.device)
         _fill(results, indices, score_tokens(model, tokens, targets, wanted), wanted)
         advance(len(indices))
     return results
@@ -102,10 +102,10 @@ def _score_shared(
         part = answers[start : start + at_once]
         sequences = [[pairs[index][0][-1], *pairs[index][1]] for _, index in part]
         counts = [counted[index] for _, index in part]
-        tokens, targets, wanted = padded_batch(sequences, counts, model.head_weight.device)
+        tokens, targets, wanted = padded_batch(sequences, counts, model.device)
         lengths = torch.tensor([len(sequence) - 1 for sequence in sequences], device=tokens.device)
         hidden = model.hidden_states(tokens, cache=cache.select([row for row, _ in part]), lengths=lengths)
-        yield [index for _, index in part], score_hidden(hidden[wanted], model.head_weight, targets[wanted]), wanted
+        yield [index for _, index in part], score_hidden(model, hidden[wanted], targets[wanted]), wanted
 
 
 def _fill(results: list[Answer], indices: list[int], scores: Scores, wanted: Tensor) -> None:

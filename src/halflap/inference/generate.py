@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from halflap.errors import HalflapError
 from halflap.inference.detokenize import TextStream
@@ -141,8 +140,7 @@ def prefill(model: HybridModel, prompts: Sequence[Sequence[int]], *, ahead: int 
 
     Long prompts go in several passes, so that memory is bounded; `ahead` is how many more tokens to reserve for.
     """
-    weight = model.head_weight
-    device, dtype = weight.device, weight.dtype
+    device, dtype = model.device, model.dtype
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -159,8 +157,7 @@ def prefill(model: HybridModel, prompts: Sequence[Sequence[int]], *, ahead: int 
         hidden = model.hidden_states(part, cache=cache, lengths=count if ragged else None)
         here = (lengths > start) & (lengths <= start + chunk)  # rows whose last token is in this pass
         last[here] = hidden[here, count[here] - 1].to(dtype)
-    logits = F.linear(last, weight)
-    return cache, logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cache, model.logits(last)
 
 
 def _seen(prompts: list[list[int]], logits: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from halflap.models.model import HybridModel
 
@@ -34,15 +33,15 @@ class Scores(NamedTuple):
 
 
 @torch.inference_mode()
-def score_hidden(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Scores:
-    """Scores of targets (M,) int64 read from normalised hidden states (M, D) by head_weight (V, D)."""
+def score_hidden(model: HybridModel, hidden: Tensor, targets: Tensor) -> Scores:
+    """Scores of targets (M,) int64 read from normalised hidden states (M, D) by the model's head."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    chunk = max(SMALLEST_CHUNK, CHUNK_BYTES // (wide.itemsize * head_weight.shape[0]))
+    chunk = max(SMALLEST_CHUNK, CHUNK_BYTES // (wide.itemsize * model.config.vocab_size))
     log_probs = torch.empty(len(targets), dtype=wide, device=hidden.device)
     greedy = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
-        logits = F.linear(hidden[part], head_weight).to(wide)
+        logits = model.logits(hidden[part])
         picked = logits.gather(1, targets[part, None])[:, 0]
         log_probs[part] = picked - logits.logsumexp(-1)
         greedy[part] = logits.argmax(-1) == targets[part]
@@ -56,7 +55,7 @@ def score_tokens(model: HybridModel, tokens: Tensor, targets: Tensor, wanted: Te
     Rows are right-padded: causality keeps padding from reaching anything before it.
     """
     hidden = model.hidden_states(tokens)
-    return score_hidden(hidden[wanted], model.head_weight, targets[wanted])
+    return score_hidden(model, hidden[wanted], targets[wanted])
 
 
 def sequence_log_probs(
@@ -65,7 +64,7 @@ def sequence_log_probs(
     """For each sequence of n token ids the log-probabilities (n - 1,) of all but the first, in nats, on the CPU."""
     results: list[Tensor] = [torch.empty(0)] * len(sequences)
     for indices in length_batches([len(sequence) for sequence in sequences], batch_tokens):
-        tokens, targets, wanted = padded_batch([sequences[i] for i in indices], device=model.head_weight.device)
+        tokens, targets, wanted = padded_batch([sequences[i] for i in indices], device=model.device)
         log_probs = score_tokens(model, tokens, targets, wanted).log_probs.cpu()
         for index, part in zip(indices, log_probs.split(wanted.sum(1).tolist()), strict=True):
             results[index] = part

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from halflap.inference.grammar import GrammarMatcher
 from halflap.inference.prefix_cache import PrefixCache
@@ -93,7 +92,7 @@ class Reader:
         assert job.cache is not None
         start, end = job.place, self._border(job)
         if start < end:
-            device = self._model.head_weight.device
+            device = self._model.device
             tokens = torch.tensor([job.prompt[start:end]], device=device)
             hidden = self._model.hidden_states(tokens, cache=job.cache)[0]
             job.hidden, job.place = hidden[-1], end
@@ -104,8 +103,7 @@ class Reader:
         if job.place < len(job.prompt):
             return None
         assert job.hidden is not None
-        logits = F.linear(job.hidden, self._model.head_weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self._model.logits(job.hidden)
 
     def _border(self, job: Job) -> int:
         """Where the pass ends: on the grid, where the prompt parts from others, or at its end."""
@@ -117,5 +115,5 @@ class Reader:
         targets = job.prompt[start + 1 : start + 1 + len(hidden)]
         if targets:
             count = job.request.prompt_logprobs or 0
-            found = score_prompt(hidden[: len(targets)], self._model.head_weight, targets, count, self._texts)
+            found = score_prompt(self._model, hidden[: len(targets)], targets, count, self._texts)
             job.scored += [Token(t, self._texts[t], *score) for t, score in zip(targets, found, strict=True)]

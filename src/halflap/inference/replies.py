@@ -16,6 +16,7 @@ from halflap.inference.stream import Stream
 
 if TYPE_CHECKING:
     from halflap.data.tokenizer import Tokenizer
+    from halflap.models.model import HybridModel
 
 SCORED_AT_ONCE = 64  # places of a prompt whose logits are held at once
 
@@ -100,13 +101,13 @@ def score_row(logits: Tensor, token: int, count: int, texts: Texts) -> tuple[flo
 
 
 def score_prompt(
-    hidden: Tensor, head_weight: Tensor, targets: Sequence[int], count: int, texts: Texts
+    model: HybridModel, hidden: Tensor, targets: Sequence[int], count: int, texts: Texts
 ) -> list[tuple[float, tuple[TopToken, ...]]]:
     """The same for targets (M,), each following its hidden state (M, D)."""
     found = []
     for start in range(0, len(targets), SCORED_AT_ONCE):
         part = slice(start, start + SCORED_AT_ONCE)
-        logits = F.linear(hidden[part], head_weight)
+        logits = model.logits(hidden[part])
         found += _scores(logits, targets[part], count, texts)
     return found
 
@@ -114,7 +115,7 @@ def score_prompt(
 def _scores(
     logits: Tensor, targets: Sequence[int], count: int, texts: Texts
 ) -> list[tuple[float, tuple[TopToken, ...]]]:
-    log_probs = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+    log_probs = F.log_softmax(logits, -1)
     best = log_probs.topk(min(count, log_probs.shape[1]), -1)
     own = log_probs.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0].tolist()
     return [

@@ -44,18 +44,17 @@ class Scheduler:
     """Everything that runs or waits; not thread-safe."""
 
     def __init__(self, model: HybridModel, tokenizer: Tokenizer | None, settings: EngineSettings) -> None:
-        weight = model.head_weight
-        self.model, self.settings, self.device = model, settings, weight.device
+        self.model, self.settings, self.device = model, settings, model.device
         self.texts, self.ends = Texts(tokenizer), end_tokens(model.config, tokenizer)
         draft = settings.speculate if isinstance(settings.speculate, HybridModel) else None
         configs = [model.config] if draft is None else [model.config, draft.config]
-        self.budget = Budget(configs, weight.dtype, settings.memory)
+        self.budget = Budget(configs, model.dtype, settings.memory)
         self.prefix = PrefixCache(settings.prefix_cache, self.one_row) if settings.prefix_cache else None
         self.reader = Reader(model, settings.prefill_chunk, self.prefix, self.one_row, self.texts)
         self.speculator = self._new_speculator()
         self.pace = Pace()
         self.slots = Slots(
-            lambda: slots.empty(model.config, weight.dtype, weight.device), self.budget, settings.max_batch
+            lambda: slots.empty(model.config, model.dtype, model.device), self.budget, settings.max_batch
         )
         self.waiting: deque[Job] = deque()
         self.reading: Job | None = None
@@ -67,10 +66,9 @@ class Scheduler:
 
     def one_row(self, tokens: int) -> Cache:
         """A cache of one row, its meta tokens read, with room for so many tokens."""
-        weight = self.model.head_weight
-        cache = Cache.create(self.model.config, 1, tokens, weight.dtype, weight.device)
+        cache = Cache.create(self.model.config, 1, tokens, self.model.dtype, self.device)
         if self.model.meta_tokens is not None:
-            cache.start_from(self.model.meta_state(cache.dtype, weight.device))
+            cache.start_from(self.model.meta_state(cache.dtype, self.device))
         return cache
 
     def add(self, stream: Stream, matcher: GrammarMatcher | None = None) -> None:

@@ -97,10 +97,9 @@ class Draft:
                 f"the draft model has {model.config.vocab_size} tokens and the model {config.vocab_size}; both must "
                 "share one tokenizer: use a draft of the same family of checkpoints"
             )
-        weight = model.head_weight
         self._model, self._chunk = model, prefill_chunk
-        self._dtype, self._device = weight.dtype, weight.device
-        self._cache = slots.empty(model.config, weight.dtype, weight.device)
+        self._dtype, self._device = model.dtype, model.device
+        self._cache = slots.empty(model.config, model.dtype, model.device)
         self._rows: list[Reply] = []  # those of the cache
         self._read: list[int] = []  # tokens of each in it
         self._seconds = Average()
@@ -162,7 +161,7 @@ class Draft:
         hidden = self._model.hidden_states(tokens, cache=part, lengths=lengths if ragged else None)
         slots.absorb(self._cache, part)
         last = hidden[torch.arange(count, device=self._device), lengths - 1]
-        return torch.nn.functional.linear(last, self._model.head_weight).float()
+        return self._model.logits(last)
 
     def _room(self, rows: int, tokens: int) -> None:
         slots.resize(self._cache, max(rows, len(self._cache.lengths)), slots.rounded(self._cache, tokens))

@@ -15,6 +15,8 @@ meta.py       meta tokens before each document
 context.py    what a pass knows about its tokens
 mlp.py        MLP mixer
 linear.py     the linear map of every mixer
+quantization.py  which rows of which matrices are packed to few bits, and how
+quantized.py  linear maps and embeddings of packed weights
 norm.py       the norms of blocks: RMSNorm, LayerNorm1P
 cache.py      what a decoded sequence keeps: keys and values, convolution tails, SSM states
 slots.py      a cache whose rows come and go

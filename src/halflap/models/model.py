@@ -31,6 +31,8 @@ from halflap.models.mamba2 import Mamba2Mixer
 from halflap.models.meta import at_places, widen, with_meta_tokens
 from halflap.models.mlp import MLPMixer
 from halflap.models.norm import NORMS
+from halflap.models.quantization import Quantization
+from halflap.models.quantized import Packed
 from halflap.ops import select
 from halflap.ops.ssd import segment_runs
 
@@ -66,13 +68,15 @@ class HybridModel(nn.Module):
     """A decoder-only language model whose blocks are its config's list.
 
     recompute: torch.utils.checkpoint.checkpoint or its like. Where it is set, a pass with gradients keeps what enters
-    each block alone, and backward runs the block again.
+    each block alone, and backward runs the block again. quantization: how its matrices are packed, if they are
+    (`models/quantized.py`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute: Callable[..., Tensor] | None = None
+        self.quantization: Quantization | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         meta = (config.num_meta_tokens, config.hidden_size)
         self.meta_tokens = nn.Parameter(torch.zeros(meta)) if config.num_meta_tokens else None
@@ -85,8 +89,29 @@ class HybridModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output embedding (V, D): the language head's, or the input embedding when tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        """The output embedding (V, D): the language head's, or the input embedding when tied. Unpacked on each call."""
+        reader = self.embedding if self.head is None else self.head
+        return reader.dequantized().to(self.dtype) if isinstance(reader, Packed) else reader.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states and of weights that are not packed."""
+        return self.norm.weight.dtype  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device  # type: ignore[return-value]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) to logits (..., V), in float32 or wider."""
+        reader = self.embedding if self.head is None else self.head
+        logits = reader.product(hidden) if isinstance(reader, Packed) else select.linear(hidden, reader.weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) to what enters the first block (B, T, D)."""
+        hidden = self.embedding(tokens)
+        return hidden.to(self.dtype) if isinstance(self.embedding, Packed) else hidden
 
     def forward(
         self,
@@ -102,9 +127,7 @@ class HybridModel(nn.Module):
         then says how many right-padded tokens of each row count. Of several caches, the rows of each follow those of
         the one before.
         """
-        hidden = self.hidden_states(tokens, segments=segments, cache=cache, lengths=lengths)
-        logits = select.linear(hidden, self.head_weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.logits(self.hidden_states(tokens, segments=segments, cache=cache, lengths=lengths))
 
     def hidden_states(
         self,
@@ -121,16 +144,16 @@ class HybridModel(nn.Module):
             return self._continue(tokens, [cache] if isinstance(cache, Cache) else cache, lengths)
         meta, place = self.config.num_meta_tokens, None
         if segments is None:
-            hidden = self.embedding(tokens)
+            hidden = self.embed(tokens)
             if self.meta_tokens is not None:
                 hidden = torch.cat([self.meta_tokens.to(hidden.dtype).expand(len(tokens), -1, -1), hidden], 1)
             context = self._context(_steps(hidden))
         elif self.meta_tokens is None:
-            hidden, context = self.embedding(tokens), self._context(_steps(tokens), segment_runs(segments))
+            hidden, context = self.embed(tokens), self._context(_steps(tokens), segment_runs(segments))
         else:
             wide = widen(tokens, segments, meta)
             place = wide.place
-            hidden = with_meta_tokens(self.embedding(wide.tokens), wide.slot, self.meta_tokens)
+            hidden = with_meta_tokens(self.embed(wide.tokens), wide.slot, self.meta_tokens)
             context = self._context(_steps(hidden), wide.runs)
         hidden = self._run(hidden, context)
         if place is not None:
@@ -150,7 +173,7 @@ class HybridModel(nn.Module):
             count = None if lengths is None else lengths[rows]
             groups.append((rows, self._cached_context(_steps(tokens[rows]), cache, count)))
         context = groups[0][1] if len(groups) == 1 else GroupedContext(groups)
-        hidden = self._run(self.embedding(tokens), context, caches)
+        hidden = self._run(self.embed(tokens), context, caches)
         for cache, (rows, inner) in zip(caches, groups, strict=True):
             if cache.held is None:
                 _advance(cache, tokens[rows], inner.lengths)

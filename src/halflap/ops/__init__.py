@@ -7,6 +7,7 @@ attention.py        causal grouped-query attention: full, packed, cached
 norm.py             RMSNorm, LayerNorm1P and the gated grouped RMSNorm of Mamba-2
 activation.py       squared ReLU and SwiGLU
 mamba2.py           Mamba-2 between its two projections, over a sequence and one token at a time
+quantized.py        rounding weights to few bits, packing them, and the linear map by them
 select.py           which implementation of an op runs: plain PyTorch or the kernels of native/
 native/             the same functions in C++ for the CPU
 vocabulary_loss.py  cross-entropy and KL divergence that never hold a batch's logits

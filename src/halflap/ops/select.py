@@ -18,12 +18,13 @@ from typing import Any
 from torch.nn import functional
 
 from halflap.errors import HalflapError
-from halflap.ops import activation, conv, mamba2, norm
+from halflap.ops import activation, conv, mamba2, norm, quantized
 from halflap.ops import attention as plain_attention
 from halflap.ops import selective_scan as plain_scan
 from halflap.ops.native import attention as native_attention
 from halflap.ops.native import build, convolution, decode, elementwise
 from halflap.ops.native import mamba2 as native_mamba2
+from halflap.ops.native import quantized as native_quantized
 from halflap.ops.native import selective_scan as native_scan
 
 SETTINGS = ("auto", "plain", "native")
@@ -54,6 +55,7 @@ conv_silu = Op(conv.conv_silu, convolution.conv_silu)
 selective_scan = Op(plain_scan.selective_scan, native_scan.selective_scan)
 selective_step = Op(plain_scan.selective_step, native_scan.selective_step, counted=False)
 linear = Op(functional.linear, decode.linear, counted=False)
+quantized_linear = Op(quantized.linear, native_quantized.linear)
 rms_norm = Op(norm.rms_norm, elementwise.rms_norm)
 squared_relu = Op(activation.squared_relu, elementwise.squared_relu)
 swiglu = Op(activation.swiglu, elementwise.swiglu)
@@ -66,6 +68,7 @@ OPS: dict[str, Op] = {
     "selective_step": selective_step,
     "attention": attention,
     "linear": linear,
+    "quantized_linear": quantized_linear,
     "rms_norm": rms_norm,
     "squared_relu": squared_relu,
     "swiglu": swiglu,

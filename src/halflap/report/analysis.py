@@ -19,6 +19,16 @@ COLOURS = {"ssm": "mamba2"}  # class of a branch where it is not its own name
 
 
 @dataclass(frozen=True)
+class PackingView:
+    """What packing costs: of the whole model, and of each part by block, (KL in nats a token, share of the most)."""
+
+    weights: str
+    whole: float
+    names: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[tuple[float, float] | None, ...]], ...]
+
+
+@dataclass(frozen=True)
 class AnalysisView:
     """What the page shows; figures are None where a model has nothing of the kind."""
 
@@ -29,6 +39,7 @@ class AnalysisView:
     removal: Markup | None
     domains: tuple[str, ...]
     similarity: tuple[tuple[float, ...], ...]
+    packing: PackingView | None
 
 
 def read_analysis(runs: Sequence[RunFiles]) -> AnalysisView | None:
@@ -50,8 +61,26 @@ def read_analysis(runs: Sequence[RunFiles]) -> AnalysisView | None:
             both(removal_plot(layers)),
             tuple(data.get("domains") or ()),
             tuple(tuple(row) for row in data.get("similarity") or ()),
+            _packing(data.get("quantization")),
         )
     return None
+
+
+def _packing(found: dict[str, Any] | None) -> PackingView | None:
+    """The costs as a table of blocks by parts; parts of one name in a block that several matrices have are summed."""
+    if found is None:
+        return None
+    names = tuple(dict.fromkeys(part["slice"] for part in found["parts"]))
+    rows: dict[str, dict[str, float]] = {}
+    for part in found["parts"]:
+        row = rows.setdefault("vocabulary" if part["block"] is None else str(part["block"]), {})
+        row[part["slice"]] = row.get(part["slice"], 0.0) + part["kl"]
+    most = max((value for row in rows.values() for value in row.values()), default=0.0) or 1.0
+    table = tuple(
+        (label, tuple(None if name not in row else (row[name], max(0.0, row[name]) / most) for name in names))
+        for label, row in rows.items()
+    )
+    return PackingView(found["weights"], found["whole"]["kl"], names, table)
 
 
 def attention_plot(layers: Sequence[dict[str, Any]], targets: Sequence[str]) -> Drawing:

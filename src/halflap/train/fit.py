@@ -141,6 +141,11 @@ def fit_together(
 
 
 def _ready(model: nn.Module, device: torch.device) -> nn.Module:
+    if (quantization := getattr(model, "quantization", None)) is not None:
+        raise HalflapError(
+            f"the model holds {quantization.name} weights, which cannot be trained: take the checkpoint that they were "
+            "made from, or write plain ones with `halflap export --quantize off`"
+        )
     return model.to(device).train()
 
 

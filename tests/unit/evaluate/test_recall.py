@@ -38,8 +38,12 @@ class Lookup:
 
     def __init__(self, vocab_size: int, knows: bool = True) -> None:
         self.config = ModelConfig("llama", vocab_size, vocab_size, (AttentionConfig(1, 1, 1),))
-        self.head_weight = torch.eye(vocab_size)
+        self.head = torch.eye(vocab_size)
+        self.dtype, self.device = torch.float32, torch.device("cpu")
         self.knows = knows
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.head
 
     def hidden_states(self, tokens: Tensor, *, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
         hidden = torch.zeros(*tokens.shape, self.config.vocab_size)
@@ -171,7 +175,7 @@ def test_lengths() -> None:
 
 
 def test_broken_weights_are_said(setup: Setup) -> None:
-    setup.blank.head_weight = setup.blank.head_weight * torch.nan
+    setup.blank.head = setup.blank.head * torch.nan
     try:
         for ask in (
             lambda: ask_text(setup.blank, setup.tokenizer, "probe_needle", 330, 1, seed=0),
@@ -180,7 +184,7 @@ def test_broken_weights_are_said(setup: Setup) -> None:
             with pytest.raises(HalflapError, match="not a number"):
                 ask()
     finally:
-        setup.blank.head_weight = torch.eye(setup.tokenizer.vocab_size)
+        setup.blank.head = torch.eye(setup.tokenizer.vocab_size)
 
 
 # ---- models that learn

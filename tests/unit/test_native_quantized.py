@@ -1,0 +1,82 @@
+"""The kernels of packed weights agree with the plain form on any shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halflap.ops import quantized
+from halflap.ops.native import build
+from halflap.ops.native import quantized as native
+
+pytestmark = pytest.mark.skipif(build.load().library is None, reason=f"no kernels: {build.load().reason}")
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+"""Of the sum of the products' sizes: float32 sums in another order; in bfloat16 the plain form rounds weights too."""
+
+
+def operands(outputs: int, inputs: int, bits: int, group: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator) * 10 ** torch.randn(outputs, 1, generator=generator)
+    return quantized.quantize(weight, bits, group)
+
+
+@given(
+    rows=st.integers(1, 40),
+    outputs=st.integers(1, 90),
+    inputs=st.integers(1, 400),
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([32, 64, 128, None]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    wide=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_products_agree(
+    rows: int, outputs: int, inputs: int, bits: int, group: int | None, dtype: torch.dtype, wide: bool, seed: int
+) -> None:
+    group = group or inputs
+    packed, scale = operands(outputs, inputs, bits, group, seed)
+    scale = scale.float() if wide else scale
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    y = native.linear(x, packed, scale, bits, group)
+    assert y is not NotImplemented and y.dtype == dtype
+    weight = quantized.dequantize(packed, scale, bits, group, inputs)
+    expected = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    # the offset of the unsigned numbers is summed too, so a lone small weight has errors of the size of the scale
+    size = size + x.double().abs() @ (scale.double().abs().repeat_interleave(group, 1)[:, :inputs] * 2 ** (bits - 1)).T
+    assert bool(((y.double() - expected).abs() <= TOLERANCE[dtype] * size + 1e-12).all())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_leading_dimensions_and_threads(bits: int) -> None:
+    packed, scale = operands(300, 96, bits, 32, 0)
+    x = torch.randn(2, 3, 5, 96, generator=torch.Generator().manual_seed(3))
+    expected = quantized.linear(x, packed, scale, bits, 32)
+    torch.set_num_threads(3)
+    try:
+        y = native.linear(x, packed, scale, bits, 32)
+        one = native.linear(x[0, 0, :1], packed, scale, bits, 32)
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(one, expected[0, 0, :1], rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert native.linear(x[:0], packed, scale, bits, 32).shape == (0, 3, 5, 300)
+
+
+def test_rows_do_not_depend_on_their_neighbours() -> None:
+    packed, scale = operands(50, 130, 4, 32, 1)
+    x = torch.randn(native.FEW_ROWS, 130, generator=torch.Generator().manual_seed(4))
+    together = native.linear(x, packed, scale, 4, 32)
+    for row in range(len(x)):
+        assert torch.equal(native.linear(x[row : row + 1], packed, scale, 4, 32)[0], together[row])
+
+
+def test_what_kernels_decline_runs_plain() -> None:
+    packed, scale = operands(20, 64, 4, 32, 1)
+    x = torch.randn(3, 64)
+    assert native.linear(x.double(), packed, scale, 4, 32) is NotImplemented
+    assert native.linear(x.requires_grad_(), packed, scale, 4, 32) is NotImplemented
+    assert native.linear(x.detach(), packed, scale.half(), 4, 32) is NotImplemented
