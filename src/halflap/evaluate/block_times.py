@@ -168,7 +168,6 @@ def seconds_of(model: HybridModel, condition: Condition) -> float:
 
 def _decode_step(model: HybridModel, condition: Condition) -> Callable[[], object]:
     """A step whose token is the last of `context`, from a cache of random content; each call rewinds it."""
-
     cache = Cache.create(model.config, condition.batch, condition.context, model.dtype, model.device)
     for state in parts(cache):
         for tensor in fields(state).values():
