@@ -27,14 +27,14 @@ from halflap.commands.resolve import plan_of
 from halflap.commands.sections import Budgets, ScoreSettings, SearchSettings
 from halflap.commands.students import Teacher, has_ceiling, open_teacher
 from halflap.commands.teaching import Origin, Tutor
-from halflap.compress.axes import Sizes, check_sizes, largest_sizes
+from halflap.compress.axes import SearchSpace, Sizes, check_sizes, largest_sizes
 from halflap.compress.importance import Importance
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
 from halflap.compress.ranking import drop_order, plan_for
 from halflap.compress.search import SearchResult
 from halflap.compress.search import search as search_candidates
-from halflap.compress.space import Fitting, SearchSpace, fitting
+from halflap.compress.space import Fitting, fitting
 from halflap.data.loader import Loader
 from halflap.errors import HalflapError, RecipeError
 from halflap.models.count import count_non_embedding_parameters, count_parameters

@@ -17,8 +17,7 @@ from halflap.commands.sections import (
     SearchSettings,
     Text,
 )
-from halflap.compress.axes import Sizes
-from halflap.compress.space import SearchSpace
+from halflap.compress.axes import SearchSpace, Sizes
 from halflap.recipe import SIZES, SPACE, TRAINING, Common, File, Files, Model, Positive, section
 from halflap.train.config import Fit
 

@@ -43,6 +43,46 @@ class Sizes:
     """Blocks that go, by index."""
 
 
+@dataclass(frozen=True)
+class SearchSpace:
+    """Sizes to try on each axis; an axis not given is chosen automatically, within the largest cuts."""
+
+    hidden_size: tuple[int, ...] = ()
+    """Widths of the residual stream."""
+    intermediate_size: tuple[int, ...] = ()
+    """Neurons of each MLP."""
+    mamba_num_heads: tuple[int, ...] = ()
+    """Heads of each Mamba-2 block."""
+    mamba_head_dim: tuple[int, ...] = ()
+    """Channels of a Mamba-2 head; of hybrid blocks, of an attention head's values and the SSM beside them."""
+    ssm_state_size: tuple[int, ...] = ()
+    """State sizes of a Mamba block."""
+    num_attention_heads: tuple[int, ...] = ()
+    """Query heads of each attention or hybrid block."""
+    num_key_value_heads: tuple[int, ...] = ()
+    """Key/value heads of each attention or hybrid block."""
+    mamba_intermediate_size: tuple[int, ...] = ()
+    """Channels of each Mamba-1 block."""
+    num_blocks: tuple[int, ...] = ()
+    """Numbers of blocks that stay."""
+    max_width_cut: float | None = None
+    """Largest share of an axis that automatic choices cut; 0.4 when not given, of method puzzle 0.9."""
+    max_depth_cut: float | None = None
+    """Largest share of the blocks that automatic choices drop; 0.2 when not given, of method puzzle 0.5."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_width_cut", "max_depth_cut"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise HalflapError(
+                    f"space.{name} is {getattr(self, name)}; it must be at least 0 and below 1: correct it"
+                )
+
+    def with_cuts(self, width: float, depth: float) -> SearchSpace:
+        """The same with these largest cuts where none were given."""
+        cuts = {"max_width_cut": width, "max_depth_cut": depth}
+        return dataclasses.replace(self, **{n: v for n, v in cuts.items() if getattr(self, n) is None})
+
+
 def _axes_by_size() -> dict[str, tuple[str, ...]]:
     rows = {(row.size, row.axis) for kind in KINDS.values() for row in kind.sizes} | {("hidden_size", "hidden")}
     names = [field.name for field in dataclasses.fields(Sizes)]

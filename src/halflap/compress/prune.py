@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from halflap.compress.axes import block_of
+from halflap.compress.kinds import Change
 from halflap.compress.plan import Kept, PruningPlan, kept_indices
 from halflap.errors import HalflapError
 from halflap.models.layout import Dim, Layout, Span, dim_size, is_offset_gain, layout, shape
@@ -40,7 +42,7 @@ def cut(
         student_name = plan.student_name(name)
         if student_name is None:
             continue
-        selected = select(tensor, source[name], keep)
+        selected = _changed(plan, name, select(tensor, source[name], keep))
         dims = missing.pop(student_name)
         student = _corrected(plan, name, selected, dims[0], gains, owned=selected is not tensor)
         del selected, tensor  # not held while the caller writes
@@ -52,6 +54,18 @@ def cut(
             f"the teacher's tensors ended before {next(iter(missing))} of the student was made ({len(missing)} are "
             "missing); give a complete checkpoint"
         )
+
+
+def _changed(plan: PruningPlan, name: str, tensor: Tensor) -> Tensor:
+    """Neighbouring key/value heads averaged, where the plan pools those of the block."""
+    index, leaf = block_of(name), name.rsplit(".", 2)[-2]
+    pool = 1 if index is None or leaf not in ("k_proj", "v_proj") else plan.changes.get(index, Change()).pool
+    if pool == 1 or index is None:
+        return tensor
+    attention = plan.student.blocks[plan.keep_blocks.index(index)].attention
+    assert attention is not None
+    heads = tensor.unflatten(0, (attention.num_key_value_heads, pool, -1))
+    return heads.to(torch.promote_types(tensor.dtype, torch.float32)).mean(1).flatten(0, 1).to(tensor.dtype)
 
 
 def _corrected(

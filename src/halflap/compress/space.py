@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halflap.compress.axes import Sizes, check_sizes, depth_units, largest_sizes, resize, target_counts
+from halflap.compress.axes import SearchSpace, Sizes, check_sizes, depth_units, largest_sizes, resize, target_counts
 from halflap.compress.kinds import block_sizes, resize_block
 from halflap.errors import HalflapError
 from halflap.models.config import BlockConfig, HybridConfig, Mamba2Config, ModelConfig
@@ -86,39 +86,28 @@ def costs(config: ModelConfig, budget: Budget) -> dict[str, float]:
     return {name: cost(config, budget) for name, cost in COSTS.items()}
 
 
-@dataclass(frozen=True)
-class SearchSpace:
-    """Sizes to try on each axis; an axis not given is chosen automatically, within the largest cuts."""
+COPIES = 8  # bytes are counted up from bits, so eight alike add a whole number of them
 
-    hidden_size: tuple[int, ...] = ()
-    """Widths of the residual stream."""
-    intermediate_size: tuple[int, ...] = ()
-    """Neurons of each MLP."""
-    mamba_num_heads: tuple[int, ...] = ()
-    """Heads of each Mamba-2 block."""
-    mamba_head_dim: tuple[int, ...] = ()
-    """Channels of a Mamba-2 head; of hybrid blocks, of an attention head's values and the SSM beside them."""
-    ssm_state_size: tuple[int, ...] = ()
-    """State sizes of a Mamba block."""
-    num_attention_heads: tuple[int, ...] = ()
-    """Query heads of each attention or hybrid block."""
-    num_key_value_heads: tuple[int, ...] = ()
-    """Key/value heads of each attention or hybrid block."""
-    mamba_intermediate_size: tuple[int, ...] = ()
-    """Channels of each Mamba-1 block."""
-    num_blocks: tuple[int, ...] = ()
-    """Numbers of blocks that stay."""
-    max_width_cut: float = 0.4
-    """Largest share of an axis that automatic choices cut."""
-    max_depth_cut: float = 0.2
-    """Largest share of the blocks that automatic choices drop."""
 
-    def __post_init__(self) -> None:
-        for name in ("max_width_cut", "max_depth_cut"):
-            if not 0 <= getattr(self, name) < 1:
-                raise HalflapError(
-                    f"space.{name} is {getattr(self, name)}; it must be at least 0 and below 1: correct it"
-                )
+def block_cost(name: str, config: ModelConfig, budget: Budget, block: BlockConfig) -> float:
+    """What one more block adds to a cost; one that reads another's keys and values needs that beside it."""
+    beside, block = with_source(block, None), with_source(block, 0)
+    one, more = (_cost_of(name, config, budget, beside, *[block] * count) for count in (0, COPIES))
+    return (more - one) / COPIES
+
+
+def rest_cost(name: str, config: ModelConfig, budget: Budget) -> float:
+    """What a model costs beside its blocks."""
+    block = config.blocks[0]  # the first reads no other
+    return _cost_of(name, config, budget, block) - block_cost(name, config, budget, block)
+
+
+def _cost_of(name: str, config: ModelConfig, budget: Budget, *blocks: BlockConfig) -> float:
+    return COSTS[name](dataclasses.replace(config, blocks=blocks), budget)
+
+
+LARGEST_CUTS = 0.4, 0.2
+"""Of width and depth, where all blocks are cut alike."""
 
 
 # Axes that automatic choices leave whole: attention is 8 % of a Nemotron-H and whole in all published students, and
@@ -149,11 +138,15 @@ HURTS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """Sizes, what the student of these sizes costs, and how much its cuts are expected to hurt."""
+    """Sizes, what the student of these sizes costs, and how much its cuts are expected to hurt.
+
+    Of method puzzle, `variants` says what becomes of each of the teacher's blocks (`library.py`).
+    """
 
     sizes: Sizes
     costs: Mapping[str, float]
     hurt: float
+    variants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,7 +166,7 @@ def choices(
     teacher: ModelConfig, space: SearchSpace, with_depth: bool, least: int = STEPS[0]
 ) -> dict[str, tuple[int, ...]]:
     """Sizes to try by name, largest first; depth is chosen automatically only `with_depth`."""
-    largest = largest_sizes(teacher)
+    space, largest = space.with_cuts(*LARGEST_CUTS), largest_sizes(teacher)
     found: dict[str, tuple[int, ...]] = {}
     for field in dataclasses.fields(SearchSpace):
         given = getattr(space, field.name)
@@ -191,12 +184,13 @@ def choices(
 def _automatic(
     teacher: ModelConfig, space: SearchSpace, name: str, largest: int, with_depth: bool, least: int
 ) -> tuple[int, ...]:
+    width, depth = space.max_width_cut or 0.0, space.max_depth_cut or 0.0
     if name in left_whole(teacher) or (name == "num_blocks" and not with_depth):
         return (largest,)
     if name == "num_blocks":
         unit = len(depth_units(teacher)[0])
         step = unit * max(1, round(largest / 26 / unit))  # 2 of the 52 blocks of the 8B
-        return tuple(range(largest, math.ceil((1 - space.max_depth_cut) * largest) - 1, -step))
+        return tuple(range(largest, math.ceil((1 - depth) * largest) - 1, -step))
     if name == "mamba_num_heads":
         step = _step_of_heads(largest, [b.num_groups for b in teacher.blocks if isinstance(b, Mamba2Config)])
     elif name == "num_attention_heads":
@@ -205,7 +199,7 @@ def _automatic(
         step = max(1, largest // 8)
     else:
         step = _step(largest, least)
-    return tuple(range(largest, math.ceil((1 - space.max_width_cut) * largest) - 1, -step))
+    return tuple(range(largest, math.ceil((1 - width) * largest) - 1, -step))
 
 
 def _step_of_heads(largest: int, parents: list[int]) -> int:
@@ -328,25 +322,21 @@ class _Costs:
         return self._blocks[num_blocks]
 
     def _block(self, name: str, hidden: int, block: BlockConfig, values: tuple[int, ...]) -> float:
-        """What one more block of these sizes adds; one that reads another's keys and values needs that beside it."""
         key = (name, hidden, id(block), values)
         if key not in self._known:
             sizes: dict[str, Any] = dict(zip(block_sizes(block), values, strict=True))
             resized = resize_block(block, target_counts(block, Sizes(**sizes)))
-            beside = with_source(resized, None)
-            self._known[key] = self._exact(name, hidden, beside, resized) - self._exact(name, hidden, beside)
+            self._known[key] = block_cost(name, self._at(hidden), self.budget, resized)
         return self._known[key]
 
     def _rest(self, name: str, hidden: int) -> float:
-        """What a model costs beside its blocks."""
         key = (name, hidden)
         if key not in self._known:
-            block = self.teacher.blocks[0]
-            self._known[key] = 2 * self._exact(name, hidden, block) - self._exact(name, hidden, block, block)
+            self._known[key] = rest_cost(name, self._at(hidden), self.budget)
         return self._known[key]
 
-    def _exact(self, name: str, hidden: int, *blocks: BlockConfig) -> float:
-        return COSTS[name](dataclasses.replace(self.teacher, hidden_size=hidden, blocks=blocks), self.budget)
+    def _at(self, hidden: int) -> ModelConfig:
+        return dataclasses.replace(self.teacher, hidden_size=hidden)
 
 
 def _check_reachable(

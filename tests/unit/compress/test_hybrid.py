@@ -12,13 +12,13 @@ from torch import Tensor
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model
 from halflap.checkpoints.hymba import cannot_write, read_config, write_config
-from halflap.compress.axes import Sizes, check_sizes, depth_units, resize
+from halflap.compress.axes import SearchSpace, Sizes, check_sizes, depth_units, resize
 from halflap.compress.depth import DEPTH_METRICS, depth_scores
 from halflap.compress.importance import Importance, Scoring, score_shapes
 from halflap.compress.metrics import METRICS, collect
 from halflap.compress.plan import PruningPlan
 from halflap.compress.ranking import drop_order, plan_for
-from halflap.compress.space import Budget, SearchSpace, _Costs, costs, fitting, kept_after
+from halflap.compress.space import Budget, _Costs, costs, fitting, kept_after
 from halflap.compress.verify import cut_model, verify
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError

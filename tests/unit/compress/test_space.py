@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from halflap.compress.axes import Sizes, resize
+from halflap.compress.axes import SearchSpace, Sizes, resize
 from halflap.compress.plan import PruningPlan
 from halflap.compress.search import SearchResult, search
-from halflap.compress.space import STEPS, Budget, SearchSpace, choices, costs, fitting
+from halflap.compress.space import STEPS, Budget, choices, costs, fitting
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, MLPConfig
 from halflap.models.count import count_parameters
