@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from halflap.compress.axes import block_of
-from halflap.compress.kinds import Change
 from halflap.compress.plan import Kept, PruningPlan, kept_indices
 from halflap.errors import HalflapError
 from halflap.models.layout import Dim, Layout, Span, dim_size, is_offset_gain, layout, shape
@@ -36,18 +35,8 @@ def cut(
 ) -> Iterator[tuple[str, Tensor]]:
     """`apply_plan` by another reading of the teacher's dimensions (see `controls.py`)."""
     missing = layout(plan.student)
-    gains: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        _check_source(name, tensor, source)
-        student_name = plan.student_name(name)
-        if student_name is None:
-            continue
-        selected = _changed(plan, name, select(tensor, source[name], keep))
-        dims = missing.pop(student_name)
-        student = _corrected(plan, name, selected, dims[0], gains, owned=selected is not tensor)
-        del selected, tensor  # not held while the caller writes
-        expected = shape(dims)
-        assert tuple(student.shape) == expected, f"{name} became {student_name} {tuple(student.shape)}, not {expected}"
+    for student_name, student in _each(plan, source, keep, tensors, missing):
+        del missing[student_name]
         yield student_name, student
     if missing:
         raise HalflapError(
@@ -56,15 +45,44 @@ def cut(
         )
 
 
+def cut_block(plan: PruningPlan, index: int, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Parameters of the teacher's block `index` as the student has them, by their names inside the block."""
+    own = ((name, tensor) for name, tensor in tensors if block_of(name) == index)
+    made = _each(plan, layout(plan.teacher_config), plan.keep, own, layout(plan.student))
+    return {name.split(".", 2)[2]: tensor for name, tensor in made}
+
+
+def _each(
+    plan: PruningPlan,
+    source: Layout,
+    keep: Mapping[str, Kept],
+    tensors: Iterable[tuple[str, Tensor]],
+    student_layout: Layout,
+) -> Iterator[tuple[str, Tensor]]:
+    gains: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        _check_source(name, tensor, source)
+        student_name = plan.student_name(name)
+        if student_name is None:
+            continue
+        selected = _changed(plan, name, select(tensor, source[name], keep))
+        dims = student_layout[student_name]
+        student = _corrected(plan, name, selected, dims[0], gains, owned=selected is not tensor)
+        del selected, tensor  # not held while the caller writes
+        expected = shape(dims)
+        assert tuple(student.shape) == expected, f"{name} became {student_name} {tuple(student.shape)}, not {expected}"
+        yield student_name, student
+
+
 def _changed(plan: PruningPlan, name: str, tensor: Tensor) -> Tensor:
     """Neighbouring key/value heads averaged, where the plan pools those of the block."""
-    index, leaf = block_of(name), name.rsplit(".", 2)[-2]
-    pool = 1 if index is None or leaf not in ("k_proj", "v_proj") else plan.changes.get(index, Change()).pool
-    if pool == 1 or index is None:
+    index = block_of(name)
+    change = None if index is None else plan.changes.get(index)
+    if index is None or change is None or name.split(".")[-2] not in ("k_proj", "v_proj"):
         return tensor
     attention = plan.student.blocks[plan.keep_blocks.index(index)].attention
     assert attention is not None
-    heads = tensor.unflatten(0, (attention.num_key_value_heads, pool, -1))
+    heads = tensor.unflatten(0, (attention.num_key_value_heads, change.pool, -1))
     return heads.to(torch.promote_types(tensor.dtype, torch.float32)).mean(1).flatten(0, 1).to(tensor.dtype)
 
 
