@@ -12,7 +12,8 @@ from typing import Any
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_json
-from halflap.commands import arms, chain, scoring, students, teaching
+from halflap.commands import arms, candidates, chain, scoring, students, teaching
+from halflap.commands.candidates import SEARCH
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.config_compress import (
     CompressRecipe,
@@ -24,26 +25,20 @@ from halflap.commands.config_compress import (
 )
 from halflap.commands.corpora import Corpora, held_out_batches, open_corpora, training_loader
 from halflap.commands.resolve import plan_of
-from halflap.commands.sections import Budgets, ScoreSettings, SearchSettings
+from halflap.commands.sections import Budgets, ScoreSettings
 from halflap.commands.students import Teacher, has_ceiling, open_teacher
 from halflap.commands.teaching import Origin, Tutor
-from halflap.compress.axes import SearchSpace, Sizes, check_sizes, largest_sizes
+from halflap.compress.axes import Sizes, check_sizes, largest_sizes
 from halflap.compress.importance import Importance
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
-from halflap.compress.ranking import drop_order, plan_for
-from halflap.compress.search import SearchResult
-from halflap.compress.search import search as search_candidates
-from halflap.compress.space import Fitting, fitting
-from halflap.data.loader import Loader
+from halflap.compress.ranking import plan_for
 from halflap.errors import HalflapError, RecipeError
 from halflap.models.count import count_non_embedding_parameters, count_parameters
 from halflap.parallel import mesh
 from halflap.recipe import inputs_of, settings_of
 from halflap.report.page import build as build_report
 from halflap.run import Run, open_run
-
-SEARCH = "search.json"
 
 
 def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
@@ -80,10 +75,9 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
             "no importance was given; measure it with `halflap score` and name its file with --importance"
         )
     importance = scoring.read_importance(recipe.importance, teacher)
-    candidates = _candidates(teacher, importance, recipe.budgets, Sizes(), recipe.space)
-    result = _search(recipe, run, teacher, importance, candidates, loader, Tutor(teacher))
+    result = candidates.search(recipe, run, teacher, importance, loader, Tutor(teacher))
     shown = {name: value for name, value in result.to_json().items() if name != "plan"}
-    return shown | {"path": str(run.path / SEARCH)}
+    return shown | {"pattern": teacher.config.pattern(), "path": str(run.path / SEARCH)}
 
 
 def prune(recipe: PruneRecipe, run: Run) -> dict[str, Any]:
@@ -200,12 +194,13 @@ def _compress(recipe: CompressRecipe, run: Run, teacher: Teacher, tutor: Tutor, 
         tokens = recipe.calibration_tokens
         importance = scoring.importance(run.path, teacher, measuring, tokens, recipe.score_settings)
         shortage = scoring.shortage(importance, measuring, tokens)
-    sizes, remark = recipe.sizes, None
     if has_ceiling(recipe.budgets):
-        candidates = _candidates(teacher, importance, recipe.budgets, recipe.sizes, recipe.space)
-        found = _search(recipe, run, teacher, importance, candidates, measuring, tutor)
-        sizes, remark = _with_dropped(found.chosen.sizes, recipe.sizes), found.remark
-    plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
+        found = candidates.search(recipe, run, teacher, importance, measuring, tutor)
+        sizes, kept, remark = found.chosen.sizes, found.chosen.variants, found.remark
+        plan = found.best_plan
+    else:
+        sizes, kept, remark = recipe.sizes, (), None
+        plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
     certificate = _prune(run.path / "pruned", teacher, plan)
 
     setting = arms.Setting(recipe, run, teacher, plan, importance, training, corpora, tutor)
@@ -217,6 +212,8 @@ def _compress(recipe: CompressRecipe, run: Run, teacher: Teacher, tutor: Tutor, 
         "student": table["student"],
         "parameters_ratio": table["student"]["parameters"] / table["teacher"]["parameters"],
         "sizes": {name: value for name, value in vars(sizes).items() if value},
+        "variants": list(kept),
+        "pattern": teacher.config.pattern(),
         "verified": None if certificate is None else certificate["passed"],
         "controls": [{"name": name, **table[name]} for name in recipe.controls if name in table],
         "held_out": corpora.held_out_is,
@@ -244,71 +241,6 @@ def _require_target(budgets: Budgets, sizes: Sizes) -> None:
         )
 
 
-def _candidates(
-    teacher: Teacher, importance: Importance, budgets: Budgets, fixed: Sizes, space: SearchSpace
-) -> Fitting:
-    """Sizes that fit the budgets; those given as `fixed` are not varied."""
-    check_sizes(teacher.config, fixed)
-    order = drop_order(importance, teacher.config) if importance.depth else None
-    given = {name: (value,) for name, value in vars(fixed).items() if value and name != "drop_blocks"}
-    if fixed.drop_blocks:
-        rest = [index for index in range(len(teacher.config.blocks)) if index not in fixed.drop_blocks]
-        order = (*fixed.drop_blocks, *rest)
-        given["num_blocks"] = (len(rest),)
-    return fitting(
-        teacher.config, students.budget_of(budgets, teacher.config), dataclasses.replace(space, **given), order
-    )
-
-
-def _with_dropped(sizes: Sizes, fixed: Sizes) -> Sizes:
-    """Blocks named to be dropped stay named."""
-    return dataclasses.replace(sizes, num_blocks=None, drop_blocks=fixed.drop_blocks) if fixed.drop_blocks else sizes
-
-
-def _search(
-    recipe: SearchRecipe | CompressRecipe,
-    run: Run,
-    teacher: Teacher,
-    importance: Importance,
-    candidates: Fitting,
-    loader: Loader,
-    tutor: Tutor,
-) -> SearchResult:
-    """Losses of the likeliest candidates as cut, and of the best after a short distillation if tokens are given."""
-    settings: SearchSettings = recipe.settings
-    batches = students.choosing(loader, settings.score_tokens)
-    model = teacher.load()
-    fixed = recipe.sizes if isinstance(recipe, CompressRecipe) else Sizes()
-
-    def plan_of_sizes(sizes: Sizes) -> PruningPlan:
-        sizes = _with_dropped(sizes, fixed)
-        return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
-
-    def loss_as_cut(plan: PruningPlan) -> float:
-        return students.next_token_loss(students.build(model, plan), batches, teacher)
-
-    def loss_after_distillation(plan: PruningPlan) -> float:
-        student = arms.short_distillation(run.path, teacher, plan, model, loader, recipe, tutor)
-        return students.next_token_loss(student, batches, teacher)
-
-    return search_candidates(
-        candidates,
-        plan_of_sizes,
-        loss_as_cut,
-        made_from={
-            "teacher": teacher.digest,
-            "importance": importance.digest,
-            "budgets": {name: str(value) for name, value in vars(recipe.budgets).items() if value is not None},
-            "norm_correction": recipe.norm_correction,
-            "settings": dataclasses.asdict(settings),
-        },
-        path=run.path / SEARCH,
-        shortlist=settings.shortlist,
-        refine=loss_after_distillation if settings.shortlist_tokens else None,
-        refined=settings.refined,
-    )
-
-
 def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher) -> tuple[PruningPlan, str | None]:
     """From a plan, which a search leaves too, from sizes, or from budgets."""
     sizes, file = recipe.sizes, Path(recipe.importance) if recipe.importance is not None else None
@@ -329,8 +261,8 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher) -> tuple[PruningPlan, 
     importance = Importance("none", {}) if file is None else scoring.read_importance(file, teacher)
     remark = None
     if has_ceiling(recipe.budgets):
-        found = _candidates(teacher, importance, recipe.budgets, sizes, recipe.space)
-        sizes, remark = _with_dropped(found.candidates[0].sizes, sizes), found.remark
+        found = candidates.alike(teacher, importance, recipe.budgets, sizes, recipe.space)
+        sizes, remark = candidates.with_dropped(found.candidates[0].sizes, sizes), found.remark
     return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction), remark
 
 

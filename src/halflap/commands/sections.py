@@ -96,8 +96,8 @@ class Budgets:
 class SearchSettings:
     """How candidates are ranked."""
 
-    method: Literal["homogeneous"] = "homogeneous"
-    """One size an axis for all blocks."""
+    method: Literal["homogeneous", "puzzle"] = "homogeneous"
+    """One size an axis for all blocks, or a variant for each block by what it does in the teacher (puzzle)."""
     shortlist: Positive = 8
     """Candidates that are built and scored by loss."""
     shortlist_tokens: Tokens = 0
@@ -106,6 +106,13 @@ class SearchSettings:
     """How many of the shortlist those are."""
     score_tokens: Positive = 16384
     """Tokens on which a candidate's loss is measured."""
+    replacement_tokens: Tokens = 32768
+    """Method puzzle: tokens on which each variant of each block is tried, at half a pass each."""
+    max_overlap: float = 0.8
+    """Method puzzle: largest share of the blocks in which two candidates may be alike."""
+
+    def __post_init__(self) -> None:
+        _require("max_overlap", self.max_overlap, 0 <= self.max_overlap <= 1, "from 0 to 1")
 
 
 @flat(IMPORTANCE)

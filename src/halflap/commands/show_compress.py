@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from halflap.commands.tables import number, records, short
+from halflap.compress.library import summary
 
 SIZE_WORDS = {
     "hidden_size": "hidden",
@@ -60,11 +61,26 @@ def search(result: Mapping[str, Any], console: Console) -> None:
     for row in result["candidates"][:SHOWN_CANDIDATES]:
         losses = ["" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "refined_loss")]
         style = "bold" if row["chosen"] else ""
-        table.add_row(number(row["costs"]["params"]), *losses, sizes_text(row["sizes"]), style=style)
+        table.add_row(number(row["costs"]["params"]), *losses, _kept(row, result["pattern"]), style=style)
     console.print(table)
-    console.print(f"{len(result['candidates']):,} of {result['tried']:,} sizes fit; all of them in {result['path']}")
+    if result["candidates"][0].get("variants"):
+        console.print(f"chosen from {result['tried']:,} variants of {len(result['pattern'])} blocks, {result['path']}")
+    else:
+        fit = f"{len(result['candidates']):,} of {result['tried']:,} sizes fit"
+        console.print(f"{fit}; all of them in {result['path']}")
     if result["remark"]:
         console.print(result["remark"])
+
+
+def _kept(row: Mapping[str, Any], pattern: str) -> str:
+    """What a candidate keeps: its sizes, or what becomes of each block."""
+    variants = row.get("variants")
+    if not variants:
+        return sizes_text(row["sizes"])
+    text = summary(pattern, variants)
+    for name, word in SIZE_WORDS.items():
+        text = text.replace(name, word)
+    return text
 
 
 def verify(result: Mapping[str, Any], console: Console) -> None:
@@ -95,7 +111,7 @@ def compress(result: Mapping[str, Any], console: Console) -> None:
             name, f"{row['parameters']:,}", trained, *numbers, style="bold" if row is result["student"] else ""
         )
     console.print(table)
-    ratio = f"{100 * result['parameters_ratio']:.1f} % of the teacher's parameters: {sizes_text(result['sizes'])}"
+    ratio = f"{100 * result['parameters_ratio']:.1f} % of the teacher's parameters: {_kept(result, result['pattern'])}"
     proof = {True: ", certified", False: ", NOT certified", None: ""}[result["verified"]]
     console.print(f"{ratio}{proof}")
     console.print(f"judged on {result['held_out']}")

@@ -132,8 +132,9 @@ def judge(model: HybridModel, corpora: Corpora, teacher: Teacher, tokens: int) -
 # ---- students
 
 
-def build(model: HybridModel, plan: PruningPlan) -> HybridModel:
+def build(model: HybridModel, plan: PruningPlan, trained: Path | None = None) -> HybridModel:
     """The student of a teacher that is in memory."""
+    del trained
     return fill(plan.student, apply_plan(plan, model.state_dict().items()))
 
 

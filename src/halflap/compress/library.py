@@ -142,6 +142,11 @@ class Library:
         found = {index: self.options[column].variant for column in chosen for index in self.options[column].blocks}
         return tuple(found[index] for index in range(len(self.teacher.blocks)))
 
+    def named(self, names: Sequence[str]) -> tuple[Variant, ...]:
+        """The variants of these names, one for each block."""
+        by_name = {(index, o.variant.name): o.variant for o in self.options for index in o.blocks}
+        return tuple(by_name[pair] for pair in enumerate(names))
+
 
 def library_of(teacher: ModelConfig, space: SearchSpace | None = None) -> Library:
     """The variants of every block. Raises HalflapError for sizes that no block can have.

@@ -40,7 +40,10 @@ class Choice:
 
 
 class Programme:
-    """The constraints of one library under one budget, made once for many choices."""
+    """The constraints of one library under one budget, made once for many choices.
+
+    Raises HalflapError on a budget that nothing meets, with the smallest that can be.
+    """
 
     def __init__(self, library: Library, budget: Budget) -> None:
         self.library, self.budget, self.limits = library, budget, budget.ceilings
@@ -53,18 +56,18 @@ class Programme:
         self.rest = {name: rest for name, (_, rest) in counted.items()}
         self.covers = library.covers
         blocks = LinearConstraint(sparse.csr_array(self.covers), 1, 1)
-        self._always = [
+        self._always: list[LinearConstraint] = [
             blocks,
             *(LinearConstraint(rule.weights[None], -np.inf, rule.at_most) for rule in library.rules()),
         ]
+        self._check_reachable()
 
     def choices(self, scores: np.ndarray, count: int = 1, overlap: float = 0.8, gap: float = GAP) -> list[Choice]:
         """Up to `count` choices, the best first, no two alike in more than a share `overlap` of the blocks.
 
         scores (C,): what each option does to the model, lower is better. Raises HalflapError when nothing meets the
-        budgets, with the smallest that can be.
+        budgets together.
         """
-        self._check_reachable()
         found: list[Choice] = []
         cuts: list[LinearConstraint] = []
         while len(found) < count and (choice := self._best(scores, cuts, gap)) is not None:

@@ -32,6 +32,7 @@ class Trial:
     hurt: float
     loss: float | None = None
     refined_loss: float | None = None
+    variants: tuple[str, ...] = ()
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -57,8 +58,14 @@ class SearchResult:
     def chosen(self) -> Trial:
         return self.trials[0]
 
+    @property
+    def best_plan(self) -> PruningPlan:
+        """That of the chosen, once the search is over."""
+        assert self.plan is not None
+        return PruningPlan.from_json(self.plan)
+
     def to_json(self) -> dict[str, Any]:
-        rows = [dataclasses.asdict(trial) | {"sizes": _given(trial.sizes)} for trial in self.trials]
+        rows = [_row(trial) for trial in self.trials]
         return {
             "format": FORMAT,
             "made_from": dict(self.made_from),
@@ -80,7 +87,10 @@ class SearchResult:
                     f"{str(path)!r} is of format {data['format']!r}, and {FORMAT!r} is read here; search again"
                 )
             trials = tuple(
-                Trial(_sizes(row["sizes"]), row["costs"], row["hurt"], row["loss"], row["refined_loss"])
+                Trial(
+                    *(_sizes(row["sizes"]), row["costs"], row["hurt"], row["loss"], row["refined_loss"]),
+                    variants=tuple(row.get("variants", ())),
+                )
                 for row in data["candidates"]
             )
             return SearchResult(data["made_from"], data["tried"], trials, data["remark"], data["plan"])
@@ -94,7 +104,7 @@ class SearchResult:
 
 def search(
     fitting: Fitting,
-    plan_for: Callable[[Sizes], PruningPlan],
+    plan_for: Callable[[Trial], PruningPlan],
     score: Callable[[PruningPlan], float],
     *,
     made_from: Mapping[str, Any],
@@ -108,13 +118,16 @@ def search(
     Losses that `path` already holds for the same `made_from` are taken from there.
     """
     known = _known(path, made_from)
-    trials = [Trial(c.sizes, c.costs, c.hurt, *known.get(c.sizes, (None, None))) for c in fitting.candidates]
+    trials = [
+        Trial(c.sizes, c.costs, c.hurt, *known.get((c.sizes, c.variants), (None, None)), variants=c.variants)
+        for c in fitting.candidates
+    ]
 
     def measure(what: str, field: str, places: list[int], loss_of: Callable[[PruningPlan], float]) -> None:
         with Progress(what, len(places), unit="candidates") as progress:
             for place in places:
                 if getattr(trials[place], field) is None:
-                    loss = loss_of(plan_for(trials[place].sizes))
+                    loss = loss_of(plan_for(trials[place]))
                     trials[place] = dataclasses.replace(trials[place], **{field: loss})
                     _result(made_from, fitting, trials).save(path)
                 progress.advance()
@@ -124,7 +137,7 @@ def search(
         best = sorted(range(min(shortlist, len(trials))), key=lambda place: trials[place].loss or 0.0)
         measure("candidates after a short distillation", "refined_loss", best[:refined], refine)
     found = _result(made_from, fitting, trials)
-    result = dataclasses.replace(found, plan=plan_for(found.chosen.sizes).to_json())
+    result = dataclasses.replace(found, plan=plan_for(found.chosen).to_json())
     result.save(path)
     return result
 
@@ -133,14 +146,21 @@ def _result(made_from: Mapping[str, Any], fitting: Fitting, trials: list[Trial])
     return SearchResult(made_from, fitting.tried, tuple(sorted(trials, key=lambda trial: trial.rank)), fitting.remark)
 
 
-def _known(path: str | Path, made_from: Mapping[str, Any]) -> dict[Sizes, tuple[float | None, float | None]]:
+def _known(path: str | Path, made_from: Mapping[str, Any]) -> dict[Any, tuple[float | None, float | None]]:
     """Losses of an earlier, interrupted search of the very same."""
     if not Path(path).exists():
         return {}
     earlier = SearchResult.load(path)
     if dict(earlier.made_from) != json.loads(json.dumps(dict(made_from))):
         return {}
-    return {trial.sizes: (trial.loss, trial.refined_loss) for trial in earlier.trials}
+    return {(trial.sizes, trial.variants): (trial.loss, trial.refined_loss) for trial in earlier.trials}
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    row = dataclasses.asdict(trial) | {"sizes": _given(trial.sizes), "variants": list(trial.variants)}
+    if not trial.variants:
+        del row["variants"]
+    return row
 
 
 def _given(sizes: Sizes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 
 from halflap.compress.axes import SearchSpace, Sizes, resize
 from halflap.compress.plan import PruningPlan
-from halflap.compress.search import SearchResult, search
+from halflap.compress.search import SearchResult, Trial, search
 from halflap.compress.space import STEPS, Budget, choices, costs, fitting
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, MLPConfig
@@ -159,8 +159,9 @@ def test_thousands_of_candidates_take_seconds() -> None:
 # ---- search
 
 
-def plan_for(sizes: Sizes) -> PruningPlan:
-    keep = {"hidden": tuple(range(sizes.hidden_size))} if sizes.hidden_size else {}
+def plan_for(trial: Trial) -> PruningPlan:
+    hidden = trial.sizes.hidden_size
+    keep = {"hidden": tuple(range(hidden))} if hidden else {}
     return PruningPlan("teacher", TINY, None, keep)
 
 
@@ -194,7 +195,7 @@ def test_the_lowest_loss_wins(tmp_path: Path) -> None:
     assert SearchResult.load(tmp_path / "search.json") == result
     rows = json.loads((tmp_path / "search.json").read_text())["candidates"]
     assert rows[0]["chosen"] and not rows[1]["chosen"] and rows[0]["costs"]["params"]
-    assert PruningPlan.load(tmp_path / "search.json") == plan_for(result.chosen.sizes)
+    assert PruningPlan.load(tmp_path / "search.json") == plan_for(result.chosen) == result.best_plan
 
 
 def test_a_short_distillation_decides_among_the_best(tmp_path: Path) -> None:

@@ -1,0 +1,154 @@
+"""Method puzzle through the command line: a variant for each block, unequal students, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halflap.checkpoints.checkpoint import load_model, save_model
+from halflap.commands import puzzle
+from halflap.compress.plan import PruningPlan
+from halflap.data.tokenizer import train_tokenizer
+from halflap.models.count import count_parameters
+from halflap.models.model import HybridModel, initialize
+from halflap.models.presets import hymba, preset
+
+FIT = ("--fit.sequence-length", 32, "--fit.batch-size", 4, "--fit.learning-rate", 1e-3)
+FEW = ("--replacement-tokens", 128, "--score-tokens", 128, "--shortlist", 2, "--method", "puzzle")
+TEACHERS = {
+    "nemotron-h-tiny": preset("nemotron-h-tiny"),
+    "llama-tiny": preset("llama-tiny"),
+    "hymba": hymba(6, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128),
+}
+LIMITS = {"nemotron-h-tiny": 0.7, "llama-tiny": 0.7, "hymba": 0.75}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of each family with random weights, importance of each, and text."""
+    from halflap.cli import main
+
+    folder = tmp_path_factory.mktemp("puzzle")
+    words = [f"{first}{second}" for first in ("ha", "ma", "sta", "ga") for second in ("te", "d", "lf", "mba")]
+    generator = random.Random(0)
+    documents = [" ".join(generator.choices(words, k=generator.randint(30, 90))) for _ in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    train_tokenizer(documents, 300).save(folder / "tokenizer")
+    for name, config in TEACHERS.items():
+        model = HybridModel(config)
+        initialize(model, 0)
+        save_model(model, folder / name, tokenizer_from=folder / "tokenizer")
+        score = ("score", folder / name, "--data", folder / "text.jsonl", "--tokens", 512, "--sequence-length", 32)
+        assert main([str(w) for w in (*score, "--out", folder / f"{name}-scored", "--quiet")]) == 0
+    return folder
+
+
+def search_words(place: Path, family: str) -> tuple[Any, ...]:
+    limit = f"{100 * LIMITS[family]:g}%"
+    scored = ("--importance", place / f"{family}-scored")
+    return ("search", place / family, *scored, "--data", place / "text.jsonl", "--params", limit, *FEW, *FIT)
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_search_then_prune_then_verify(halflap: Callable[..., Any], place: Path, tmp_path: Path, family: str) -> None:
+    result = halflap(*search_words(place, family), "--memory", "90%", "--out", tmp_path / "search", "--json").json
+    best, whole = result["candidates"][0], count_parameters(TEACHERS[family])
+    assert best["chosen"] and best["loss"] and best["costs"]["params"] <= LIMITS[family] * whole
+    assert (
+        len(best["variants"]) == len(TEACHERS[family].blocks)
+        and best["variants"] != result["candidates"][1]["variants"]
+    )
+    shown = halflap(*search_words(place, family), "--memory", "90%", "--out", tmp_path / "search")
+    assert f"of {len(best['variants'])} blocks" in shown.out
+    pruned = ("prune", place / family, "--plan", tmp_path / "search" / "search.json", "--out", tmp_path / "pruned")
+    cut = halflap(*pruned, "--json").json
+    assert cut["parameters"] == best["costs"]["params"] and cut["verified"]
+    assert halflap("verify", tmp_path / "pruned", "--tokens", 64, "--json").json["passed"]
+    student = load_model(tmp_path / "pruned" / "checkpoint")
+    plan = PruningPlan.load(tmp_path / "search" / "search.json")
+    assert student.config == plan.student and len(plan.keep_blocks) == len(student.blocks)
+
+
+def test_an_unequal_student_is_distilled_and_exported(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
+    teacher = place / "nemotron-h-tiny"
+    space = ("--space.max-depth-cut", 0, "--space.num-attention-heads", 4)
+    halflap(*search_words(place, "nemotron-h-tiny"), *space, "--out", tmp_path / "search", "--json")
+    halflap("prune", teacher, "--plan", tmp_path / "search" / "search.json", "--out", tmp_path / "pruned", "--json")
+    student = load_model(tmp_path / "pruned")
+    assert len(set(student.config.blocks)) > 3  # blocks of a kind differ
+    text = ("--data", place / "text.jsonl", "--tokens", 256, *FIT)
+    assert halflap("distill", tmp_path / "pruned", *text, "--out", tmp_path / "run", "--json").json["tokens"] >= 256
+    padded = halflap("export", tmp_path / "run", "--pad-to-stock", "--out", tmp_path / "stock", "--json")
+    assert padded.status == 0, padded.err
+    tokens = torch.arange(24)[None]
+    one, other = (load_model(tmp_path / name)(tokens) for name in ("run", "stock"))
+    assert float((one - other).abs().max()) < 1e-2 * float(one.abs().max())
+
+
+def test_compress_takes_it_all_the_way(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
+    words = ("compress", place / "llama-tiny", "--data", place / "text.jsonl", "--tokens", 256, "--params", "70%")
+    small = ("--calibration-tokens", 256, "--eval-tokens", 200, "--controls", "random", *FEW, *FIT)
+    words = (*words, *small, "--shortlist-tokens", 128, "--refined", 1, "--out", tmp_path / "run")
+    result = halflap(*words, "--json").json
+    assert result["verified"] and result["parameters_ratio"] <= 0.7 and len(result["variants"]) == 8
+    assert [row["name"] for row in result["controls"]] == ["random"]
+    assert result["controls"][0]["parameters"] == result["student"]["parameters"]
+    assert "of the teacher's parameters: " in halflap(*words).out
+    assert (tmp_path / "run" / "variant_scores.json").exists()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "blocks whole" in page and "as the teacher" not in page
+
+
+def test_an_interrupted_search_ends_with_the_same_files(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = search_words(place, "nemotron-h-tiny")
+    halflap(*words, "--out", tmp_path / "whole", "--json")
+    make, made = puzzle.replacement, []
+
+    def failing(*arguments: Any) -> Any:
+        if len(made) == 9:
+            raise KeyboardInterrupt
+        made.append(arguments)
+        return make(*arguments)
+
+    monkeypatch.setattr(puzzle, "replacement", failing)
+    halflap(*words, "--out", tmp_path / "cut", "--json")
+    known = json.loads((tmp_path / "cut" / "variant_scores.json").read_text())["scores"]
+    assert 0 < len(known) < 12
+    monkeypatch.setattr(puzzle, "replacement", make)
+    halflap(*words, "--out", tmp_path / "cut", "--json")
+    for name in ("variant_scores.json", "search.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "words"),
+    [
+        (("--params", 1000), 1, "a budget of 1,000 parameters cannot be met: the smallest student of this library"),
+        (("--space.hidden-size", 64), 1, "space.hidden_size was given; method puzzle chooses block by block"),
+        (("--max-overlap", 2), 2, "max_overlap is 2.0; it must be from 0 to 1: correct --max-overlap"),
+        (("--method", "jigsaw"), 2, "method"),
+    ],
+)
+def test_refusals(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, more: tuple[Any, ...], status: int, words: str
+) -> None:
+    given = [w for w in search_words(place, "nemotron-h-tiny")]
+    if more[0] in given:
+        at = given.index(more[0])
+        del given[at : at + 2]
+    outcome = halflap(*given, *more, "--out", tmp_path / "run")
+    assert outcome.status == status and words in outcome.err
+
+
+def test_sizes_and_puzzle_exclude_each_other(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
+    words = ("compress", place / "llama-tiny", "--data", place / "text.jsonl", "--params", "70%", *FEW, *FIT)
+    outcome = halflap(*words, "--sizes.intermediate-size", 64, "--out", tmp_path / "run")
+    assert outcome.status == 2 and "sizes were given with method puzzle" in outcome.err
