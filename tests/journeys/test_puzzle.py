@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from halflap.checkpoints.checkpoint import load_model, save_model
+from halflap.checkpoints.config import read_lineage
 from halflap.commands import puzzle
 from halflap.compress.plan import PruningPlan
 from halflap.data.tokenizer import train_tokenizer
@@ -140,7 +141,7 @@ def test_an_interrupted_search_ends_with_the_same_files(
 def test_refusals(
     halflap: Callable[..., Any], place: Path, tmp_path: Path, more: tuple[Any, ...], status: int, words: str
 ) -> None:
-    given = [w for w in search_words(place, "nemotron-h-tiny")]
+    given = list(search_words(place, "nemotron-h-tiny"))
     if more[0] in given:
         at = given.index(more[0])
         del given[at : at + 2]
@@ -152,3 +153,21 @@ def test_sizes_and_puzzle_exclude_each_other(halflap: Callable[..., Any], place:
     words = ("compress", place / "llama-tiny", "--data", place / "text.jsonl", "--params", "70%", *FEW, *FIT)
     outcome = halflap(*words, "--sizes.intermediate-size", 64, "--out", tmp_path / "run")
     assert outcome.status == 2 and "sizes were given with method puzzle" in outcome.err
+
+
+def test_trained_blocks_reach_the_student(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
+    """As cut it is certified; the checkpoint beside has the blocks that learnt, and scores are of those."""
+    words = (*search_words(place, "nemotron-h-tiny"), "--block-tokens", 256)
+    found = halflap(*words, "--out", tmp_path / "search", "--json").json["candidates"][0]
+    plain = halflap(*search_words(place, "nemotron-h-tiny"), "--out", tmp_path / "plain", "--json").json["candidates"]
+    scores = [json.loads((tmp_path / run / "variant_scores.json").read_text())["scores"] for run in ("search", "plain")]
+    dropped = next(name for name in scores[0] if "dropped" in name)
+    assert scores[0][dropped] == scores[1][dropped] and scores[0] != scores[1] and found["loss"] != plain[0]["loss"]
+    teacher = place / "nemotron-h-tiny"
+    plan = tmp_path / "search" / "search.json"
+    assert halflap("prune", teacher, "--plan", plan, "--out", tmp_path / "run", "--json").json["verified"]
+    trained, cut = (load_model(tmp_path / "run" / part) for part in ("checkpoint", "pruned"))
+    different = {k for k, t in trained.state_dict().items() if not torch.equal(t, cut.state_dict()[k])}
+    assert different and all(name.startswith("blocks.") for name in different)
+    assert read_lineage(tmp_path / "run" / "checkpoint")[-1]["verb"] == "distill_blocks"
+    assert halflap("verify", tmp_path / "run", "--tokens", 64, "--json").json["passed"]

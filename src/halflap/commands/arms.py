@@ -168,8 +168,10 @@ def _short(setting: Setting) -> Path:
 
 
 def _start_student(setting: Setting) -> HybridModel:
-    """The winner of a short distillation goes on from there."""
-    return load_model(_short(setting) if _short(setting).exists() else setting.pruned, "float32")
+    """The winner of a short distillation goes on from there; blocks that the search trained are taken as they are."""
+    if _short(setting).exists():
+        return load_model(_short(setting), "float32")
+    return students.with_trained_blocks(load_model(setting.pruned, "float32"), setting.plan, setting.run.path)
 
 
 def _start_scratch(setting: Setting) -> HybridModel:

@@ -22,7 +22,6 @@ from halflap.compress.search import SearchResult, Trial
 from halflap.compress.search import search as search_candidates
 from halflap.compress.space import Fitting, fitting
 from halflap.data.loader import Loader
-from halflap.errors import RecipeError
 from halflap.models.model import HybridModel
 from halflap.run import Run
 
@@ -43,18 +42,13 @@ def search(
     batches = students.choosing(loader, settings.score_tokens)
     model = teacher.load()
     if settings.method == "puzzle":
-        if fixed != Sizes():
-            raise RecipeError(
-                "sizes were given with method puzzle, which finds sizes for each block; leave them out, or list what "
-                "may be tried with --space.intermediate-size and its like"
-            )
         candidates, plan_of = puzzle.propose(recipe, run, teacher, model, importance, loader)
     else:
         candidates = alike(teacher, importance, recipe.budgets, fixed, recipe.space)
         plan_of = partial(_plan_of_sizes, recipe, teacher, importance, fixed)
 
     def build(plan: PruningPlan) -> HybridModel:
-        return students.build(model, plan, run.path)
+        return students.with_trained_blocks(students.build(model, plan), plan, run.path)
 
     def loss_as_cut(plan: PruningPlan) -> float:
         return students.next_token_loss(build(plan), batches, teacher)

@@ -85,7 +85,12 @@ def prune(recipe: PruneRecipe, run: Run) -> dict[str, Any]:
     directory = find_directory(recipe.model)
     teacher = open_teacher(directory, recipe.common)
     plan, remark = _plan_to_prune(recipe, teacher)
-    certificate = _prune(run.checkpoint_dir, teacher, plan)
+    searched = Path("." if recipe.plan is None else recipe.plan).parent
+    if recipe.plan is not None and (searched / students.BLOCKS).is_dir():
+        certificate = _prune(run.path / "pruned", teacher, plan)
+        _write_trained(run.checkpoint_dir, run.path / "pruned", plan, searched, teacher)
+    else:
+        certificate = _prune(run.checkpoint_dir, teacher, plan)
     student, whole = count_parameters(plan.student), count_parameters(teacher.config)
     return {
         "parameters": student,
@@ -269,6 +274,13 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher) -> tuple[PruningPlan, 
 def _remarks(*remarks: str | None, without: list[str]) -> str | None:
     left_out = f"{', '.join(without)} left out: the student keeps all its Mamba heads" if without else None
     return "; ".join(part for part in (*remarks, left_out) if part) or None
+
+
+def _write_trained(directory: Path, pruned: Path, plan: PruningPlan, searched: Path, teacher: Teacher) -> None:
+    """The student with the blocks that the search has trained; `pruned` is it as cut."""
+    student = students.with_trained_blocks(load_model(pruned, "float32"), plan, searched)
+    step = lineage_step("distill_blocks", {"teacher": teacher.digest, "plan": plan.digest})
+    students.save_trained(directory, student, pruned, step)
 
 
 def _prune(directory: Path, teacher: Teacher, plan: PruningPlan) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import numpy as np
 from halflap.commands import scoring, students
 from halflap.commands.config_compress import CompressRecipe, SearchRecipe
 from halflap.commands.students import Teacher
+from halflap.compress import local
 from halflap.compress.axes import Sizes
 from halflap.compress.importance import Importance
 from halflap.compress.library import WHOLE, Library, Option, Variant, library_of
@@ -26,6 +27,7 @@ from halflap.data.loader import Loader
 from halflap.files import write_json
 from halflap.models.model import HybridModel
 from halflap.run import Run
+from halflap.train.config import Fit
 
 SCORES, FORMAT = "variant_scores.json", "halflap-variant-scores-1"
 
@@ -50,17 +52,23 @@ def propose(
     def plan_of(variants: tuple[Variant, ...]) -> PruningPlan:
         return plan_of_variants(importance, teacher.digest, config, variants, recipe.norm_correction)
 
-    def make(option: Option) -> Replacement:
-        index = option.blocks[0]
-        plan = plan_of(tuple(option.variant if i == index else WHOLE for i in range(len(config.blocks))))
-        return replacement(model, plan, index)
+    def plan_with(option: Option) -> PruningPlan:
+        return plan_of(tuple(option.variant if i in option.blocks else WHOLE for i in range(len(config.blocks))))
 
+    def make(option: Option) -> Replacement:
+        plan, index = plan_with(option), option.blocks[0]
+        return replacement(model, plan, index, local.trained_block(blocks, plan, index))
+
+    blocks = run.path / students.BLOCKS
+    if settings.block_tokens:
+        _distill_blocks(blocks, model, library, plan_with, loader, settings.block_tokens, recipe.fit)
     batches = [batch.to(teacher.device) for batch in students.choosing(loader, settings.replacement_tokens)]
     made_from = {
         "teacher": teacher.digest,
         "importance": importance.digest,
         "text": scoring.text_digest(batches),
         "norm_correction": recipe.norm_correction,
+        "block_tokens": settings.block_tokens,
     }
     scores = _scores(run.path / SCORES, made_from, model, batches, library, make)
     by_option = np.array([0.0 if o.variant == WHOLE else scores[o.name] for o in library.options])
@@ -79,6 +87,27 @@ def propose(
         remark = "the teacher itself is within the budget: nothing is cut"
     fitting = Fitting(candidates, len(library.options), remark)
     return fitting, lambda trial: plan_of(library.named(trial.variants))
+
+
+def _distill_blocks(
+    blocks: Path,
+    model: HybridModel,
+    library: Library,
+    plan_with: Callable[[Option], PruningPlan],
+    loader: Loader,
+    tokens: int,
+    fit: Fit,
+) -> None:
+    """Train every variant on the first tokens of the text, block by block, but those whose files are there."""
+    steps = max(1, round(tokens / loader.tokens_per_batch))
+    for index in range(len(model.blocks)):
+        own = [o for o in library.options if o.blocks == (index,) and o.variant != WHOLE and not o.variant.dropped]
+        plans = [plan for plan in map(plan_with, own) if not local.block_file(blocks, plan, index).exists()]
+        variants = [replacement(model, plan, index) for plan in plans]
+        if variants:
+            local.distill_block(model, variants, index, loader.batch, steps, fit)
+        for plan, variant in zip(plans, variants, strict=True):
+            local.save_block(blocks, plan, index, variant)
 
 
 def _scores(

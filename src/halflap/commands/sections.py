@@ -108,6 +108,8 @@ class SearchSettings:
     """Tokens on which a candidate's loss is measured."""
     replacement_tokens: Tokens = 32768
     """Method puzzle: tokens on which each variant of each block is tried, at half a pass each."""
+    block_tokens: Tokens = 0
+    """Method puzzle: tokens on which each variant of a block first learns what its block does; 0 tries them as cut."""
     max_overlap: float = 0.8
     """Method puzzle: largest share of the blocks in which two candidates may be alike."""
 

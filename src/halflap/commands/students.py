@@ -21,6 +21,7 @@ from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.corpora import Corpora, tokenizer_place
 from halflap.commands.device import choose_device
 from halflap.commands.sections import Budgets
+from halflap.compress.local import trained_tensors
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
 from halflap.compress.space import Budget, costs
@@ -40,6 +41,8 @@ from halflap.train.losses import mean_loss
 from halflap.train.numerics import resolve_dtype
 from halflap.train.objectives.language import NextToken
 
+BLOCKS = "blocks"
+"""Folder of a search with the variants that it trained."""
 CERTIFIED_AT_ONCE = 300_000_000
 """Parameters up to which a student is certified as soon as it is written: teacher and student are then in memory."""
 
@@ -132,9 +135,8 @@ def judge(model: HybridModel, corpora: Corpora, teacher: Teacher, tokens: int) -
 # ---- students
 
 
-def build(model: HybridModel, plan: PruningPlan, trained: Path | None = None) -> HybridModel:
+def build(model: HybridModel, plan: PruningPlan) -> HybridModel:
     """The student of a teacher that is in memory."""
-    del trained
     return fill(plan.student, apply_plan(plan, model.state_dict().items()))
 
 
@@ -143,6 +145,13 @@ def fill(config: ModelConfig, tensors: Iterator[tuple[str, Tensor]]) -> HybridMo
         student = HybridModel(config)
     student.load_state_dict({name: tensor.clone() for name, tensor in tensors}, strict=True, assign=True)
     return student.requires_grad_(True).eval()
+
+
+def with_trained_blocks(student: HybridModel, plan: PruningPlan, run: Path) -> HybridModel:
+    """The student, in place, with the blocks that a search in directory `run` has trained."""
+    if (run / BLOCKS).is_dir():
+        student.load_state_dict(trained_tensors(run / BLOCKS, plan), strict=False)
+    return student
 
 
 def next_token_loss(model: HybridModel, batches: list[Batch], teacher: Teacher) -> float:
