@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from halflap.compress.axes import axes_of, block_of
+from halflap.compress.axes import axes_of, block_of, short_name
 from halflap.compress.correction import Dropped
 from halflap.compress.kinds import Change
 from halflap.compress.plan import Kept, PruningPlan, kept_indices
@@ -26,16 +26,16 @@ def compose(second: PruningPlan, first: PruningPlan) -> PruningPlan:
         )
     axes = axes_of(first.student)
     changes = _compose_changes(first, second)
-    pooled = {f"blocks.{index}.{axis}" for index, c in first.changes.items() if c.pool > 1 for axis in ("kv", "query")}
+    settled = {index for index, change in first.changes.items() if change.pool > 1 or change.linear}
     keep = {}
     for name, axis in axes.items():
         own = first.teacher_name(name)
         if block_of(name) not in (None, *second.keep_blocks):
             continue
-        if own not in pooled:
+        if block_of(own) not in settled or short_name(own) == "value_channel":
             keep[own] = _compose_axis(first, second, axis, axes)
-        elif own in first.keep:
-            keep[own] = first.keep[own]
+    stay = settled & {first.keep_blocks[index] for index in second.keep_blocks}
+    keep |= {name: kept for name, kept in first.keep.items() if block_of(name) in stay and name not in keep}
     return PruningPlan(
         teacher=first.teacher,
         teacher_config=first.teacher_config,
@@ -60,7 +60,7 @@ def _compose_changes(first: PruningPlan, second: PruningPlan) -> dict[int, Chang
             )
         if place in second.keep_blocks:
             window = before.window if after.window is None else after.window
-            found[index] = Change(before.pool * after.pool, window)
+            found[index] = Change(before.pool * after.pool, window, before.linear or after.linear)
     return found
 
 

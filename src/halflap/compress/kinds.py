@@ -18,6 +18,7 @@ from halflap.models.config import (
     AttentionConfig,
     BlockConfig,
     HybridConfig,
+    LinearConfig,
     Mamba1Config,
     Mamba2Config,
     MLPConfig,
@@ -130,6 +131,7 @@ KINDS: dict[type, Kind] = {
         ),
     ),
     AttentionConfig: Kind(_counts_attention, _resize_attention, (_KEYS, _QUERIES)),
+    LinearConfig: Kind(lambda block: {}, lambda block, count: block, ()),
     HybridConfig: Kind(
         _counts_hybrid, _resize_hybrid, (_KEYS, _QUERIES, SizedAxis("mamba_head_dim", "value_channel"), _STATES)
     ),
@@ -156,10 +158,13 @@ class Change:
     pool     so many neighbouring key/value heads are averaged into one, which all their query heads read
              (Ainslie et al. 2023); attention alone, and only where no other block reads them
     window   tokens that a query sees before itself, fewer than it did
+    linear   attention or an MLP becomes the product of its outer maps, W_o W_v or W_down W_up (Bercovich et al. 2024):
+             what it does where a token sees itself alone, or the activation does nothing and the gate is open
     """
 
     pool: int = 1
     window: int | None = None
+    linear: bool = False
 
     def check(self, block: BlockConfig, index: int, shared: bool, heads: int) -> None:
         """Raise HalflapError unless block `index` can be changed so.
@@ -167,6 +172,11 @@ class Change:
         shared: other blocks read its keys and values, or it reads theirs; heads: its key/value heads that are kept.
         """
         own = block.attention
+        if self.linear and (shared or self.pool > 1 or not isinstance(block, AttentionConfig | MLPConfig)):
+            raise HalflapError(
+                f"block {index} ({block.kind}) cannot become linear; it must be attention that shares with no block "
+                "and keeps its key/value heads apart, or an MLP: leave the change out"
+            )
         if self.pool > 1 and (heads % self.pool or shared or not isinstance(block, AttentionConfig)):
             raise HalflapError(
                 f"block {index} cannot have {self.pool} of its {heads} key/value heads averaged into one; it must be "
@@ -182,6 +192,8 @@ class Change:
 def changed_block(block: BlockConfig, change: Change) -> BlockConfig:
     """The block, its axes cut already, after a change."""
     attention = block.attention
+    if change.linear and isinstance(block, AttentionConfig | MLPConfig):
+        return LinearConfig(block.bias)
     if attention is None:
         return block
     changed = dataclasses.replace(

@@ -1,9 +1,10 @@
 """What may become of each block, and what each of these variants costs (Puzzle: Bercovich et al. 2024). No torch.
 
-A block stays whole, is cut along its own axes, has neighbouring key/value heads averaged or its window shortened, or is
-dropped; the hidden size stays. Blocks that leave together (`depth_units`) are dropped by one option that covers them
-all. A choice is one option for each block; the rules say which choices are students: what reads another's keys and
-values goes with it, a block of each kind stays, and no more are dropped than the search space allows.
+A block stays whole, is cut along its own axes, has neighbouring key/value heads averaged or its window shortened,
+becomes one linear map, or is dropped; the hidden size stays. Blocks that leave together (`depth_units`) are dropped by
+one option that covers them all. A choice is one option for each block; the rules say which choices are students: what
+reads another's keys and values goes with it, a block of each kind stays, and no more are dropped than the search space
+allows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from halflap.compress.kinds import KINDS, SHARED, Change, block_counts, block_si
 from halflap.compress.plan import sharing_blocks
 from halflap.compress.space import Budget, block_cost, rest_cost
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, BlockConfig, ModelConfig
+from halflap.models.config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig
 from halflap.models.sharing import with_source
 
 LARGEST_CUTS = 0.9, 0.5
@@ -57,6 +58,8 @@ class Variant:
         parts = [f"{size} {value}" for size, value in dataclasses.asdict(self.sizes).items() if value]
         if self.change.pool > 1:
             parts.append(f"key/value heads averaged by {self.change.pool}")
+        if self.change.linear:
+            parts.append("linear")
         if self.change.window is not None:
             parts.append(f"window {self.change.window}")
         return ", ".join(parts) or "whole"
@@ -114,8 +117,9 @@ class Library:
             return weights
 
         rules = [Rule(of({column: len(blocks) for column, blocks in dropped.items()}), self.max_dropped)]
+        linear = {column: o.blocks for column, o in enumerate(self.options) if o.variant.change.linear}
         for kind, count in Counter(type(block) for block in self.teacher.blocks).items():
-            gone = {c: sum(type(self.teacher.blocks[i]) is kind for i in blocks) for c, blocks in dropped.items()}
+            gone = {c: sum(type(self.teacher.blocks[i]) is kind for i in b) for c, b in (dropped | linear).items()}
             rules.append(Rule(of(gone), count - 1))
         going = {index: column for column, blocks in dropped.items() for index in blocks}
         for source, readers in readers_of(self.teacher).items():
@@ -210,6 +214,8 @@ def _variants(block: BlockConfig, space: SearchSpace, shared: bool) -> Iterator[
     window = block.attention.window if block.attention is not None and not shared else None
     for value in [round(share * window) for share in WINDOWS] if window else []:
         _add(found, block, Variant(change=Change(window=max(1, value))))
+    if isinstance(block, AttentionConfig | MLPConfig) and not shared:
+        _add(found, block, Variant(change=Change(linear=True)))
     yield from found.values()
 
 

@@ -105,7 +105,7 @@ def block_file(directory: Path, plan: PruningPlan, index: int) -> Path:
 def save_block(directory: Path, plan: PruningPlan, index: int, trained: Replacement) -> None:
     """Write a trained block and the factors that its plan gave its parameters."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.block.state_dict().items()}
-    header = {"format": FORMAT, "scales": {name: plan.scales.get(f"blocks.{index}.{name}", (1.0,)) for name in tensors}}
+    header = {"format": FORMAT, "scales": {name: plan.factors(index, name) for name in tensors}}
     with atomic_write(block_file(directory, plan, index)) as file:
         file.write(safetensors.torch.save(tensors, {"halflap": json.dumps(header)}))
 
@@ -123,7 +123,7 @@ def trained_block(directory: Path, plan: PruningPlan, index: int) -> dict[str, T
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     dims, at = layout(plan.student), plan.keep_blocks.index(index)
     for name, tensor in tensors.items():
-        old, new = tuple(before[name]), plan.scales.get(f"blocks.{index}.{name}", (1.0,))
+        old, new = tuple(before[name]), plan.factors(index, name)
         if old != new:
             count = max(len(old), len(new))
             pairs = zip(old * (count // len(old)), new * (count // len(new)), strict=True)

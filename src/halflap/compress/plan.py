@@ -103,6 +103,22 @@ class PruningPlan:
             return name
         return f"blocks.{self.keep_blocks[index]}.{name.split('.', 2)[2]}"
 
+    def kept_heads(self, index: int) -> tuple[int, int]:
+        """How many key/value heads of an attention block are kept, and how many query heads of each."""
+        block, axes = self.teacher_config.blocks[index], axes_of(self.teacher_config)
+        kv, query = (kept_count(axes[axis_name(block, index, axis)], self.keep) for axis in ("kv", "query"))
+        return kv, query
+
+    def factors(self, index: int, name: str) -> tuple[float, ...]:
+        """Factors of a parameter of the student by its name inside the teacher's block `index`.
+
+        What a linear block is made of bears them in its last map; earlier ones have none.
+        """
+        if self.changes.get(index, Change()).linear and name.startswith("mixer.out_proj"):
+            last = "o_proj" if self.teacher_config.blocks[index].attention else "down_proj"
+            name = name.replace("out_proj", last)
+        return self.scales.get(f"blocks.{index}.{name}", (1.0,))
+
     def to_json(self) -> dict[str, Any]:
         changes = {str(index): dataclasses.asdict(change) for index, change in self.changes.items()}
         return {

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from halflap.compress.axes import block_of
+from halflap.compress.kinds import Change
 from halflap.compress.plan import Kept, PruningPlan, kept_indices
 from halflap.errors import HalflapError
 from halflap.models.layout import Dim, Layout, Span, dim_size, is_offset_gain, layout, shape
+
+WITHOUT = Change()
 
 # NumPy's `take` moves 2-byte items 3 to 5x as fast as torch.index_select (20000x4096), into large pages.
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -60,12 +63,21 @@ def _each(
     student_layout: Layout,
 ) -> Iterator[tuple[str, Tensor]]:
     gains: dict[str, Tensor] = {}
+    parts: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors:
         _check_source(name, tensor, source)
         student_name = plan.student_name(name)
         if student_name is None:
             continue
         selected = _changed(plan, name, select(tensor, source[name], keep))
+        index = block_of(name)
+        if index is not None and plan.changes.get(index, WITHOUT).linear and ".mixer." in name:
+            found = parts.setdefault(index, {})
+            found[name.split(".mixer.")[1]] = scale(selected, plan.scales.get(name))
+            if len(found) == sum(other.startswith(f"blocks.{index}.mixer.") for other in source):
+                prefix = student_name.split(".mixer.")[0]
+                yield from ((f"{prefix}.mixer.{leaf}", made) for leaf, made in _linear(plan, index, parts.pop(index)))
+            continue
         dims = student_layout[student_name]
         student = _corrected(plan, name, selected, dims[0], gains, owned=selected is not tensor)
         del selected, tensor  # not held while the caller writes
@@ -74,11 +86,32 @@ def _each(
         yield student_name, student
 
 
+def _linear(plan: PruningPlan, index: int, parts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The product of the outer maps of a block whose parameters are cut already: W_down W_up, or W_o W_v by heads."""
+    block = plan.teacher_config.blocks[index]
+    last, first = ("o_proj", "v_proj") if block.attention else ("down_proj", "up_proj")
+    stored = parts[f"{last}.weight"].dtype
+    wide = {name: tensor.to(torch.promote_types(stored, torch.float32)) for name, tensor in parts.items()}
+
+    def inner(tensor: Tensor) -> Tensor:
+        """Rows of values once for each query head that reads them."""
+        if block.attention is None:
+            return tensor
+        rows = plan.kept_heads(index)
+        heads = tensor.unflatten(0, (rows[0], -1)).repeat_interleave(rows[1], 0)
+        return heads.flatten(0, 1)
+
+    yield "out_proj.weight", (wide[f"{last}.weight"] @ inner(wide[f"{first}.weight"])).to(stored)
+    if f"{last}.bias" in wide:
+        added = wide[f"{last}.weight"] @ inner(wide[f"{first}.bias"]) + wide[f"{last}.bias"]
+        yield "out_proj.bias", added.to(stored)
+
+
 def _changed(plan: PruningPlan, name: str, tensor: Tensor) -> Tensor:
     """Neighbouring key/value heads averaged, where the plan pools those of the block."""
     index = block_of(name)
-    change = None if index is None else plan.changes.get(index)
-    if index is None or change is None or name.split(".")[-2] not in ("k_proj", "v_proj"):
+    change = WITHOUT if index is None else plan.changes.get(index, WITHOUT)
+    if index is None or change.pool == 1 or name.split(".")[-2] not in ("k_proj", "v_proj"):
         return tensor
     attention = plan.student.blocks[plan.keep_blocks.index(index)].attention
     assert attention is not None

@@ -26,6 +26,7 @@ from halflap.models.config import (
     AttentionConfig,
     BlockConfig,
     HybridConfig,
+    LinearConfig,
     Mamba1Config,
     Mamba2Config,
     MLPConfig,
@@ -234,6 +235,7 @@ RANKERS: dict[type, Callable[..., dict[str, Kept]]] = {
     AttentionConfig: _rank_queries,
     HybridConfig: _rank_hybrid,
     MLPConfig: _rank_rows,
+    LinearConfig: _rank_rows,
 }
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
+from halflap.checkpoints.checkpoint import load_model, save_model
 from halflap.compress.compose import compose
 from halflap.compress.kinds import Change
 from halflap.compress.masked import masked_teacher
 from halflap.compress.plan import PruningPlan
 from halflap.compress.verify import cut_model, logits, plans_by_axis
 from halflap.errors import HalflapError
+from halflap.models.cache import Cache
 from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, RopeConfig
 from halflap.models.model import HybridModel, initialize
 
@@ -26,6 +29,7 @@ CONFIG = ModelConfig(
         MLPConfig(24),
         AttentionConfig(8, 4, 8, bias=True, window=6),
         AttentionConfig(4, 4, 8, value_head_dim=6),
+        MLPConfig(24, "silu", gated=True, bias=True),
     ),
 )
 TOKENS = torch.randint(0, 40, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -49,6 +53,19 @@ def distance(one: HybridModel, other: HybridModel) -> float:
 PLANS = {
     "pool": PruningPlan(TEACHER, CONFIG, changes={0: Change(pool=2), 3: Change(pool=4)}),
     "window": PruningPlan(TEACHER, CONFIG, changes={2: Change(window=2), 0: Change(window=5)}),
+    "linear": PruningPlan(TEACHER, CONFIG, changes={i: Change(linear=True) for i in (0, 1, 2, 3, 4)}),
+    "linear and cut": PruningPlan(
+        TEACHER,
+        CONFIG,
+        (0, 1, 2, 3),
+        {
+            "hidden": (5, *range(0, 32, 3)),
+            "blocks.1.neuron": (3, 7, 5),
+            "blocks.2.query": ((1,), (0,), (1,), (0,)),
+            "blocks.3.kv": (3, 1),
+        },
+        changes={1: Change(linear=True), 2: Change(linear=True), 3: Change(linear=True)},
+    ),
     "cut too": PruningPlan(
         TEACHER,
         CONFIG,
@@ -82,6 +99,21 @@ def test_changes_are_written_and_read(name: str) -> None:
     assert "changes" not in unchanged.to_json() and unchanged.digest != plan.digest
 
 
+def test_a_linear_block_is_cut_further_and_saved(model: HybridModel, tmp_path: Path) -> None:
+    first = PLANS["linear and cut"]
+    second = PruningPlan("s", first.student, (0, 1, 3), {"hidden": (1, 2, 3)}, changes={0: Change(linear=True)})
+    both = compose(second, first)
+    assert distance(cut_model(cut_model(model, first), second), cut_model(model, both)) < EQUAL
+    student = cut_model(model, first).float()
+    assert student.config.pattern() == "*LLL" and student.config != CONFIG
+    save_model(student, tmp_path, dtype="float32")
+    again = load_model(tmp_path)
+    assert torch.equal(logits(again, TOKENS), logits(student, TOKENS))
+    cache = Cache.create(student.config, 2)
+    steps = [student(part, cache=cache) for part in TOKENS.split(7, 1)]
+    assert torch.allclose(torch.cat(steps, 1), logits(student, TOKENS), atol=1e-4)
+
+
 def test_averages_of_averages_compose(model: HybridModel) -> None:
     first = PLANS["cut too"]
     second = PruningPlan("s", first.student, (0, 2), {"hidden": (1, 2, 3)}, changes={0: Change(2, 4), 2: Change(2)})
@@ -99,6 +131,7 @@ def test_averages_of_averages_compose(model: HybridModel) -> None:
         ({1: Change(pool=2)}, "block 1 cannot have 2 of its 0 key/value heads"),
         ({1: Change(window=2)}, "block 1 cannot have a window of 2"),
         ({2: Change(window=7)}, r"its window \(6\) can only shrink"),
+        ({0: Change(pool=2, linear=True)}, "cannot become linear"),
         ({9: Change(pool=2)}, "changes block 9, which it drops or which is none"),
     ],
 )

@@ -181,6 +181,7 @@ def test_lists_are_combined_and_automatic_sizes_are_not() -> None:
         "num_attention_heads 4",
         "window 4",
         "window 2",
+        "linear",
         "dropped",
     ]
 
