@@ -30,6 +30,8 @@ PURE = {
     "compress.kinds",
     "compress.space",
     "compress.plan",
+    "compress.library",
+    "compress.programme",
 }
 OWNERS = {  # who may import what, beyond the ladder
     "torch.distributed": ("parallel.", "train.resume"),

@@ -15,6 +15,7 @@ from halflap.checkpoints.checkpoint import save_model
 from halflap.checkpoints.config import read_config
 from halflap.commands import timing
 from halflap.compress.cost_model import Condition
+from halflap.compress.plan import PruningPlan
 from halflap.data.tokenizer import train_tokenizer
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_non_embedding_parameters
@@ -129,6 +130,29 @@ def test_steps_share_the_first_teachers_table(
     assert first / whole == pytest.approx(0.5**0.5, rel=0.06) and last / whole == pytest.approx(0.5, rel=0.06)
     assert result["latency"]["teacher_seconds"] == pytest.approx(whole)
     assert not list(tmp_path.glob("run/steps/*/costs.json")), "one table serves all steps"
+
+
+def test_puzzle_chooses_blocks_within_a_time(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, device: list[ModelConfig]
+) -> None:
+    text = ("--importance", place / "scored", "--data", place / "text.jsonl", *FIT, *AT, "--method", "puzzle")
+    few = ("--replacement-tokens", 128, "--score-tokens", 128, "--shortlist", 2)
+    words = ("search", place / "teacher", *text, *few, "--latency", "70%", "--params", "90%")
+    best = halflap(*words, "--out", tmp_path / "search", "--json").json["candidates"][0]
+    condition, plan = Condition("decode", 64, 2), tmp_path / "search" / "search.json"
+    student, whole = PruningPlan.load(plan).student, made_up_seconds(read_config(place / "teacher"), condition)
+    assert best["costs"]["latency"] <= 0.7 * whole * (1 + 1e-6)
+    assert made_up_seconds(student, condition) == pytest.approx(best["costs"]["latency"], rel=0.05)
+    assert any(block.kind == "linear" for config in device for block in config.blocks)
+
+    table = json.loads((tmp_path / "search" / "costs.json").read_text())
+    del table["conditions"][0]["fit"]["coefficients"]["linear"]
+    (tmp_path / "old.json").write_text(json.dumps(table))
+    refused = halflap(*words, "--costs", tmp_path / "old.json", "--out", tmp_path / "refused")
+    assert refused.status == 1 and "no times of linear blocks, which method puzzle may choose" in refused.err
+    refused = halflap(*words[:-4], "--throughput", 1e9, "--out", tmp_path / "refused-too")
+    assert refused.status == 1 and "tokens a second (decode at context 64, batch 2) cannot be met" in refused.err
+    assert "lower --throughput" in refused.err and not list(tmp_path.glob("refused*/variant_scores.json"))
 
 
 def test_a_sweep_finds_the_best_of_each_value(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:

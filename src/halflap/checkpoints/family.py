@@ -11,7 +11,15 @@ from typing import Any
 
 from halflap.checkpoints.names import NameRow
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, HybridConfig, Mamba1Config, MLPConfig, ModelConfig, NTKScaling
+from halflap.models.config import (
+    AttentionConfig,
+    HybridConfig,
+    LinearConfig,
+    Mamba1Config,
+    MLPConfig,
+    ModelConfig,
+    NTKScaling,
+)
 
 Json = Mapping[str, Any]
 
@@ -119,7 +127,7 @@ def beyond_stock(config: ModelConfig) -> str | None:
     if config.num_meta_tokens:
         return f"it has {config.num_meta_tokens} meta tokens, which the stock class has not"
     for block in config.blocks:
-        if isinstance(block, HybridConfig | Mamba1Config):
+        if isinstance(block, HybridConfig | Mamba1Config | LinearConfig):
             return f"it has {block.kind} blocks, which the stock class has not"
         if (attention := block.attention) is None:
             continue

@@ -366,7 +366,7 @@ MIXER_ROWS = {
     "B_layernorm.weight": "ssm.B_norm.weight",
     "C_layernorm.weight": "ssm.C_norm.weight",
 }
-MLP_NAMES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+MLP_NAMES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight", "out_proj.weight")
 
 HYMBA = Family(
     name="hymba",

@@ -147,10 +147,10 @@ NEMOTRON = Family(
         *_pairs("post_attention_layernorm", "norm", 1),
         *(
             row
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
             for row in _pairs(f"self_attn.{name}", f"mixer.{name}", 0)
         ),
-        *(row for name in ("up_proj", "down_proj") for row in _pairs(f"mlp.{name}", f"mixer.{name}", 1)),
+        *(row for name in ("up_proj", "down_proj", "out_proj") for row in _pairs(f"mlp.{name}", f"mixer.{name}", 1)),
         NameRow("model.norm.weight", "norm.weight"),
         NameRow("model.norm.bias", "norm.bias"),
         NameRow("lm_head.weight", "head.weight"),

@@ -229,7 +229,7 @@ MIXER_NAMES = (
     *(f"{name}.weight" for name in ("in_proj", "conv1d", "norm", "out_proj")),
     *("conv1d.bias", "A_log", "D", "dt_bias"),
     *(f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")),
-    *("up_proj.bias", "down_proj.bias"),
+    *("up_proj.bias", "down_proj.bias", "out_proj.bias"),
 )
 
 NEMOTRON_H = Family(

@@ -27,7 +27,7 @@ from halflap.compress.importance import Importance
 from halflap.compress.kinds import block_sizes
 from halflap.compress.metrics import collect
 from halflap.compress.plan import PruningPlan
-from halflap.compress.ranking import plan_for
+from halflap.compress.ranking import plan_by_block
 from halflap.data.loader import Loader
 from halflap.files import write_json
 from halflap.models.model import HybridModel, initialize
@@ -135,8 +135,10 @@ def _short(setting: Setting) -> Path:
 
 
 def _start_student(setting: Setting) -> HybridModel:
-    """The winner of a short distillation goes on from there."""
-    return load_model(_short(setting) if _short(setting).exists() else setting.pruned, "float32")
+    """The winner of a short distillation goes on from there; blocks that the search trained are taken as they are."""
+    if _short(setting).exists():
+        return load_model(_short(setting), "float32")
+    return students.with_trained_blocks(load_model(setting.pruned, "float32"), setting.plan, setting.run.path)
 
 
 def _start_scratch(setting: Setting) -> HybridModel:
@@ -159,18 +161,23 @@ def _start_random(setting: Setting) -> HybridModel:
     teacher, plan = setting.teacher, setting.plan
     model = teacher.load()
     scores = collect(model, [], "random", teacher=teacher.digest, seed=teacher.seed + 1)
-    dropped = tuple(index for index in range(len(plan.teacher_config.blocks)) if index not in plan.keep_blocks)
-    sizes = dataclasses.replace(_sizes(plan), drop_blocks=dropped)
     correction = "masked" if plan.norm_correction == "calibrated" else plan.norm_correction
-    return students.build(model, plan_for(scores, teacher.digest, teacher.config, sizes, correction))
+    drawn = plan_by_block(
+        *(scores, teacher.digest, teacher.config, _sizes(plan), correction),
+        hidden_size=plan.student.hidden_size,
+        changes=plan.changes,
+    )
+    return students.build(model, drawn)
 
 
-def _sizes(plan: PruningPlan) -> Sizes:
-    """The student's sizes; its blocks of a kind have the same ones."""
-    sizes: dict[str, Any] = {"hidden_size": plan.student.hidden_size}
-    for block in plan.student.blocks:
-        sizes |= block_sizes(block)
-    return Sizes(**sizes)
+def _sizes(plan: PruningPlan) -> dict[int, Sizes]:
+    """What the plan cuts each block to, before other changes."""
+    cut = dataclasses.replace(plan, changes={}, norm_correction="none", dropped={}).student
+    found = {}
+    for index, block in zip(plan.keep_blocks, cut.blocks, strict=True):
+        sizes: dict[str, Any] = block_sizes(block)
+        found[index] = Sizes(**sizes)
+    return found
 
 
 STARTS: Mapping[str, Callable[[Setting], HybridModel | None]] = {

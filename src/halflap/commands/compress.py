@@ -23,6 +23,7 @@ from halflap.commands.config_compress import (
     VerifyRecipe,
 )
 from halflap.commands.corpora import Corpora, held_out_batches, open_corpora, training_loader
+from halflap.commands.given import Given, with_dropped
 from halflap.commands.resolve import plan_of
 from halflap.commands.sections import Budgets, ScoreSettings
 from halflap.commands.students import Teacher, has_ceiling, open_teacher
@@ -83,13 +84,13 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     for value, budgets in (swept or {"": recipe.budgets}).items():
         place = sweep.place_of(run.path, value) if swept else run.path
         one = dataclasses.replace(recipe, budgets=budgets, sweep=())
-        each[value] = searching.Given(one, place, teacher, importance, loader, training, Tutor(teacher), table)
+        tutor = Tutor(teacher)
+        each[value] = Given(one, place, run.path, teacher, importance, loader, training, tutor, table)
         searching.check(each[value])  # before any work
     found = {value: searching.search(given) for value, given in each.items()}
     result = sweep.combined(recipe.sweep[0], found, run.path) if swept else found[""].to_json()
-    return {name: value for name, value in result.items() if name != "plan"} | {
-        "path": str(run.path / searching.SEARCH)
-    }
+    shown = {name: value for name, value in result.items() if name != "plan"}
+    return shown | {"pattern": teacher.config.pattern(), "path": str(run.path / searching.SEARCH)}
 
 
 def prune(recipe: PruneRecipe, run: Run) -> dict[str, Any]:
@@ -97,7 +98,12 @@ def prune(recipe: PruneRecipe, run: Run) -> dict[str, Any]:
     directory = find_directory(recipe.model)
     teacher = open_teacher(directory, recipe.common)
     plan, remark, seconds = _plan_to_prune(recipe, teacher, run.path)
-    certificate = _prune(run.checkpoint_dir, teacher, plan)
+    searched = None if recipe.plan is None else sweep.blocks_beside(Path(recipe.plan))
+    if searched is None:
+        certificate = _prune(run.checkpoint_dir, teacher, plan)
+    else:
+        certificate = _prune(run.path / "pruned", teacher, plan)
+        _write_trained(run.checkpoint_dir, run.path / "pruned", plan, searched, teacher)
     student, whole = count_parameters(plan.student), count_parameters(teacher.config)
     return {
         "parameters": student,
@@ -210,11 +216,13 @@ def _compress(
         tokens = recipe.calibration_tokens
         importance = scoring.importance(run.path, teacher, measuring, tokens, recipe.score_settings)
         shortage = scoring.shortage(importance, measuring, tokens)
-    sizes, remark = recipe.sizes, None
+    sizes, variants, remark = recipe.sizes, (), None
     if has_ceiling(recipe.budgets):
-        given = searching.Given(recipe, run.path, teacher, importance, measuring, training, tutor, times)
-        found = searching.search(given)
-        sizes, remark = searching.with_dropped(found.chosen.sizes, recipe.sizes), found.remark
+        found = searching.search(
+            Given(recipe, run.path, run.path, teacher, importance, measuring, training, tutor, times)
+        )
+        sizes, variants = with_dropped(found.chosen.sizes, recipe.sizes), found.chosen.variants
+        remark = found.remark
         plan = PruningPlan.from_json(found.plan or {})
     else:
         plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
@@ -233,6 +241,8 @@ def _compress(
         "student": table["student"],
         "parameters_ratio": table["student"]["parameters"] / table["teacher"]["parameters"],
         "sizes": {name: value for name, value in vars(sizes).items() if value},
+        "variants": list(variants),
+        "pattern": teacher.config.pattern(),
         "verified": None if certificate is None else certificate["passed"],
         "latency": latency,
         "controls": [{"name": name, **table[name]} for name in recipe.controls if name in table],
@@ -282,8 +292,9 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[
     remark = seconds = None
     if has_ceiling(recipe.budgets):
         table = timing.table_for(recipe.budgets, teacher, place)
-        found = searching.candidates(teacher, importance, recipe.budgets, sizes, recipe.space, table)
-        sizes, remark = searching.with_dropped(found.candidates[0].sizes, sizes), found.remark
+        budget = students.budget_of(recipe.budgets, teacher.config, table)
+        found = searching.candidates(teacher, importance, budget, sizes, recipe.space)
+        sizes, remark = with_dropped(found.candidates[0].sizes, sizes), found.remark
         seconds = found.candidates[0].costs.get("latency")
     return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction), remark, seconds
 
@@ -291,6 +302,13 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[
 def _remarks(*remarks: str | None, without: list[str]) -> str | None:
     left_out = f"{', '.join(without)} left out: the student keeps all its Mamba heads" if without else None
     return "; ".join(part for part in (*remarks, left_out) if part) or None
+
+
+def _write_trained(directory: Path, pruned: Path, plan: PruningPlan, searched: Path, teacher: Teacher) -> None:
+    """The student with the blocks that the search has trained; `pruned` is it as cut."""
+    student = students.with_trained_blocks(load_model(pruned, "float32"), plan, searched)
+    step = lineage_step("distill_blocks", {"teacher": teacher.digest, "plan": plan.digest})
+    students.save_trained(directory, student, pruned, step)
 
 
 def _prune(directory: Path, teacher: Teacher, plan: PruningPlan) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from halflap.commands.sections import (
 )
 from halflap.compress.axes import Sizes
 from halflap.compress.grid import SearchSpace
+from halflap.errors import RecipeError
 from halflap.recipe import SIZES, SPACE, TRAINING, Common, File, Files, Model, Positive, section
 from halflap.train.config import Fit
 
@@ -138,3 +139,10 @@ class CompressRecipe:
     """Arms to train beside the student: the same shape from scratch, a group-blind cut, a random ranking."""
     fit: Annotated[Fit, section(TRAINING)] = Fit()
     common: Common = Common()
+
+    def __post_init__(self) -> None:
+        if self.settings.method == "puzzle" and self.sizes != Sizes():
+            raise RecipeError(
+                "sizes were given with method puzzle, which finds sizes for each block; leave them out, or list what "
+                "may be tried with --space.intermediate-size and its like"
+            )

@@ -113,7 +113,7 @@ def measure(
 ) -> list[Importance]:
     """Scores of every axis in one pass, for each scoring; of whole blocks by removal on a part of the text."""
     check_settings(teacher.config, settings)
-    digest = _digest(batches)
+    digest = text_digest(batches)
     made_from = json.dumps({"teacher": teacher.digest, "text": digest, **dataclasses.asdict(settings)})
     scratch = Scratch(directory, made_from)
     model = teacher.load()
@@ -147,8 +147,8 @@ def _depth(
     return {metric: scores.mean, f"{metric}_rank": scores.rank}, removed
 
 
-def _digest(batches: list[Batch]) -> str:
+def text_digest(batches: list[Batch]) -> str:
     total = hashlib.sha256()
     for batch in batches:
-        total.update(batch.tokens.numpy().tobytes())
+        total.update(batch.tokens.cpu().numpy().tobytes())
     return total.hexdigest()

@@ -7,54 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from halflap.commands import shortlist, students
-from halflap.commands.config_compress import CompressRecipe, SearchRecipe
-from halflap.commands.sections import Budgets, LossSettings
+from halflap.commands import puzzle, shortlist, students
+from halflap.commands.config_compress import CompressRecipe
+from halflap.commands.given import Given
+from halflap.commands.sections import LossSettings
 from halflap.commands.shortlist import Shortlist
 from halflap.commands.students import Teacher
-from halflap.commands.teaching import Tutor
 from halflap.compress.axes import Sizes, check_sizes
-from halflap.compress.cost_table import CostTable
+from halflap.compress.costs import Budget
 from halflap.compress.grid import Grid, SearchSpace, choices, choices_by_type
 from halflap.compress.importance import Importance
 from halflap.compress.plan import PruningPlan
-from halflap.compress.ranking import drop_order, plan_for
+from halflap.compress.programme import Programme
+from halflap.compress.ranking import drop_order
 from halflap.compress.search import Order, Round, Score, SearchResult, by_agreement, by_loss, ranked_search, stages
 from halflap.compress.space import Fitting, fitting
 from halflap.data.batch import Batch
-from halflap.data.loader import Loader
 from halflap.errors import RecipeError
 from halflap.models.model import HybridModel
 
 SEARCH = "search.json"
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a search is given: `scoring` are the rows of a micro-batch, `training` those of a step."""
-
-    recipe: SearchRecipe | CompressRecipe
-    place: Path
-    teacher: Teacher
-    importance: Importance
-    scoring: Loader
-    training: Loader
-    tutor: Tutor
-    times: CostTable | None = None
-
-    @property
-    def fixed(self) -> Sizes:
-        """Sizes that are not varied."""
-        return self.recipe.sizes if isinstance(self.recipe, CompressRecipe) else Sizes()
-
-    def plan_for(self, sizes: Sizes) -> PruningPlan:
-        sizes = with_dropped(sizes, self.fixed)
-        return plan_for(self.importance, self.teacher.digest, self.teacher.config, sizes, self.recipe.norm_correction)
 
 
 def check(given: Given) -> None:
@@ -75,18 +50,12 @@ def _fitting(given: Given, grid: Grid) -> Fitting:
             "sizes.drop_blocks names blocks to drop, which --method minipuzzle chooses; leave it out, or give numbers "
             "of blocks (--space.num-attention-blocks, ...)"
         )
-    return candidates(given.teacher, given.importance, recipe.budgets, given.fixed, recipe.space, given.times, grid)
+    return candidates(given.teacher, given.importance, given.budget, given.fixed, recipe.space, grid)
 
 
 def _homogeneous(given: Given, found: Fitting) -> SearchResult:
     """One size an axis for all blocks, ranked by loss."""
-    recipe, model = given.recipe, given.teacher.load()
-    batches = students.choosing(given.scoring, recipe.settings.score_tokens)
-
-    def score(plan: PruningPlan) -> dict[str, float]:
-        return {"loss": students.next_token_loss(students.build(model, plan), batches, given.teacher)}
-
-    return _rank(given, model, batches, found, score, by_loss)
+    return _by_loss(given, given.teacher.load(), found)
 
 
 def _minipuzzle(given: Given, found: Fitting) -> SearchResult:
@@ -102,6 +71,22 @@ def _minipuzzle(given: Given, found: Fitting) -> SearchResult:
     return _rank(given, model, batches, found, score, by_agreement)
 
 
+def _puzzle(given: Given, programme: Programme) -> SearchResult:
+    """A variant for each block, by how its score in the teacher's place adds up, ranked by loss."""
+    model = given.teacher.load()
+    return _by_loss(given, model, puzzle.propose(given, model, programme))
+
+
+def _by_loss(given: Given, model: HybridModel, found: Fitting) -> SearchResult:
+    batches = students.choosing(given.scoring, given.recipe.settings.score_tokens)
+
+    def score(plan: PruningPlan) -> dict[str, float]:
+        student = students.with_trained_blocks(students.build(model, plan), plan, given.shared)
+        return {"loss": students.next_token_loss(student, batches, given.teacher)}
+
+    return _rank(given, model, batches, found, score, by_loss)
+
+
 class Method(NamedTuple):
     """What is tried, found from configs alone, so that budgets which cannot be met are refused before any work; and
     how that is searched."""
@@ -113,16 +98,16 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "homogeneous": Method(partial(_fitting, grid=choices), _homogeneous),
     "minipuzzle": Method(partial(_fitting, grid=choices_by_type), _minipuzzle),
+    "puzzle": Method(puzzle.programme_of, _puzzle),
 }
 
 
 def candidates(
     teacher: Teacher,
     importance: Importance,
-    budgets: Budgets,
+    budget: Budget,
     fixed: Sizes,
     space: SearchSpace,
-    table: CostTable | None,
     grid: Grid = choices,
 ) -> Fitting:
     """Sizes that fit the budgets; those given as `fixed` are not varied."""
@@ -134,13 +119,7 @@ def candidates(
         rest = [index for index in range(len(teacher.config.blocks)) if index not in fixed.drop_blocks]
         order = (*fixed.drop_blocks, *rest)
         given["num_blocks"] = (len(rest),)
-    budget = students.budget_of(budgets, teacher.config, table)
     return fitting(teacher.config, budget, dataclasses.replace(space, **given), order, grid)
-
-
-def with_dropped(sizes: Sizes, fixed: Sizes) -> Sizes:
-    """Blocks named to be dropped stay named."""
-    return dataclasses.replace(sizes, num_blocks=None, drop_blocks=fixed.drop_blocks) if fixed.drop_blocks else sizes
 
 
 def _rank(
@@ -154,6 +133,7 @@ def _rank(
         rounds = ()
     shared = Shortlist(
         given.place,
+        given.shared,
         given.teacher,
         model,
         given.tutor,
@@ -181,7 +161,7 @@ def _rank(
         refine=refine,
     )
     if rounds:
-        shortlist.keep(shared, given.plan_for(result.chosen.sizes), rounds[-1].tokens)
+        shortlist.keep(shared, given.plan_for(result.chosen), rounds[-1].tokens)
     return result
 
 

@@ -99,9 +99,10 @@ class Budgets:
 class SearchSettings:
     """How candidates are ranked."""
 
-    method: Literal["homogeneous", "minipuzzle"] = "homogeneous"
-    """One size an axis for all blocks, ranked by loss; or numbers of blocks of each type and one width of all MLPs,
-    ranked by the text's tokens and by the teacher's that a candidate says (minipuzzle)."""
+    method: Literal["homogeneous", "minipuzzle", "puzzle"] = "homogeneous"
+    """One size an axis for all blocks, ranked by loss; numbers of blocks of each type and one width of all MLPs,
+    ranked by the text's tokens and by the teacher's that a candidate says (minipuzzle); or a variant for each block by
+    what it does in the teacher, ranked by loss (puzzle)."""
     shortlist: Positive = 8
     """Candidates that are built and scored by loss."""
     shortlist_tokens: Tokens = 0
@@ -114,6 +115,15 @@ class SearchSettings:
     better half of that, until two are left (halving); or equal shares."""
     score_tokens: Positive = 16384
     """Tokens on which a candidate's loss is measured."""
+    replacement_tokens: Tokens = 32768
+    """Method puzzle: tokens on which each variant of each block is tried, at half a pass each."""
+    block_tokens: Tokens = 0
+    """Method puzzle: tokens on which each variant of a block first learns what its block does; 0 tries them as cut."""
+    max_overlap: float = 0.8
+    """Method puzzle: largest share of the blocks in which two candidates may be alike."""
+
+    def __post_init__(self) -> None:
+        _require("max_overlap", self.max_overlap, 0 <= self.max_overlap <= 1, "from 0 to 1")
 
 
 @flat(IMPORTANCE)

@@ -37,12 +37,14 @@ STORED_LOGITS = 64
 
 
 class Shortlist(NamedTuple):
-    """What all candidates share: the run's directory, the model they are cut from, who teaches, how, and on what.
+    """What all candidates share: the run's directory, that with trained blocks, the model they are cut from, who
+    teaches, how, and on what.
 
     `tokens` is what the learning rate's schedule is over: those of a candidate that stays to the last round.
     """
 
     place: Path
+    blocks: Path
     teacher: Teacher
     model: HybridModel
     tutor: Tutor
@@ -62,7 +64,7 @@ def train(shared: Shortlist, plans: Sequence[PruningPlan], until: int) -> Iterat
     _drop_trainings(shared, [folder(shared.place, plan) for plan in plans])
     pupils = (
         Pupil(
-            students.build(shared.model, plan),
+            students.with_trained_blocks(students.build(shared.model, plan), plan, shared.blocks),
             folder(shared.place, plan) / "training",
             shared.tutor.origin_after(plan),
         )

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from halflap.commands.tables import number, records, short
+from halflap.compress.library import summary
 
 SIZE_WORDS = {
     "hidden_size": "hidden",
@@ -59,7 +60,8 @@ def search(result: Mapping[str, Any], console: Console) -> None:
     shares = [name for name in ("accuracy", "agreement") if any(row[name] is not None for row in rows)]
     for column in ("parameters", *shares, "loss as cut", *(f"after {short(tokens)}" for tokens in rounds)):
         table.add_column(column, justify="right")
-    table.add_column("sizes")
+    by_block = any(row["variants"] for row in rows)
+    table.add_column("blocks" if by_block else "sizes")
     if sweep:
         table.add_column(sweep["budget"].replace("_", " "), justify="right")
     for row in shown:
@@ -68,16 +70,31 @@ def search(result: Mapping[str, Any], console: Console) -> None:
         said = ["" if row[name] is None else f"{100 * row[name]:.1f} %" for name in shares]
         style = "bold" if row["chosen"] and not sweep else ""
         value = [row["value"]] if sweep else []
-        table.add_row(number(row["costs"]["params"]), *said, *losses, sizes_text(row["sizes"]), *value, style=style)
+        kept = _kept(row, result["pattern"])
+        table.add_row(number(row["costs"]["params"]), *said, *losses, kept, *value, style=style)
     console.print(table)
     if rounds:
         spent = sum(row["rounds"][-1]["tokens"] for row in rows if row["rounds"])
         taken = [sum(len(row["rounds"]) > place for row in rows) for place in range(len(rounds))]
         each = ", ".join(f"{count} to {short(tokens)}" for count, tokens in zip(taken, rounds, strict=True))
         console.print(f"short distillation: {each} tokens each, {short(spent)} in all")
-    console.print(f"{len(result['candidates']):,} of {result['tried']:,} sizes fit; all of them in {result['path']}")
+    if by_block:
+        count = f"{result['tried']:,} variants of {len(result['pattern'])} blocks"
+        console.print(f"{len(rows):,} chosen from {count}; all of them in {result['path']}")
+    else:
+        console.print(f"{len(rows):,} of {result['tried']:,} sizes fit; all of them in {result['path']}")
     if result["remark"]:
         console.print(result["remark"])
+
+
+def _kept(row: Mapping[str, Any], pattern: str) -> str:
+    """What a candidate keeps: its sizes, or what becomes of each block."""
+    if not row["variants"]:
+        return sizes_text(row["sizes"])
+    text = summary(pattern, row["variants"])
+    for name, word in SIZE_WORDS.items():
+        text = text.replace(name, word)
+    return text
 
 
 def latency_text(row: Mapping[str, Any]) -> str:
@@ -121,7 +138,7 @@ def compress(result: Mapping[str, Any], console: Console) -> None:
             name, f"{row['parameters']:,}", trained, *numbers, style="bold" if row is result["student"] else ""
         )
     console.print(table)
-    ratio = f"{100 * result['parameters_ratio']:.1f} % of the teacher's parameters: {sizes_text(result['sizes'])}"
+    ratio = f"{100 * result['parameters_ratio']:.1f} % of the teacher's parameters: {_kept(result, result['pattern'])}"
     proof = {True: ", certified", False: ", NOT certified", None: ""}[result["verified"]]
     console.print(f"{ratio}{proof}")
     if latency := result["latency"]:

@@ -23,6 +23,7 @@ from halflap.commands.device import choose_device
 from halflap.commands.sections import Budgets
 from halflap.compress.cost_table import CostTable
 from halflap.compress.costs import BUDGETS, Budget, costs
+from halflap.compress.local import trained_tensors
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
 from halflap.compress.verify import verify
@@ -35,6 +36,7 @@ from halflap.evaluate.held_out import evaluate_text
 from halflap.files import write_json
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
+from halflap.models.layout import layout
 from halflap.models.model import HybridModel
 from halflap.recipe import Common
 from halflap.train.losses import mean_loss
@@ -42,6 +44,8 @@ from halflap.train.numerics import resolve_dtype
 from halflap.train.objectives.agreement import Agreement, GreedyBatch, with_teacher_tokens
 from halflap.train.objectives.language import NextToken
 
+BLOCKS = "blocks"
+"""Folder of a search with the variants that it trained."""
 CERTIFIED_AT_ONCE = 300_000_000
 """Parameters up to which a student is certified as soon as it is written: teacher and student are then in memory."""
 
@@ -146,6 +150,13 @@ def fill(config: ModelConfig, tensors: Iterator[tuple[str, Tensor]]) -> HybridMo
     return student.requires_grad_(True).eval()
 
 
+def with_trained_blocks(student: HybridModel, plan: PruningPlan, run: Path) -> HybridModel:
+    """The student, in place, with the blocks that a search in directory `run` has trained."""
+    if (run / BLOCKS).is_dir():
+        student.load_state_dict(trained_tensors(run / BLOCKS, plan), strict=False)
+    return student
+
+
 def next_token_loss(model: HybridModel, batches: list[Batch], teacher: Teacher) -> float:
     dtype = resolve_dtype(teacher.dtype, teacher.device)
     return mean_loss(model, NextToken(), batches, teacher.device, dtype)["loss"]
@@ -171,6 +182,7 @@ def write_student(
     types = {
         student: dtype for name, dtype in source.dtypes.items() if (student := plan.student_name(name)) is not None
     }
+    types |= {name: source.dtypes[plan.teacher_name(name)] for name in layout(plan.student) if name not in types}
     cut = {"parameters": count_parameters(plan.student), "norm_correction": plan.norm_correction}
     where = {"teacher_path": str(source.path.resolve())}
     lineage = [*source.lineage, lineage_step("prune", {"teacher": teacher.digest, "plan": plan.digest}, **cut, **where)]

@@ -9,11 +9,13 @@ from typing import Any
 
 from halflap.amounts import Unit, parse_amount
 from halflap.commands.sections import Budgets
+from halflap.commands.students import BLOCKS
 from halflap.compress.costs import BUDGETS
 from halflap.compress.search import SearchResult
 from halflap.errors import HalflapError, RecipeError
 from halflap.files import write_json
 
+SWEEP = "sweep"
 OF_UNIT: dict[str, Unit] = {"memory": "bytes", "latency": "seconds"}
 """Units of the budgets that are no counts."""
 
@@ -44,7 +46,14 @@ def budgets_of(sweep: tuple[str, ...], beside: Budgets) -> dict[str, Budgets]:
 
 def place_of(directory: Path, value: str) -> Path:
     """Where the search of a value keeps its files."""
-    return directory / "sweep" / value
+    return directory / SWEEP / value
+
+
+def blocks_beside(search: Path) -> Path | None:
+    """The run in which the blocks of a search.json were trained, itself or the sweep it belongs to; None without."""
+    place = search.resolve().parent
+    sweep = [place.parents[1]] if place.parent.name == SWEEP else []
+    return next((run for run in (place, *sweep) if (run / BLOCKS).is_dir()), None)
 
 
 def combined(budget: str, found: Mapping[str, SearchResult], directory: Path) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from halflap.compress.axes import axes_of, block_of
+from halflap.compress.axes import axes_of, block_of, short_name
 from halflap.compress.correction import Dropped
+from halflap.compress.kinds import Change
 from halflap.compress.plan import Kept, PruningPlan, kept_indices
 from halflap.errors import HalflapError
 from halflap.models.layout import Axis, layout
@@ -24,11 +25,17 @@ def compose(second: PruningPlan, first: PruningPlan) -> PruningPlan:
             f"width {first.student.hidden_size} with {first.norm_correction!r}; give a plan for the first one's student"
         )
     axes = axes_of(first.student)
-    keep = {
-        first.teacher_name(name): _compose_axis(first, second, axis, axes)
-        for name, axis in axes.items()
-        if block_of(name) in (None, *second.keep_blocks)
-    }
+    changes = _compose_changes(first, second)
+    settled = {index for index, change in first.changes.items() if change.pool > 1 or change.linear}
+    keep = {}
+    for name, axis in axes.items():
+        own = first.teacher_name(name)
+        if block_of(name) not in (None, *second.keep_blocks):
+            continue
+        if block_of(own) not in settled or short_name(own) == "value_channel":
+            keep[own] = _compose_axis(first, second, axis, axes)
+    stay = settled & {first.keep_blocks[index] for index in second.keep_blocks}
+    keep |= {name: kept for name, kept in first.keep.items() if block_of(name) in stay and name not in keep}
     return PruningPlan(
         teacher=first.teacher,
         teacher_config=first.teacher_config,
@@ -37,7 +44,24 @@ def compose(second: PruningPlan, first: PruningPlan) -> PruningPlan:
         norm_correction=first.norm_correction,
         dropped=_compose_dropped(first, second),
         importance=second.importance,
+        changes=changes,
     )
+
+
+def _compose_changes(first: PruningPlan, second: PruningPlan) -> dict[int, Change]:
+    """Averages of averages; what the second cuts of averaged heads has no place among the first teacher's."""
+    found = {}
+    for place, index in enumerate(first.keep_blocks):
+        before, after = first.changes.get(index, Change()), second.changes.get(place, Change())
+        if before.pool > 1 and {f"blocks.{place}.kv", f"blocks.{place}.query"} & second.keep.keys():
+            raise HalflapError(
+                f"the first plan averages key/value heads of block {index} and the second cuts what came of them, "
+                "which one plan cannot say; apply them one after the other"
+            )
+        if place in second.keep_blocks:
+            window = before.window if after.window is None else after.window
+            found[index] = Change(before.pool * after.pool, window, before.linear or after.linear)
+    return found
 
 
 def _compose_axis(first: PruningPlan, second: PruningPlan, axis: Axis, axes: dict[str, Axis]) -> Kept:

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,6 +78,10 @@ class CostTable:
         """The predicted time of a pass; of the measured model, what it took."""
         return self.models[condition].seconds(config, condition)
 
+    def unknown(self, condition: Condition, blocks: Iterable[BlockConfig]) -> list[str]:
+        """Kinds of these blocks that it tells no times of."""
+        return sorted({kind_of(block) for block in blocks} - set(self.models[condition].coefficients))
+
     @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
@@ -97,8 +101,7 @@ class CostTable:
         if condition not in self.models:
             covered = "; ".join(map(str, sorted(self.models)))
             refuse(f"covers {covered}, and the budget is of {condition}", f"give what it covers, or {again}")
-        known = self.models[condition].coefficients
-        if absent := sorted({kind_of(block) for block in config.blocks} - set(known)):
+        if absent := self.unknown(condition, config.blocks):
             refuse(f"has no times of {absent[0]} blocks, and this model has some", again)
         for field in ("hidden_size", "vocab_size"):
             if (here := getattr(config, field)) > (there := getattr(self.model, field)):

@@ -133,6 +133,26 @@ def _throughput(found: Mapping[str, float], budget: Budget) -> dict[str, float]:
     return {"throughput": budget.condition.tokens / found["latency"]} if "latency" in found else {}
 
 
+COPIES = 8  # bytes are counted up from bits, so eight alike add a whole number of them
+
+
+def block_cost(name: str, config: ModelConfig, budget: Budget, block: BlockConfig) -> float:
+    """What one more block adds to a cost; one that reads another's keys and values needs that beside it."""
+    beside, block = with_source(block, None), with_source(block, 0)
+    one, more = (_cost_of(name, config, budget, beside, *[block] * count) for count in (0, COPIES))
+    return (more - one) / COPIES
+
+
+def rest_cost(name: str, config: ModelConfig, budget: Budget) -> float:
+    """What a model costs beside its blocks."""
+    block = config.blocks[0]  # the first reads no other
+    return _cost_of(name, config, budget, block) - block_cost(name, config, budget, block)
+
+
+def _cost_of(name: str, config: ModelConfig, budget: Budget, *blocks: BlockConfig) -> float:
+    return COSTS[name](dataclasses.replace(config, blocks=blocks), budget)
+
+
 class Costs:
     """Costs of many sizes of one teacher: a sum over its different blocks, each counted once for each width."""
 
@@ -171,22 +191,18 @@ class Costs:
         return self._blocks[key]
 
     def _block(self, name: str, hidden: int, block: BlockConfig, values: tuple[int, ...]) -> float:
-        """What one more block of these sizes adds; one that reads another's keys and values needs that beside it."""
         key = (name, hidden, id(block), values)
         if key not in self._known:
             sizes: dict[str, Any] = dict(zip(block_sizes(block), values, strict=True))
             resized = resize_block(block, target_counts(block, Sizes(**sizes)))
-            beside = with_source(resized, None)
-            self._known[key] = self._exact(name, hidden, beside, resized) - self._exact(name, hidden, beside)
+            self._known[key] = block_cost(name, self._at(hidden), self.budget, resized)
         return self._known[key]
 
     def _rest(self, name: str, hidden: int) -> float:
-        """What a model costs beside its blocks."""
         key = (name, hidden)
         if key not in self._known:
-            block = self.teacher.blocks[0]
-            self._known[key] = 2 * self._exact(name, hidden, block) - self._exact(name, hidden, block, block)
+            self._known[key] = rest_cost(name, self._at(hidden), self.budget)
         return self._known[key]
 
-    def _exact(self, name: str, hidden: int, *blocks: BlockConfig) -> float:
-        return COSTS[name](dataclasses.replace(self.teacher, hidden_size=hidden, blocks=blocks), self.budget)
+    def _at(self, hidden: int) -> ModelConfig:
+        return dataclasses.replace(self.teacher, hidden_size=hidden)

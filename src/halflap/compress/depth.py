@@ -136,7 +136,7 @@ def _rows_without(
     model: HybridModel, batch: Batch, metric: str, gone: Row, progress: Progress
 ) -> tuple[Tensor, Tensor]:
     """Numerators and denominators (B, L) float64 of every row's score without each block that is left, else 0."""
-    full, stream, context = _full_pass(model, batch)
+    full, stream, context = full_pass(model, batch)
     meta = model.config.num_meta_tokens
     places = text_places(batch.tokens, batch.segments, meta) if meta else None
     used = batch.weights > 0
@@ -145,7 +145,7 @@ def _rows_without(
         if index in gone:
             continue
         with_it = block(stream, context)  # first, for the keys and values that later blocks read
-        without = _finish(model, stream, context, (*gone, *range(index + 1)), places)
+        without = finish(model, stream, context, (*gone, *range(index + 1)), places)
         for row in used.any(1).nonzero()[:, 0].tolist():
             of_row = (part[row][used[row]] for part in (full, without, batch.targets, batch.weights))
             over[row, index], under[row, index] = DEPTH_METRICS[metric](model.head_weight, *of_row)
@@ -154,7 +154,7 @@ def _rows_without(
     return over, under
 
 
-def _full_pass(model: HybridModel, batch: Batch) -> tuple[Tensor, Tensor, Any]:
+def full_pass(model: HybridModel, batch: Batch) -> tuple[Tensor, Tensor, Any]:
     """Final hidden states, and what the first block was given: the stream (B, T, D) and the pass's context."""
     given: list[Any] = []
     handle = model.blocks[0].register_forward_pre_hook(lambda _, args: given.extend(args[:2]))
@@ -165,7 +165,7 @@ def _full_pass(model: HybridModel, batch: Batch) -> tuple[Tensor, Tensor, Any]:
     return full, given[0], given[1]
 
 
-def _finish(model: HybridModel, stream: Tensor, context: Any, skipped: Row, places: Tensor | None) -> Tensor:
+def finish(model: HybridModel, stream: Tensor, context: Any, skipped: Row, places: Tensor | None) -> Tensor:
     """Final hidden states (B, T, D) after all blocks but the skipped; places: of the tokens between meta tokens."""
     for index, block in enumerate(model.blocks):
         if index not in skipped:

@@ -46,18 +46,28 @@ class SearchSpace:
     """Numbers of attention blocks that stay (minipuzzle)."""
     num_mlp_blocks: tuple[int, ...] = ()
     """Numbers of MLP blocks that stay (minipuzzle)."""
-    max_width_cut: float = 0.4
-    """Largest share of an axis that automatic choices cut."""
-    max_depth_cut: float = 0.2
-    """Largest share of the blocks that automatic choices drop."""
+    max_width_cut: float | None = None
+    """Largest share of an axis that automatic choices cut; 0.4 when not given, of method puzzle 0.9."""
+    max_depth_cut: float | None = None
+    """Largest share of the blocks that automatic choices drop; 0.2 when not given, of method puzzle 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("max_width_cut", "max_depth_cut"):
-            if not 0 <= getattr(self, name) < 1:
+            if not 0 <= (getattr(self, name) or 0) < 1:
                 raise HalflapError(
                     f"space.{name} is {getattr(self, name)}; it must be at least 0 and below 1: correct it"
                 )
 
+    def largest_cuts(self, width: float, depth: float) -> tuple[float, float]:
+        """Those of width and depth that were given, or else these."""
+        return (
+            width if self.max_width_cut is None else self.max_width_cut,
+            depth if self.max_depth_cut is None else self.max_depth_cut,
+        )
+
+
+LARGEST_CUTS = 0.4, 0.2
+"""Of width and depth, where all blocks, or all of a type, are cut alike."""
 
 # Axes that automatic choices leave whole: attention is 8 % of a Nemotron-H and whole in all published students, and
 # cutting the state size is untried. On the query heads of hybrid blocks hang the channels of their SSM.
@@ -118,7 +128,8 @@ def choices_by_type(
     if unknown := [name for name in BLOCK_COUNTS if getattr(space, name) and name not in types]:
         check_sizes(teacher, Sizes(**{unknown[0]: getattr(space, unknown[0])[0]}))
     step, count = len(depth_units(teacher)[0]), len(teacher.blocks)
-    most = count - min(space.num_blocks) if space.num_blocks else math.floor(space.max_depth_cut * count)
+    _, depth = space.largest_cuts(*LARGEST_CUTS)
+    most = count - min(space.num_blocks) if space.num_blocks else math.floor(depth * count)
     for name, blocks in types.items():
         given = getattr(space, name)
         for value in given:
@@ -136,7 +147,8 @@ def points(teacher: ModelConfig, space: SearchSpace, grid: Mapping[str, tuple[in
     """
     types = [name for name in BLOCK_COUNTS if name in grid]
     given = all(getattr(space, name) for name in types)
-    least = 0 if given else math.ceil((1 - space.max_depth_cut) * len(teacher.blocks))
+    _, depth = space.largest_cuts(*LARGEST_CUTS)
+    least = 0 if given else math.ceil((1 - depth) * len(teacher.blocks))
     totals = space.num_blocks or range(least, len(teacher.blocks) + 1)
     for values in itertools.product(*grid.values()):
         sizes = dict(zip(grid, values, strict=True))
@@ -151,10 +163,11 @@ def _automatic(
 ) -> tuple[int, ...]:
     if name in left_whole(teacher) or (name == "num_blocks" and not with_depth):
         return (largest,)
+    width, depth = space.largest_cuts(*LARGEST_CUTS)
     if name == "num_blocks":
         unit = len(depth_units(teacher)[0])
         step = unit * max(1, round(largest / 26 / unit))  # 2 of the 52 blocks of the 8B
-        return tuple(range(largest, math.ceil((1 - space.max_depth_cut) * largest) - 1, -step))
+        return tuple(range(largest, math.ceil((1 - depth) * largest) - 1, -step))
     if name == "mamba_num_heads":
         step = _step_of_heads(largest, [b.num_groups for b in teacher.blocks if isinstance(b, Mamba2Config)])
     elif name == "num_attention_heads":
@@ -163,7 +176,7 @@ def _automatic(
         step = max(1, largest // 8)
     else:
         step = _step(largest, least)
-    return tuple(range(largest, math.ceil((1 - space.max_width_cut) * largest) - 1, -step))
+    return tuple(range(largest, math.ceil((1 - width) * largest) - 1, -step))
 
 
 def _step_of_heads(largest: int, parents: list[int]) -> int:

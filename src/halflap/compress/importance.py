@@ -23,7 +23,15 @@ from torch import Tensor
 from halflap.compress.kinds import block_counts
 from halflap.errors import HalflapError
 from halflap.files import atomic_write
-from halflap.models.config import AttentionConfig, HybridConfig, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
+from halflap.models.config import (
+    AttentionConfig,
+    HybridConfig,
+    LinearConfig,
+    Mamba1Config,
+    Mamba2Config,
+    MLPConfig,
+    ModelConfig,
+)
 
 FORMAT = "halflap-importance-2"
 HEADER = ("metric", "teacher", "calibration", "tokens", "scoring", "depth_metric", "removed")
@@ -135,6 +143,7 @@ def score_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 # Scores of a block, and the axes they are on.
 SCORES: dict[type, dict[str, tuple[str, ...]]] = {
     MLPConfig: {"neuron": ("neuron",)},
+    LinearConfig: {},
     AttentionConfig: {"query": ("kv", "query")},
     Mamba1Config: {"inner": ("inner",), "state": ("state",)},
     Mamba2Config: {"inner": ("group", "head", "channel"), "state": ("group", "state")},

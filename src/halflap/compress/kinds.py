@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from halflap.errors import HalflapError
 from halflap.models.config import (
     AttentionConfig,
     BlockConfig,
     HybridConfig,
+    LinearConfig,
     Mamba1Config,
     Mamba2Config,
     MLPConfig,
@@ -128,6 +131,7 @@ KINDS: dict[type, Kind] = {
         ),
     ),
     AttentionConfig: Kind(_counts_attention, _resize_attention, (_KEYS, _QUERIES)),
+    LinearConfig: Kind(lambda block: {}, lambda block, count: block, ()),
     HybridConfig: Kind(
         _counts_hybrid, _resize_hybrid, (_KEYS, _QUERIES, SizedAxis("mamba_head_dim", "value_channel"), _STATES)
     ),
@@ -154,6 +158,59 @@ def block_counts(block: BlockConfig) -> dict[str, int]:
 def resize_block(block: BlockConfig, count: Counts) -> BlockConfig:
     """The block with these counts; the inverse of `block_counts`."""
     return KINDS[type(block)].resize(block, count)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a block beside what is left of its axes.
+
+    pool     so many neighbouring key/value heads are averaged into one, which all their query heads read
+             (Ainslie et al. 2023); attention alone, and only where no other block reads them
+    window   tokens that a query sees before itself, fewer than it did
+    linear   attention or an MLP becomes the product of its outer maps, W_o W_v or W_down W_up (Bercovich et al. 2024):
+             what it does where a token sees itself alone, or the activation does nothing and the gate is open
+    """
+
+    pool: int = 1
+    window: int | None = None
+    linear: bool = False
+
+    def check(self, block: BlockConfig, index: int, shared: bool, heads: int) -> None:
+        """Raise HalflapError unless block `index` can be changed so.
+
+        shared: other blocks read its keys and values, or it reads theirs; heads: its key/value heads that are kept.
+        """
+        own = block.attention
+        if self.linear and (shared or self.pool > 1 or not isinstance(block, AttentionConfig | MLPConfig)):
+            raise HalflapError(
+                f"block {index} ({block.kind}) cannot become linear; it must be attention that shares with no block "
+                "and keeps its key/value heads apart, or an MLP: leave the change out"
+            )
+        if self.pool > 1 and (heads % self.pool or shared or not isinstance(block, AttentionConfig)):
+            raise HalflapError(
+                f"block {index} cannot have {self.pool} of its {heads} key/value heads averaged into one; it must be "
+                "attention alone that shares with no block, and the number must divide its heads: leave the change out"
+            )
+        if self.window is not None and (own is None or shared or not 0 < self.window <= (own.window or self.window)):
+            raise HalflapError(
+                f"block {index} cannot have a window of {self.window}: it must have attention that shares with no "
+                f"block, and its window ({own and own.window}) can only shrink: leave the change out"
+            )
+
+
+def changed_block(block: BlockConfig, change: Change) -> BlockConfig:
+    """The block, its axes cut already, after a change."""
+    attention = block.attention
+    if change.linear and isinstance(block, AttentionConfig | MLPConfig):
+        return LinearConfig(block.bias)
+    if attention is None:
+        return block
+    changed = dataclasses.replace(
+        attention,
+        num_key_value_heads=attention.num_key_value_heads // change.pool,
+        window=attention.window if change.window is None else change.window,
+    )
+    return changed if block is attention else dataclasses.replace(block, attention=changed)  # type: ignore[call-arg]
 
 
 def block_sizes(block: BlockConfig) -> dict[str, int]:

@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halflap.compress.axes import block_of
 from halflap.compress.correction import norms
-from halflap.compress.kinds import axis_name, block_counts
+from halflap.compress.kinds import Change, axis_name, block_counts, changed_block
 from halflap.compress.plan import PruningPlan
-from halflap.models.config import AttentionConfig, HybridConfig, Mamba1Config, Mamba2Config, MLPConfig
+from halflap.models.config import AttentionConfig, HybridConfig, LinearConfig, Mamba1Config, Mamba2Config, MLPConfig
 from halflap.models.model import HybridModel
 
 
@@ -38,12 +38,45 @@ def masked_teacher(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
             norm.weight[~hidden], norm.bias[~hidden] = -1, 0  # type: ignore[index]
         for index, block in enumerate(model.blocks):
             mixer: Any = block.mixer
+            _change(mixer, plan.changes.get(index, Change()), _kept(plan, index).get("kv"))
             output = MASKS[type(teacher.config.blocks[index])](mixer, _kept(plan, index))
+            if plan.changes.get(index, Change()).linear:
+                block.mixer = _Outer(mixer)
             heard = hidden if index in plan.keep_blocks else torch.zeros_like(hidden)
             _silence(output.weight, heard, centred)
             if output.bias is not None:
                 _silence(output.bias, heard, centred)
     return model
+
+
+def _change(mixer: Any, change: Change, kept: Any) -> None:
+    """Each of some neighbouring (kept) key/value heads their mean; a smaller window."""
+    attention: AttentionConfig | None = mixer.config.attention
+    if attention is None:
+        return
+    mixer.config = changed_block(mixer.config, dataclasses.replace(change, pool=1, linear=False))
+    if change.pool > 1:
+        heads = list(range(attention.num_key_value_heads) if kept is None else kept)
+        for projection in (mixer.k_proj, mixer.v_proj):
+            for tensor in projection.parameters():
+                rows = tensor.unflatten(0, (attention.num_key_value_heads, -1))
+                pools = rows[heads].unflatten(0, (-1, change.pool))
+                rows[heads] = pools.mean(1, keepdim=True).expand_as(pools).flatten(0, 1)
+
+
+class _Outer(nn.Module):
+    """An MLP without activation and gate, or attention in which each token sees itself alone."""
+
+    def __init__(self, mixer: Any) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, context: Any, state: Any = None) -> Tensor:
+        config = self.mixer.config
+        if isinstance(config, MLPConfig):
+            return self.mixer.down_proj(self.mixer.up_proj(x))
+        heads = self.mixer.v_proj(x).unflatten(-1, (config.num_key_value_heads, config.value_dim))
+        return self.mixer.o_proj(heads.repeat_interleave(config.queries_per_key_value_head, -2).flatten(-2))
 
 
 def _kept(plan: PruningPlan, index: int) -> dict[str, Any]:
@@ -188,4 +221,5 @@ MASKS: dict[type, Callable[[Any, Mapping[str, Any]], Any]] = {
     AttentionConfig: _mask_attention,
     HybridConfig: _mask_hybrid,
     MLPConfig: _mask_mlp,
+    LinearConfig: lambda mixer, kept: mixer.out_proj,
 }

@@ -19,7 +19,7 @@ from typing import Any
 
 from halflap.compress.axes import axes_of, block_of, depth_units, short_name
 from halflap.compress.correction import Dropped, Scales, correct_norms
-from halflap.compress.kinds import axis_name, block_counts, resize_block
+from halflap.compress.kinds import Change, axis_name, block_counts, changed_block, owner, resize_block
 from halflap.errors import HalflapError
 from halflap.files import write_json
 from halflap.models.config import ModelConfig
@@ -44,6 +44,7 @@ class PruningPlan:
     norm_correction  none, masked or calibrated
     dropped          share of energy that each cut norm loses, for `calibrated` only
     importance       digest of the importance that chose the indices
+    changes          what else becomes of kept blocks, by their index
     student          (derived) the student's config
     scales           (derived) factors of the student's parameters, by the teacher's names
     """
@@ -55,6 +56,7 @@ class PruningPlan:
     norm_correction: str = "masked"
     dropped: Dropped = field(default_factory=dict)
     importance: str | None = None
+    changes: Mapping[int, Change] = field(default_factory=dict)
     student: ModelConfig = field(init=False)
     scales: Scales = field(init=False)
 
@@ -64,11 +66,13 @@ class PruningPlan:
         keep = {name: _tuples(table) for name, table in self.keep.items()}
         _check_blocks(config, blocks)
         _check_keep(config, blocks, keep)
+        _check_changes(config, blocks, keep, self.changes)
         keep = _without_whole_axes(config, keep)
-        student, scales = correct_norms(
-            config, _shape(config, blocks, keep), blocks, self.norm_correction, self.dropped
-        )
-        for name, value in (("keep_blocks", blocks), ("keep", keep), ("student", student), ("scales", scales)):
+        changes = {index: change for index, change in sorted(self.changes.items()) if change != Change()}
+        shape = _shape(config, blocks, keep, changes)
+        student, scales = correct_norms(config, shape, blocks, self.norm_correction, self.dropped)
+        derived = {"keep_blocks": blocks, "keep": keep, "changes": changes, "student": student, "scales": scales}
+        for name, value in derived.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -94,12 +98,34 @@ class PruningPlan:
         return f"blocks.{self.keep_blocks.index(index)}.{name.split('.', 2)[2]}"
 
     def teacher_name(self, name: str) -> str:
-        """The teacher's name of an axis or parameter of the student."""
+        """The teacher's name of an axis or parameter of the student; what a linear block is made of comes last."""
         if (index := block_of(name)) is None:
             return name
-        return f"blocks.{self.keep_blocks[index]}.{name.split('.', 2)[2]}"
+        index, rest = self.keep_blocks[index], name.split(".", 2)[2]
+        return f"blocks.{index}.{self._last_map(index, rest)}"
+
+    def kept_heads(self, index: int) -> tuple[int, int]:
+        """How many key/value heads of an attention block are kept, and how many query heads of each."""
+        block, axes = self.teacher_config.blocks[index], axes_of(self.teacher_config)
+        kv, query = (kept_count(axes[axis_name(block, index, axis)], self.keep) for axis in ("kv", "query"))
+        return kv, query
+
+    def factors(self, index: int, name: str) -> tuple[float, ...]:
+        """Factors of a parameter of the student by its name inside the teacher's block `index`.
+
+        What a linear block is made of bears them in its last map; earlier ones have none.
+        """
+        return self.scales.get(f"blocks.{index}.{self._last_map(index, name)}", (1.0,))
+
+    def _last_map(self, index: int, name: str) -> str:
+        """For the one map of a block that becomes linear, the last of those it is the product of; else the name."""
+        if not self.changes.get(index, Change()).linear:
+            return name
+        last = "o_proj" if self.teacher_config.blocks[index].attention else "down_proj"
+        return name.replace("mixer.out_proj", f"mixer.{last}")
 
     def to_json(self) -> dict[str, Any]:
+        changes = {str(index): dataclasses.asdict(change) for index, change in self.changes.items()}
         return {
             "format": FORMAT,
             "teacher": self.teacher,
@@ -107,6 +133,7 @@ class PruningPlan:
             "norm_correction": self.norm_correction,
             "keep_blocks": list(self.keep_blocks),
             "keep": {name: _lists(table) for name, table in self.keep.items()},
+            **({"changes": changes} if changes else {}),
             "dropped": _lists_of(self.dropped),
             "scales": _lists_of(self.scales),
             "teacher_config": self.teacher_config.to_json(),
@@ -130,6 +157,7 @@ class PruningPlan:
                 norm_correction=data["norm_correction"],
                 dropped={name: tuple(shares) for name, shares in data["dropped"].items()},
                 importance=data["importance"],
+                changes={int(index): Change(**change) for index, change in data.get("changes", {}).items()},
             )
             agrees = plan.student == ModelConfig.from_json(data["student"]) and _lists_of(plan.scales) == data["scales"]
         except (KeyError, TypeError, AttributeError) as error:
@@ -177,7 +205,9 @@ def kept_count(axis: Axis, keep: Mapping[str, Kept]) -> int:
     return len(table) if axis.parent is None else len(table[0])
 
 
-def _shape(config: ModelConfig, keep_blocks: Row, keep: Mapping[str, Kept]) -> ModelConfig:
+def _shape(
+    config: ModelConfig, keep_blocks: Row, keep: Mapping[str, Kept], changes: Mapping[int, Change]
+) -> ModelConfig:
     """The teacher's config with the student's blocks and widths."""
     axes = axes_of(config)
 
@@ -187,7 +217,8 @@ def _shape(config: ModelConfig, keep_blocks: Row, keep: Mapping[str, Kept]) -> M
     blocks = []
     for index, left in zip(keep_blocks, left_blocks(config.blocks, keep_blocks), strict=True):
         own = config.blocks[index]
-        blocks.append(resize_block(left, {a: count(axis_name(own, index, a)) for a in block_counts(own)}))
+        resized = resize_block(left, {a: count(axis_name(own, index, a)) for a in block_counts(own)})
+        blocks.append(changed_block(resized, changes.get(index, Change())))
     return dataclasses.replace(config, hidden_size=count("hidden"), blocks=tuple(blocks))
 
 
@@ -238,6 +269,24 @@ def _check_keep(config: ModelConfig, keep_blocks: Row, keep: Mapping[str, Kept])
             )
         for row in rows:
             _check_row(name, axis.size, row)
+
+
+def _check_changes(
+    config: ModelConfig, keep_blocks: Row, keep: Mapping[str, Kept], changes: Mapping[int, Change]
+) -> None:
+    shared, axes = sharing_blocks(config), axes_of(config)
+    for index, change in changes.items():
+        if index not in keep_blocks:
+            raise HalflapError(f"a pruning plan changes block {index}, which it drops or which is none; leave it out")
+        heads = axes.get(axis_name(config.blocks[index], index, "kv"))
+        count = 0 if heads is None else kept_count(heads, keep)
+        change.check(config.blocks[index], index, index in shared, count)
+
+
+def sharing_blocks(config: ModelConfig) -> set[int]:
+    """Blocks whose keys and values are read by others, and those that read them."""
+    pairs = [(index, owner(block, index)) for index, block in enumerate(config.blocks)]
+    return {index for pair in pairs if pair[0] != pair[1] for index in pair}
 
 
 def _check_row(name: str, size: int, row: tuple[Any, ...]) -> None:

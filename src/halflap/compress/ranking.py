@@ -25,7 +25,8 @@ from halflap.compress.axes import (
 )
 from halflap.compress.correction import norms
 from halflap.compress.importance import Importance
-from halflap.compress.kinds import SHARED, axis_name, block_counts, owner
+from halflap.compress.kinds import SHARED, Change, axis_name, block_counts, owner
+from halflap.compress.library import Variant
 from halflap.compress.plan import Kept, PruningPlan, Row, kept_indices
 from halflap.compress.prune import dim_indices
 from halflap.errors import HalflapError
@@ -33,6 +34,7 @@ from halflap.models.config import (
     AttentionConfig,
     BlockConfig,
     HybridConfig,
+    LinearConfig,
     Mamba1Config,
     Mamba2Config,
     MLPConfig,
@@ -54,19 +56,44 @@ def plan_for(
 ) -> PruningPlan:
     """The plan that reaches the sizes and keeps what scores highest. Raises HalflapError on sizes that cannot be."""
     check_sizes(config, sizes)
-    blocks = kept_blocks(importance, config, sizes)
+    by_block = dict.fromkeys(kept_blocks(importance, config, sizes), sizes)
+    return plan_by_block(importance, teacher, config, by_block, norm_correction, hidden_size=sizes.hidden_size)
+
+
+def plan_by_block(
+    importance: Importance,
+    teacher: str,
+    config: ModelConfig,
+    sizes: Mapping[int, Sizes],
+    norm_correction: str = "masked",
+    *,
+    hidden_size: int | None = None,
+    changes: Mapping[int, Change] | None = None,
+) -> PruningPlan:
+    """The plan that keeps these blocks, each at sizes of its own; those that share keys and values agree in theirs."""
+    blocks = tuple(sorted(sizes))
     keep: dict[str, Kept] = {}
-    hidden = sizes.hidden_size or config.hidden_size
+    hidden = hidden_size or config.hidden_size
     if hidden < config.hidden_size:
         keep["hidden"] = _row(top(importance.widths["hidden"].sum(0), hidden))
-    keep |= _rank_shared(importance.widths, config, blocks, sizes)
+    keep |= _rank_shared(importance.widths, config, sizes)
     for index in blocks:
         block = config.blocks[index]
-        keep |= RANKERS[type(block)](importance.widths, index, block, target_counts(block, sizes), keep)
+        keep |= RANKERS[type(block)](importance.widths, index, block, target_counts(block, sizes[index]), keep)
     dropped = {}
     if norm_correction == "calibrated":
         dropped = dropped_energy(importance, config, blocks, keep)
-    return PruningPlan(teacher, config, blocks, keep, norm_correction, dropped, importance.digest)
+    return PruningPlan(teacher, config, blocks, keep, norm_correction, dropped, importance.digest, changes or {})
+
+
+def plan_of_variants(
+    importance: Importance, teacher: str, config: ModelConfig, variants: Sequence[Variant], norm_correction: str
+) -> PruningPlan:
+    """The plan that makes of each block its variant."""
+    kept = {index: variant for index, variant in enumerate(variants) if not variant.dropped}
+    sizes = {index: variant.sizes for index, variant in kept.items()}
+    changes = {index: variant.change for index, variant in kept.items()}
+    return plan_by_block(importance, teacher, config, sizes, norm_correction, changes=changes)
 
 
 def top(scores: Tensor, count: int) -> Tensor:
@@ -145,16 +172,16 @@ def _rank_mamba2(
     return found
 
 
-def _rank_shared(widths: Widths, config: ModelConfig, blocks: Row, sizes: Sizes) -> dict[str, Kept]:
+def _rank_shared(widths: Widths, config: ModelConfig, sizes: Mapping[int, Sizes]) -> dict[str, Kept]:
     """Key/value heads and value channels, the latter first, of every block that has its own."""
     keep: dict[str, Kept] = {}
-    for index in blocks:
+    for index in sorted(sizes):
         block = config.blocks[index]
         if block.attention is None or owner(block, index) != index:
             continue
-        own, count = block_counts(block), target_counts(block, sizes)
+        own, count = block_counts(block), target_counts(block, sizes[index])
         cut = {axis for axis in SHARED & own.keys() if count[axis] < own[axis]}
-        readers = [other for other in blocks if owner(config.blocks[other], other) == index] if cut else []
+        readers = [other for other in sizes if owner(config.blocks[other], other) == index] if cut else []
         scores = [_head_channels(widths, other).double() for other in readers]
         if "value_channel" in cut:
             total = torch.stack([torch.linalg.vector_norm(score, dim=(0, 1)) for score in scores]).sum(0)
@@ -214,6 +241,7 @@ RANKERS: dict[type, Callable[..., dict[str, Kept]]] = {
     AttentionConfig: _rank_queries,
     HybridConfig: _rank_hybrid,
     MLPConfig: _rank_rows,
+    LinearConfig: _rank_rows,
 }
 
 

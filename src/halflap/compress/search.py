@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from halflap.compress.axes import Sizes
 from halflap.compress.plan import PruningPlan
-from halflap.compress.space import Fitting
+from halflap.compress.space import Candidate, Fitting
 from halflap.errors import HalflapError
 from halflap.files import write_json
 from halflap.progress import Progress
@@ -40,6 +40,7 @@ class Trial:
     loss       nats a token of the text
     accuracy   share of its tokens that are the likeliest
     agreement  share of the teacher's likeliest tokens that are
+    variants   of method puzzle, what becomes of each of the teacher's blocks
     """
 
     sizes: Sizes
@@ -49,6 +50,7 @@ class Trial:
     accuracy: float | None = None
     agreement: float | None = None
     rounds: tuple[Round, ...] = ()
+    variants: tuple[str, ...] = ()
 
     @property
     def refined_loss(self) -> float | None:
@@ -156,7 +158,7 @@ Refine = Callable[[Sequence[PruningPlan], int], Sequence[Round]]
 
 def ranked_search(
     fitting: Fitting,
-    plan_for: Callable[[Sizes], PruningPlan],
+    plan_for: Callable[[Trial], PruningPlan],
     score: Score,
     *,
     made_from: Mapping[str, Any],
@@ -172,19 +174,19 @@ def ranked_search(
     """
     known = _known(path, made_from)
     likeliest, others = fitting.candidates[:shortlist], fitting.candidates[shortlist:]
-    unseen = [Trial(c.sizes, c.costs, c.hurt) for c in others]
-    scored = [known.get(c.sizes, Trial(c.sizes, c.costs, c.hurt)) for c in likeliest]
+    unseen = [_untried(candidate) for candidate in others]
+    scored = [known.get((c.sizes, c.variants), _untried(c)) for c in likeliest]
     with Progress("candidates as cut", len(scored), unit="candidates") as progress:
         for place, trial in enumerate(scored):
             if trial.loss is None:
-                scored[place] = dataclasses.replace(trial, **score(plan_for(trial.sizes)))
+                scored[place] = dataclasses.replace(trial, **score(plan_for(trial)))
                 _result(made_from, fitting, _ranked(scored, order), unseen).save(path)
             progress.advance()
     trials = order(scored)
     for number, stage in enumerate(rounds if refine is not None else ()):
         best, rest = trials[: stage.candidates], trials[stage.candidates :]
         if refine is not None and any(len(trial.rounds) <= number for trial in best):
-            found = refine([plan_for(trial.sizes) for trial in best], stage.tokens)
+            found = refine([plan_for(trial) for trial in best], stage.tokens)
             best = [
                 dataclasses.replace(trial, rounds=(*trial.rounds[:number], done))
                 for trial, done in zip(best, found, strict=True)
@@ -192,9 +194,13 @@ def ranked_search(
         trials = [*sorted(best, key=lambda trial: trial.rounds[number].loss), *rest]
         _result(made_from, fitting, trials, unseen).save(path)
     result = _result(made_from, fitting, trials, unseen)
-    result = dataclasses.replace(result, plan=plan_for(result.chosen.sizes).to_json())
+    result = dataclasses.replace(result, plan=plan_for(result.chosen).to_json())
     result.save(path)
     return result
+
+
+def _untried(candidate: Candidate) -> Trial:
+    return Trial(candidate.sizes, candidate.costs, candidate.hurt, variants=candidate.variants)
 
 
 def _ranked(trials: Iterable[Trial], order: Order) -> list[Trial]:
@@ -210,26 +216,28 @@ def _result(
     return SearchResult(made_from, fitting.tried, (*trials, *unseen), fitting.remark)
 
 
-def _known(path: str | Path, made_from: Mapping[str, Any]) -> dict[Sizes, Trial]:
+def _known(path: str | Path, made_from: Mapping[str, Any]) -> dict[tuple[Sizes, tuple[str, ...]], Trial]:
     """Trials of an earlier, interrupted search of the very same."""
     if not Path(path).exists():
         return {}
     earlier = SearchResult.load(path)
     if dict(earlier.made_from) != json.loads(json.dumps(dict(made_from))):
         return {}
-    return {trial.sizes: trial for trial in earlier.trials}
+    return {(trial.sizes, trial.variants): trial for trial in earlier.trials}
 
 
 def _row(trial: Trial) -> dict[str, Any]:
     rounds = [done._asdict() for done in trial.rounds]
     measured = {"rounds": rounds, "refined_loss": trial.refined_loss}
-    return dataclasses.asdict(trial) | {"sizes": _given(trial.sizes)} | measured
+    kept = {"sizes": _given(trial.sizes), "variants": list(trial.variants)}
+    return dataclasses.asdict(trial) | kept | measured
 
 
 def _trial(row: Mapping[str, Any]) -> Trial:
     scores = {name: row.get(name) for name in ("loss", "accuracy", "agreement")}
     rounds = tuple(Round(done["tokens"], done["loss"]) for done in row.get("rounds", ()))
-    return Trial(_sizes(row["sizes"]), row["costs"], row["hurt"], **scores, rounds=rounds)
+    variants = tuple(row.get("variants", ()))
+    return Trial(_sizes(row["sizes"]), row["costs"], row["hurt"], **scores, rounds=rounds, variants=variants)
 
 
 def _given(sizes: Sizes) -> dict[str, Any]:

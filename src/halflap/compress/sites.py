@@ -19,7 +19,15 @@ from torch.nn import functional as F
 from halflap.compress.axes import short_name
 from halflap.compress.importance import Scoring
 from halflap.models.attention import AttentionMixer
-from halflap.models.config import AttentionConfig, BlockConfig, HybridConfig, Mamba1Config, Mamba2Config, MLPConfig
+from halflap.models.config import (
+    AttentionConfig,
+    BlockConfig,
+    HybridConfig,
+    LinearConfig,
+    Mamba1Config,
+    Mamba2Config,
+    MLPConfig,
+)
 from halflap.models.hybrid import HybridMixer
 from halflap.models.mamba1 import Mamba1Inner, Mamba1Mixer
 from halflap.models.mamba2 import Mamba2Inner, Mamba2Mixer
@@ -155,4 +163,5 @@ SITES: dict[type, Callable[[Any, str], Iterator[Site]]] = {
     AttentionConfig: _attention,
     HybridConfig: _hybrid,
     MLPConfig: _mlp,
+    LinearConfig: lambda mixer, prefix: iter(()),
 }

@@ -44,11 +44,15 @@ HURTS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """Sizes, what the student of these sizes costs, and how much its cuts are expected to hurt."""
+    """Sizes, what the student of these sizes costs, and how much its cuts are expected to hurt.
+
+    Of method puzzle, `variants` says what becomes of each of the teacher's blocks (`library.py`).
+    """
 
     sizes: Sizes
     costs: Mapping[str, float]
     hurt: float
+    variants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

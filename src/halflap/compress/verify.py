@@ -21,6 +21,7 @@ from torch import Tensor
 from halflap.checkpoints.checkpoint import Checkpoint
 from halflap.compress.axes import AXES, axes_of, block_of, short_name
 from halflap.compress.correction import norms
+from halflap.compress.kinds import Change
 from halflap.compress.masked import masked_teacher
 from halflap.compress.plan import Kept, PruningPlan, kept_count, kept_indices
 from halflap.compress.prune import apply_plan
@@ -29,6 +30,7 @@ from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel
 
+NO_CHANGES: Mapping[int, Change] = {}
 WIDE_LIMIT = 300_000_000  # parameters up to which float64 is used
 
 # Largest |difference of logits| / largest |logit| that counts as equal. Wide: only the order of sums differs, in some
@@ -120,12 +122,21 @@ def plans_by_axis(plan: PruningPlan) -> dict[str, PruningPlan]:
             plans[size] = _only(plan, everything, _fill(plan, keep))
     if plan.keep_blocks != everything:
         plans["num_blocks"] = _only(plan, plan.keep_blocks, {})
+    if plan.changes:
+        keep = {name: kept for name, kept in plan.keep.items() if short_name(name) == "kv"}
+        plans["changes"] = _only(plan, everything, _fill(plan, keep), plan.changes)
     return plans
 
 
-def _only(plan: PruningPlan, keep_blocks: tuple[int, ...], keep: Mapping[str, Kept]) -> PruningPlan:
+def _only(
+    plan: PruningPlan,
+    keep_blocks: tuple[int, ...],
+    keep: Mapping[str, Kept],
+    changes: Mapping[int, Change] = NO_CHANGES,
+) -> PruningPlan:
     """The same kind of plan with fewer cuts; measured energies carry over where the norm is cut alike."""
-    shape = dataclasses.replace(plan, keep_blocks=keep_blocks, keep=keep, norm_correction="none", dropped={})
+    whole = {"norm_correction": "none", "dropped": {}}
+    shape = dataclasses.replace(plan, keep_blocks=keep_blocks, keep=keep, changes=changes, **whole)
     dropped = {
         name: shares if len(shares := plan.dropped.get(name, ())) == norm.groups else (0.0,) * norm.groups
         for norm in norms(plan.teacher_config, shape.student, keep_blocks)
@@ -158,6 +169,8 @@ def _certify_axis(size: str, plan: PruningPlan, whole: HybridModel, tokens: Tens
     parents = [1 if axis.parent is None else axes[axis.parent].size for axis in cut]
     kept = sum(kept_count(axis, plan.keep) * count for axis, count in zip(cut, parents, strict=True))
     total = sum(axis.size * count for axis, count in zip(cut, parents, strict=True))
+    if size == "changes":
+        cut, kept, total = [], len(plan.changes), len(plan.teacher_config.blocks)
     if size == "num_blocks":
         kept, total = len(plan.keep_blocks), len(plan.teacher_config.blocks)
     return {

@@ -23,7 +23,7 @@ from halflap.compress.kinds import KINDS, block_counts, resize_block
 from halflap.evaluate.bench import now
 from halflap.inference.generate import prefill
 from halflap.models.cache import Cache, fields, parts
-from halflap.models.config import BlockConfig, ModelConfig
+from halflap.models.config import AttentionConfig, BlockConfig, LinearConfig, MLPConfig, ModelConfig
 from halflap.models.count import cache_bytes, count_block_parameters, count_parameters
 from halflap.models.model import HybridModel
 from halflap.models.sharing import with_source
@@ -58,7 +58,7 @@ def stacks(model: ModelConfig, condition: Condition, width: int, cache: int) -> 
         return Stack(hidden, vocabulary, block, min(MOST_COPIES, max(2, -(-reads // each))))
 
     largest = _largest_of_each_kind(model)
-    found = [stack(*sized) for block in largest for sized in _grid(block, model.hidden_size)]
+    found = [stack(*sized) for block in (*largest, *_linear(model)) for sized in _grid(block, model.hidden_size)]
     main = max(largest, key=lambda block: sum(kind_of(block) == kind_of(other) for other in model.blocks))
     for hidden in (_cut(model.hidden_size, share) for share in (1.0, 0.75, HALF)):
         found += [Stack(hidden, words, main, 2) for words in (vocabulary, max(vocabulary, reads // (width * hidden)))]
@@ -79,6 +79,12 @@ def _largest_of_each_kind(model: ModelConfig) -> list[BlockConfig]:
         if size > found.get(kind_of(block), (0, block))[0]:
             found[kind_of(block)] = size, block
     return [block for _, block in found.values()]
+
+
+def _linear(model: ModelConfig) -> list[LinearConfig]:
+    """What attention and MLPs may become, unless it is there already."""
+    kinds = {type(block) for block in model.blocks}
+    return [LinearConfig()] if kinds & {AttentionConfig, MLPConfig} and LinearConfig not in kinds else []
 
 
 def _grid(block: BlockConfig, hidden: int) -> Iterator[tuple[BlockConfig, int]]:

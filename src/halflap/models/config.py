@@ -2,7 +2,8 @@
 
 A block is `x + mixer(norm(x))`. Its config says which mixer and how wide, so blocks may differ in every width
 and any order is allowed; the pattern string (`M` Mamba-2, `S` Mamba-1, `*` attention, `H` attention and SSM side by
-side, `-` MLP) is a view for people. Pure data: no torch. Names follow the Hugging Face config fields where one exists.
+side, `-` MLP, `L` linear) is a view for people. Names follow the Hugging Face config fields where one exists. Pure
+data: no torch.
 """
 
 from __future__ import annotations
@@ -244,9 +245,21 @@ class MLPConfig:
             )
 
 
-BlockConfig = AttentionConfig | Mamba2Config | MLPConfig | Mamba1Config | HybridConfig
+@dataclass(frozen=True)
+class LinearConfig:
+    """One linear map of the hidden size to itself: what is left of attention or an MLP without what lies between."""
+
+    symbol: ClassVar[str] = "L"
+    kind: ClassVar[str] = "linear"
+    attention: ClassVar[None] = None
+    ssm: ClassVar[None] = None
+
+    bias: bool = False
+
+
+BlockConfig = AttentionConfig | Mamba2Config | MLPConfig | Mamba1Config | HybridConfig | LinearConfig
 BLOCK_KINDS: dict[str, type[BlockConfig]] = {
-    kind.kind: kind for kind in (AttentionConfig, Mamba2Config, MLPConfig, Mamba1Config, HybridConfig)
+    kind.kind: kind for kind in (AttentionConfig, Mamba2Config, MLPConfig, Mamba1Config, HybridConfig, LinearConfig)
 }
 
 

@@ -20,6 +20,7 @@ from halflap.models.config import (
     AttentionConfig,
     BlockConfig,
     HybridConfig,
+    LinearConfig,
     Mamba1Config,
     Mamba2Config,
     MLPConfig,
@@ -180,12 +181,20 @@ def mlp_layout(block: MLPConfig, prefix: str, hidden: Axis) -> Layout:
     return weights | biases if block.bias else weights
 
 
+def linear_layout(block: LinearConfig, prefix: str, hidden: Axis) -> Layout:
+    del prefix
+    residual: Dim = ((hidden,),)
+    weights: Layout = {"out_proj.weight": (residual, residual)}
+    return weights | {"out_proj.bias": (residual,)} if block.bias else weights
+
+
 MIXER_LAYOUTS: dict[type, Callable[..., Layout]] = {
     AttentionConfig: attention_layout,
     Mamba2Config: mamba2_layout,
     MLPConfig: mlp_layout,
     Mamba1Config: mamba1_layout,
     HybridConfig: hybrid_layout,
+    LinearConfig: linear_layout,
 }
 
 

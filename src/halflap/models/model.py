@@ -17,6 +17,7 @@ from halflap.models.config import (
     AttentionConfig,
     BlockConfig,
     HybridConfig,
+    LinearConfig,
     Mamba1Config,
     Mamba2Config,
     MLPConfig,
@@ -25,7 +26,7 @@ from halflap.models.config import (
 from halflap.models.context import Context, GroupedContext, SequenceContext
 from halflap.models.hybrid import HybridMixer
 from halflap.models.layout import is_offset_gain
-from halflap.models.linear import Linear
+from halflap.models.linear import Linear, LinearMixer
 from halflap.models.mamba1 import Mamba1Mixer
 from halflap.models.mamba2 import Mamba2Mixer
 from halflap.models.meta import at_places, widen, with_meta_tokens
@@ -42,6 +43,7 @@ MIXERS: dict[type, type[nn.Module]] = {
     MLPConfig: MLPMixer,
     Mamba1Config: Mamba1Mixer,
     HybridConfig: HybridMixer,
+    LinearConfig: LinearMixer,
 }
 
 # Families whose fresh output projections (those that write into the residual stream) are divided by sqrt(blocks), as

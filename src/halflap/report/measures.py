@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -83,7 +84,11 @@ def _candidate(number: int, row: Node) -> Candidate | None:
     if parameters is None:
         return None
     chosen = row.fact("chosen")
-    sizes = describe_sizes(row.get("sizes") or row)
+    variants = row.get("variants")
+    if variants is not None and variants.value:
+        sizes = describe_variants(variants)
+    else:
+        sizes = describe_sizes(row.get("sizes") or row)
     rounds = row.get("rounds")
     found = [(done.number("tokens"), done.number("loss")) for _, done in rounds.items()] if rounds is not None else []
     return Candidate(
@@ -112,6 +117,12 @@ def describe_sizes(node: Node) -> str:
     if dropped is not None and isinstance(dropped.value, list) and dropped.value:
         parts.append(f"without block{'s' if len(dropped.value) > 1 else ''} {', '.join(map(str, dropped.value))}")
     return ", ".join(parts) or "as the teacher"
+
+
+def describe_variants(node: Node) -> str:
+    """What becomes of how many blocks, in a line."""
+    counts = Counter(str(name).replace("_", " ") for name in node.value)
+    return "; ".join(f"{count} blocks {name}" for name, count in counts.most_common())
 
 
 # ---- loss curves

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, BlockConfig, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
+from halflap.models.config import (
+    AttentionConfig,
+    BlockConfig,
+    LinearConfig,
+    Mamba1Config,
+    Mamba2Config,
+    MLPConfig,
+    ModelConfig,
+)
 from halflap.models.count import count_block_parameters, count_parameters
 from halflap.report import units
 from halflap.report.artifacts import Fact, Node, RunFiles, Source
@@ -16,6 +24,7 @@ KINDS = {
     "attention": "attention",
     "hybrid": "attention and SSM",
     "mlp": "MLP",
+    "linear": "linear map",
 }
 
 
@@ -128,6 +137,8 @@ def describe(block: BlockConfig) -> str:
     """A block's sizes in a few words."""
     if isinstance(block, MLPConfig):
         return f"{block.intermediate_size:,} neurons"
+    if isinstance(block, LinearConfig):
+        return "one linear map"
     parts = [] if block.attention is None else [_describe_attention(block.attention)]
     if isinstance(block.ssm, Mamba1Config):
         parts.append(f"{block.ssm.inner_size:,} channels, state {block.ssm.state_size}")

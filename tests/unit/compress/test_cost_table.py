@@ -136,7 +136,9 @@ def test_stacks_read_as_much_as_the_model_or_several_times_the_cache(name: str) 
         found = stacks(model, DECODE, 4, cache)
         whole = 4 * count_parameters(model) + cache_bytes(model, 64, 2, 32, conv_bits=32)
         assert found[-1].config(model) == model and len(set(found)) == len(found)
-        assert {kind_of(s.block) for s in found if s.block is not None} == set(map(kind_of, model.blocks))
+        kinds = set(map(kind_of, model.blocks))
+        may_be_linear = {"linear"} if kinds & {"attention", "mlp", "mlp gated"} else set()
+        assert {kind_of(s.block) for s in found if s.block is not None} == kinds | may_be_linear
         for stack in found[:-1]:
             config = stack.config(model)
             reads = 4 * count_parameters(config) + cache_bytes(config, 64, 2, 32, conv_bits=32)

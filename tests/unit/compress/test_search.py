@@ -35,8 +35,9 @@ TINY = preset("nemotron-h-tiny")
 FITTING = fitting(TINY, Budget(params=0.6 * count_parameters(TINY)), SearchSpace(max_width_cut=0.6))
 
 
-def plan_for(sizes: Sizes) -> PruningPlan:
-    keep = {"hidden": tuple(range(sizes.hidden_size))} if sizes.hidden_size else {}
+def plan_for(trial: Trial) -> PruningPlan:
+    hidden = trial.sizes.hidden_size
+    keep = {"hidden": tuple(range(hidden))} if hidden else {}
     return PruningPlan("teacher", TINY, tuple(range(7)), keep)
 
 
@@ -82,7 +83,7 @@ def test_the_lowest_loss_wins(tmp_path: Path) -> None:
     assert SearchResult.load(tmp_path / "search.json") == result
     rows = json.loads((tmp_path / "search.json").read_text())["candidates"]
     assert rows[0]["chosen"] and not rows[1]["chosen"] and rows[0]["costs"]["params"]
-    assert PruningPlan.load(tmp_path / "search.json") == plan_for(result.chosen.sizes)
+    assert PruningPlan.load(tmp_path / "search.json") == plan_for(result.chosen)
 
 
 def test_rounds_keep_the_better_half(tmp_path: Path) -> None:

@@ -150,10 +150,11 @@ def test_candidates_and_speed(compress_run: Path) -> None:
 def test_agreement_and_rounds_are_shown(compress_run: Path, tmp_path: Path) -> None:
     result = json.loads((compress_run / "search.json").read_text())
     for row in result["candidates"]:
-        row |= {"accuracy": None, "agreement": None, "rounds": []}
+        row |= {"accuracy": None, "agreement": None, "rounds": [], "variants": []}
     for place, row in enumerate(result["candidates"][:4]):
         row |= {"accuracy": 0.25, "agreement": 0.625}
         row["rounds"] = [{"tokens": 2_000_000, "loss": 4.5}, {"tokens": 4_000_000, "loss": 4.25}][: 2 - place // 2]
+    result["candidates"][0]["variants"] = ["whole", "intermediate_size 192", "dropped", "whole"]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "search.json").write_text(json.dumps(result))
     page = build([tmp_path / "run"], tmp_path / "page.html").read_text()
@@ -161,9 +162,11 @@ def test_agreement_and_rounds_are_shown(compress_run: Path, tmp_path: Path) -> N
     assert "25.0 %" in text and "62.5 %" in text and "4.500 → 4.250" in text
     assert "4 candidates to 2.00 M tokens, 2 candidates to 4.00 M tokens" in text
     console = Console(file=io.StringIO(), width=200)
-    show_search(result | {"path": "search.json"}, console)
+    show_search(result | {"path": "search.json", "pattern": "M-M*"}, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "agreement" in shown and "62.5 %" in shown and "after 4 M" in shown
+    assert "2 blocks whole; 1 blocks intermediate size 192; 1 blocks dropped" in text
+    assert "M~.*  M 1 whole, 1 dropped; - 1 neurons 192; * 1 whole" in shown
     assert "short distillation: 4 to 2 M, 2 to 4 M tokens each, 12 M in all" in shown
 
 

@@ -1,0 +1,69 @@
+"""What a search is given, and the plan that it makes of a candidate: the same for all methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from halflap.commands import students
+from halflap.commands.config_compress import CompressRecipe, SearchRecipe
+from halflap.commands.students import Teacher
+from halflap.commands.teaching import Tutor
+from halflap.compress.axes import Sizes
+from halflap.compress.cost_table import CostTable
+from halflap.compress.costs import Budget
+from halflap.compress.importance import Importance
+from halflap.compress.library import Library, Variant, library_of
+from halflap.compress.plan import PruningPlan
+from halflap.compress.ranking import plan_for, plan_of_variants
+from halflap.compress.search import Trial
+from halflap.data.loader import Loader
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a search is given: `scoring` are the rows of a micro-batch, `training` those of a step.
+
+    Its files are in `place`; what no budget changes is in `shared`, which the values of a sweep have in common.
+    """
+
+    recipe: SearchRecipe | CompressRecipe
+    place: Path
+    shared: Path
+    teacher: Teacher
+    importance: Importance
+    scoring: Loader
+    training: Loader
+    tutor: Tutor
+    times: CostTable | None = None
+
+    @property
+    def fixed(self) -> Sizes:
+        """Sizes that are not varied."""
+        return self.recipe.sizes if isinstance(self.recipe, CompressRecipe) else Sizes()
+
+    @property
+    def budget(self) -> Budget:
+        return students.budget_of(self.recipe.budgets, self.teacher.config, self.times)
+
+    @functools.cached_property
+    def library(self) -> Library:
+        """Of method puzzle: what may become of each block. Raises HalflapError for sizes that no block can have."""
+        return library_of(self.teacher.config, self.recipe.space)
+
+    def plan_for(self, trial: Trial) -> PruningPlan:
+        if trial.variants:
+            return self.plan_of_variants(self.library.named(trial.variants))
+        sizes, teacher = with_dropped(trial.sizes, self.fixed), self.teacher
+        return plan_for(self.importance, teacher.digest, teacher.config, sizes, self.recipe.norm_correction)
+
+    def plan_of_variants(self, variants: tuple[Variant, ...]) -> PruningPlan:
+        teacher = self.teacher
+        return plan_of_variants(self.importance, teacher.digest, teacher.config, variants, self.recipe.norm_correction)
+
+
+def with_dropped(sizes: Sizes, fixed: Sizes) -> Sizes:
+    """Blocks named to be dropped stay named."""
+    return dataclasses.replace(sizes, num_blocks=None, drop_blocks=fixed.drop_blocks) if fixed.drop_blocks else sizes

@@ -1,0 +1,133 @@
+"""Method puzzle: score every variant of every block in the teacher's place, then choose under all budgets at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halflap.commands import scoring, students
+from halflap.commands.given import Given
+from halflap.compress import local
+from halflap.compress.axes import Sizes
+from halflap.compress.library import WHOLE, Library, Option
+from halflap.compress.plan import PruningPlan
+from halflap.compress.programme import Programme
+from halflap.compress.replace import Replacement, Scores, replacement, replacement_scores
+from halflap.compress.space import Candidate, Fitting
+from halflap.data.batch import Batch
+from halflap.data.loader import Loader
+from halflap.errors import HalflapError
+from halflap.files import write_json
+from halflap.models.model import HybridModel
+from halflap.models.sharing import with_source
+from halflap.train.config import Fit
+
+SCORES, FORMAT = "variant_scores.json", "halflap-variant-scores-1"
+
+
+def programme_of(given: Given) -> Programme:
+    """What is chosen from and under which budgets. Raises HalflapError for budgets that cannot be met."""
+    library, times = given.library, given.times
+    if times is not None:
+        blocks = given.teacher.config.blocks
+        made = (o.variant.of(blocks[i]) for o in library.options for i in o.blocks if not o.variant.dropped)
+        if absent := times.unknown(given.budget.condition, (with_source(block, 0) for block in made)):
+            raise HalflapError(
+                f"the cost table has no times of {absent[0]} blocks, which method puzzle may choose; measure it again "
+                "with `halflap bench MODEL --blocks`, or leave --costs out"
+            )
+    return Programme(library, given.budget)
+
+
+def propose(given: Given, model: HybridModel, programme: Programme) -> Fitting:
+    """Candidates, the best sum of scores first: as many as the shortlist has places, or as differ enough."""
+    settings, library = given.recipe.settings, programme.library
+    scores = _measured(given, model, library)
+    by_option = np.array([0.0 if o.variant == WHOLE else scores[o.name] for o in library.options])
+    choices = programme.choices(by_option, settings.shortlist, settings.max_overlap)
+    candidates = tuple(
+        Candidate(Sizes(), choice.costs, choice.score, tuple(v.name for v in library.variants(choice.options)))
+        for choice in choices
+    )
+    remark = None
+    if len(candidates) < settings.shortlist:
+        remark = (
+            f"only {len(candidates)} of {settings.shortlist} candidates differ enough under the budget; raise "
+            "--max-overlap for more alike"
+        )
+    if set(candidates[0].variants) == {WHOLE.name}:
+        remark = "the teacher itself is within the budget: nothing is cut"
+    return Fitting(candidates, len(library.options), remark)
+
+
+def _measured(given: Given, model: HybridModel, library: Library) -> Scores:
+    """The score of every variant, once it has learnt what its block does, if the recipe has tokens for that."""
+    recipe, teacher, settings = given.recipe, given.teacher, given.recipe.settings
+    folder = given.shared / students.BLOCKS
+
+    def plan_with(option: Option) -> PruningPlan:
+        blocks = range(len(teacher.config.blocks))
+        return given.plan_of_variants(tuple(option.variant if i in option.blocks else WHOLE for i in blocks))
+
+    def make(option: Option) -> Replacement:
+        plan, index = plan_with(option), option.blocks[0]
+        return replacement(model, plan, index, local.trained_block(folder, plan, index))
+
+    if settings.block_tokens:
+        _distill_blocks(folder, model, library, plan_with, given.scoring, settings.block_tokens, recipe.fit)
+    batches = [batch.to(teacher.device) for batch in students.choosing(given.scoring, settings.replacement_tokens)]
+    made_from = {
+        "teacher": teacher.digest,
+        "importance": given.importance.digest,
+        "text": scoring.text_digest(batches),
+        "norm_correction": recipe.norm_correction,
+        "block_tokens": settings.block_tokens,
+    }
+    return _scores(given.shared / SCORES, made_from, model, batches, library, make)
+
+
+def _distill_blocks(
+    blocks: Path,
+    model: HybridModel,
+    library: Library,
+    plan_with: Callable[[Option], PruningPlan],
+    loader: Loader,
+    tokens: int,
+    fit: Fit,
+) -> None:
+    """Train every variant on the first tokens of the text, block by block, but those whose files are there."""
+    steps = max(1, round(tokens / loader.tokens_per_batch))
+    for index in range(len(model.blocks)):
+        own = [o for o in library.options if o.blocks == (index,) and o.variant != WHOLE and not o.variant.dropped]
+        plans = [plan for plan in map(plan_with, own) if not local.block_file(blocks, plan, index).exists()]
+        variants = [replacement(model, plan, index) for plan in plans]
+        if variants:
+            local.distill_block(model, variants, index, loader.batch, steps, fit)
+        for plan, variant in zip(plans, variants, strict=True):
+            local.save_block(blocks, plan, index, variant)
+
+
+def _scores(
+    file: Path,
+    made_from: Mapping[str, Any],
+    model: HybridModel,
+    batches: list[Batch],
+    library: Library,
+    make: Callable[[Option], Replacement],
+) -> Scores:
+    """Measured once and kept in `file`, which holds what an interrupted measurement had."""
+    known: dict[str, float] = {}
+    if file.exists():
+        data = json.loads(file.read_text("utf-8"))
+        if data["format"] == FORMAT and data["made_from"] == made_from:
+            known = data["scores"]
+
+    def save(scores: Scores) -> None:
+        tokens = sum(int((batch.weights > 0).sum()) for batch in batches)
+        write_json(file, {"format": FORMAT, "made_from": made_from, "tokens": tokens, "scores": scores})
+
+    return replacement_scores(model, batches, library, make, known, save)

@@ -1,0 +1,140 @@
+"""Block-local distillation (Puzzle, section 3.2): each variant learns what its block adds, on the teacher's own input.
+
+    loss = MSE(o_teacher, o_variant) / MSE(o_teacher, 0)          o: what the mixer adds to the residual stream
+
+Blocks do not know of one another, so each is trained by itself and its variants side by side on the same stream. What
+was learnt stands in a file a variant, named by what the plan makes of the block, so that every plan finds the blocks
+that it shares with the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from halflap.compress.axes import block_of
+from halflap.compress.plan import PruningPlan
+from halflap.compress.prune import scale
+from halflap.compress.replace import Replacement
+from halflap.data.batch import Batch
+from halflap.files import atomic_write
+from halflap.models.layout import layout
+from halflap.models.model import HybridModel
+from halflap.progress import Progress
+from halflap.train.config import Fit
+from halflap.train.optim import learning_rate, make_optimizer, set_learning_rate
+
+FORMAT = "halflap-trained-block-1"
+
+
+def distill_block(
+    model: HybridModel,
+    variants: Sequence[Replacement],
+    index: int,
+    batches: Callable[[int], Batch],
+    steps: int,
+    settings: Fit,
+) -> list[float]:
+    """Train variants of block `index` in place, a batch a step; their losses on the last batch, 1 is nothing learnt."""
+    parameters = [dict(variant.block.named_parameters()) for variant in variants]
+    optimizers = [make_optimizer(own, settings) for own in parameters]
+    losses = [1.0] * len(variants)
+    with Progress(f"distil variants of block {index}", steps, unit="steps") as progress:
+        for step in range(steps):
+            stream, context, wanted = _lesson(model, batches(step).to(model.head_weight.device), index)
+            scale_of = wanted.square().mean().clamp(min=torch.finfo(wanted.dtype).tiny)
+            for place, (variant, optimizer) in enumerate(zip(variants, optimizers, strict=True)):
+                loss = (variant(stream, context) - stream - wanted).square().mean() / scale_of
+                loss.backward()
+                if settings.clip:
+                    nn.utils.clip_grad_norm_(parameters[place].values(), settings.clip)
+                set_learning_rate(optimizer, learning_rate(settings, step + 1, steps))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                losses[place] = float(loss.detach())
+            progress.note(loss=f"{sum(losses) / len(losses):.3g}")
+            progress.advance()
+    return losses
+
+
+class _Reached(Exception):
+    """The stream has come to the block; carries it and the pass's context."""
+
+
+@torch.no_grad()
+def _lesson(model: HybridModel, batch: Batch, index: int) -> tuple[Tensor, Any, Tensor]:
+    """The stream (B, T, D) into a block of the teacher, the pass's context, and what the block adds (B, T, D)."""
+
+    def stop(block: nn.Module, arguments: tuple[Any, ...]) -> None:
+        raise _Reached(*arguments[:2])
+
+    handle = model.blocks[index].register_forward_pre_hook(stop)
+    try:
+        model.hidden_states(batch.tokens, segments=batch.segments)
+    except _Reached as reached:
+        stream, context = reached.args
+    finally:
+        handle.remove()
+    return stream, context, model.blocks[index](stream, context) - stream
+
+
+# ---- files
+
+
+def block_file(directory: Path, plan: PruningPlan, index: int) -> Path:
+    """Where the trained form of what a plan makes of block `index` stands."""
+    made = {
+        "teacher": plan.teacher,
+        "keep": {name: kept for name, kept in sorted(plan.keep.items()) if block_of(name) == index},
+        "change": dataclasses.asdict(plan.changes[index]) if index in plan.changes else None,
+        "norm_correction": plan.norm_correction,
+    }
+    key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    return directory / f"{index:03d}-{key[:16]}.safetensors"
+
+
+def save_block(directory: Path, plan: PruningPlan, index: int, trained: Replacement) -> None:
+    """Write a trained block and the factors that its plan gave its parameters."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.block.state_dict().items()}
+    header = {"format": FORMAT, "scales": {name: plan.factors(index, name) for name in tensors}}
+    with atomic_write(block_file(directory, plan, index)) as file:
+        file.write(safetensors.torch.save(tensors, {"halflap": json.dumps(header)}))
+
+
+def trained_block(directory: Path, plan: PruningPlan, index: int) -> dict[str, Tensor]:
+    """Parameters of a trained block by their names inside it, with the factors of this plan; empty when none is there.
+
+    The plan of a whole student may scale the residual stream otherwise than that of one block (`correction.py`).
+    """
+    file = block_file(directory, plan, index)
+    if not file.exists():
+        return {}
+    with safetensors.safe_open(str(file), "pt") as stored:
+        before = json.loads(stored.metadata()["halflap"])["scales"]
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    dims, at = layout(plan.student), plan.keep_blocks.index(index)
+    for name, tensor in tensors.items():
+        old, new = tuple(before[name]), plan.factors(index, name)
+        if old != new:
+            count = max(len(old), len(new))
+            pairs = zip(old * (count // len(old)), new * (count // len(new)), strict=True)
+            factors = tuple(after / previous for previous, after in pairs)
+            tensors[name] = scale(tensor, factors, dims[f"blocks.{at}.{name}"][0])
+    return tensors
+
+
+def trained_tensors(directory: Path, plan: PruningPlan) -> dict[str, Tensor]:
+    """Parameters of all trained blocks of a plan's student, by the student's names."""
+    found: dict[str, Tensor] = {}
+    for at, index in enumerate(plan.keep_blocks):
+        found |= {f"blocks.{at}.{name}": tensor for name, tensor in trained_block(directory, plan, index).items()}
+    return found
