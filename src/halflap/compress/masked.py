@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halflap.checkpoints.streamed import ENTRY, EXIT, Part, part_names
 from halflap.compress.axes import block_of
 from halflap.compress.correction import norms
 from halflap.compress.kinds import axis_name, block_counts
@@ -27,23 +28,35 @@ from halflap.models.model import HybridModel
 
 def masked_teacher(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
     """A copy of the teacher in which the cut indices carry nothing, whatever the rest does."""
-    model = _with_eps(teacher, plan)
-    with torch.no_grad():
-        hidden = _mask(teacher.config.hidden_size, plan.keep.get("hidden"))
-        centred = teacher.config.norm == "layer1p"
+    model = copy.deepcopy(teacher)
+    for part in part_names(teacher.config):
+        mask_part(model, plan, part)
+    return model
+
+
+@torch.no_grad()
+def mask_part(model: HybridModel, plan: PruningPlan, part: Part) -> None:
+    """Mask one part of a teacher in place, once; the other parts may be without weights."""
+    _set_eps(model, plan, part)
+    hidden = _mask(model.config.hidden_size, plan.keep.get("hidden"))
+    centred = model.config.norm == "layer1p"
+    if part == ENTRY or (part == EXIT and model.head is None):
         _silence(model.embedding.weight.T, hidden, centred)
+    if part == ENTRY:
         if model.meta_tokens is not None:
             _silence(model.meta_tokens.T, hidden, centred)
-        for norm in [model.norm, *(block.norm for block in model.blocks)] if centred else []:
-            norm.weight[~hidden], norm.bias[~hidden] = -1, 0  # type: ignore[index]
-        for index, block in enumerate(model.blocks):
-            mixer: Any = block.mixer
-            output = MASKS[type(teacher.config.blocks[index])](mixer, _kept(plan, index))
-            heard = hidden if index in plan.keep_blocks else torch.zeros_like(hidden)
-            _silence(output.weight, heard, centred)
-            if output.bias is not None:
-                _silence(output.bias, heard, centred)
-    return model
+        return
+    norm: Any = model.norm if part == EXIT else model.blocks[part].norm  # type: ignore[index]
+    if centred:
+        norm.weight[~hidden], norm.bias[~hidden] = -1, 0
+    if part == EXIT:
+        return
+    mixer: Any = model.blocks[part].mixer  # type: ignore[index]
+    output = MASKS[type(model.config.blocks[part])](mixer, _kept(plan, part))  # type: ignore[index,arg-type]
+    heard = hidden if part in plan.keep_blocks else torch.zeros_like(hidden)
+    _silence(output.weight, heard, centred)
+    if output.bias is not None:
+        _silence(output.bias, heard, centred)
 
 
 def _kept(plan: PruningPlan, index: int) -> dict[str, Any]:
@@ -58,17 +71,19 @@ def _silence(rows: Tensor, kept: Tensor, centred: bool) -> None:
     rows[~kept] = rows[kept].mean(0) if centred and bool(kept.any()) else 0.0
 
 
-def _with_eps(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
-    """A copy whose norms divide by all channels (`masked`) or by the kept ones.
+def _set_eps(model: HybridModel, plan: PruningPlan, part: Part) -> None:
+    """Have the norms of a part divide by all channels (`masked`) or by the kept ones.
 
     A mean over all channels, the cut ones zero, is kept / total of the mean over the kept ones: gain * sqrt(kept /
     total) and eps * kept / total make up for it.
     """
-    model = copy.deepcopy(teacher)
     if plan.norm_correction == "masked":
-        return model
+        return
     modules = dict(model.named_modules())
+    names = set(part_names(model.config)[part])
     for norm in norms(plan.teacher_config, plan.student, plan.keep_blocks):
+        if norm.name not in names:
+            continue
         module: Any = modules[norm.name.removesuffix(".weight")]
         gain = torch.ones_like(module.weight) * (norm.kept / norm.total) ** 0.5
         if norm.name in plan.scales:
@@ -83,7 +98,6 @@ def _with_eps(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
         else:  # a gated group norm, whose eps its Mamba-2 has
             ssm: Any = modules[norm.name.removesuffix(".norm.weight")]
             ssm.config = dataclasses.replace(ssm.config, norm_eps=ssm.config.norm_eps * norm.kept / norm.total)
-    return model
 
 
 def _spread(plan: PruningPlan, name: str, factors: tuple[float, ...], size: int) -> Tensor:
