@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from halflap.commands import shortlist, students
 from halflap.commands.config_compress import CompressRecipe, SearchRecipe
+from halflap.commands.device import must_stream
 from halflap.commands.sections import Budgets, LossSettings
 from halflap.commands.shortlist import Shortlist
 from halflap.commands.students import Teacher
@@ -80,26 +81,46 @@ def _fitting(given: Given, grid: Grid) -> Fitting:
 
 def _homogeneous(given: Given, found: Fitting) -> SearchResult:
     """One size an axis for all blocks, ranked by loss."""
-    recipe, model = given.recipe, given.teacher.load()
-    batches = students.choosing(given.scoring, recipe.settings.score_tokens)
+    model, batches = _teacher(given), students.choosing(given.scoring, given.recipe.settings.score_tokens)
 
     def score(plan: PruningPlan) -> dict[str, float]:
-        return {"loss": students.next_token_loss(students.build(model, plan), batches, given.teacher)}
+        return {"loss": students.next_token_loss(_student(given, model, plan, batches), batches, given.teacher)}
 
     return _rank(given, model, batches, found, score, by_loss)
 
 
 def _minipuzzle(given: Given, found: Fitting) -> SearchResult:
     """Numbers of blocks of each type and one width of the MLPs, ranked by accuracy and agreement with the teacher."""
-    recipe, teacher = given.recipe, given.teacher
-    model = teacher.load()
-    batches = students.choosing(given.scoring, recipe.settings.score_tokens)
-    said = students.with_teacher_tokens_of(given.tutor.teacher, batches)
+    model, batches = _teacher(given), students.choosing(given.scoring, given.recipe.settings.score_tokens)
+    said = students.with_teacher_tokens_of(given.tutor.teacher, batches, streamed=model is None)
 
     def score(plan: PruningPlan) -> dict[str, float]:
-        return students.agreement(students.build(model, plan), said, teacher)
+        return students.agreement(_student(given, model, plan, batches), said, given.teacher)
 
     return _rank(given, model, batches, found, score, by_agreement)
+
+
+def _teacher(given: Given) -> HybridModel | None:
+    """The model to cut candidates from, or None when its weights are to be read a block at a time."""
+    recipe, teacher = given.recipe, given.teacher
+    asked = isinstance(recipe, SearchRecipe) and recipe.stream
+    if not must_stream(teacher.config, "float32", teacher.device, asked):
+        return teacher.load()
+    if recipe.settings.shortlist_tokens:
+        raise RecipeError(
+            f"shortlist_tokens is {recipe.settings.shortlist_tokens}, and a distillation needs the teacher in memory, "
+            "where its weights do not fit or --stream has them read a block at a time: leave out --shortlist-tokens"
+        )
+    return None
+
+
+def _student(
+    given: Given, model: HybridModel | None, plan: PruningPlan, batches: list[Batch]
+) -> HybridModel | students.Coming:
+    """A plan's student, as cut, to be asked about the batches."""
+    if model is None:
+        return students.Coming(given.teacher.stream(plan), batches)
+    return students.build(model, plan)
 
 
 class Method(NamedTuple):
@@ -144,7 +165,7 @@ def with_dropped(sizes: Sizes, fixed: Sizes) -> Sizes:
 
 
 def _rank(
-    given: Given, model: HybridModel, batches: list[Batch], found: Fitting, score: Score, order: Order
+    given: Given, model: HybridModel | None, batches: list[Batch], found: Fitting, score: Score, order: Order
 ) -> SearchResult:
     """Measure the likeliest as cut and, if tokens are given, the best of them after rounds of distillation."""
     recipe, settings = given.recipe, given.recipe.settings
@@ -152,18 +173,23 @@ def _rank(
     rounds = stages(refined, settings.shortlist_tokens, settings.rounds == "halving")
     if not settings.shortlist_tokens:
         rounds = ()
-    shared = Shortlist(
-        given.place,
-        given.teacher,
-        model,
-        given.tutor,
-        given.training,
-        recipe.fit,
-        recipe.loss_settings if isinstance(recipe, CompressRecipe) else LossSettings(),
-        rounds[-1].tokens if rounds else 0,
+    shared = (
+        None
+        if model is None
+        else Shortlist(
+            given.place,
+            given.teacher,
+            model,
+            given.tutor,
+            given.training,
+            recipe.fit,
+            recipe.loss_settings if isinstance(recipe, CompressRecipe) else LossSettings(),
+            rounds[-1].tokens if rounds else 0,
+        )
     )
 
     def refine(plans: Sequence[PruningPlan], tokens: int) -> list[Round]:
+        assert shared is not None
         return [
             Round(done["tokens"], students.next_token_loss(student, batches, given.teacher))
             for student, done in shortlist.train(shared, plans, tokens)
@@ -180,7 +206,7 @@ def _rank(
         rounds=rounds,
         refine=refine,
     )
-    if rounds:
+    if rounds and shared is not None:
         shortlist.keep(shared, given.plan_for(result.chosen.sizes), rounds[-1].tokens)
     return result
 
