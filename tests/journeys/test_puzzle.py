@@ -136,6 +136,7 @@ def test_an_interrupted_search_ends_with_the_same_files(
     [
         (("--params", 1000), 1, "a budget of 1,000 parameters cannot be met: the smallest student of this library"),
         (("--space.hidden-size", 64), 1, "space.hidden_size was given; method puzzle chooses block by block"),
+        (("--stream",), 2, "method is puzzle, which tries each variant in the place of its block and needs the"),
         (("--max-overlap", 2), 2, "max_overlap is 2.0; it must be from 0 to 1: correct --max-overlap"),
         (("--method", "jigsaw"), 2, "method"),
     ],

@@ -24,7 +24,7 @@ from halflap.compress.metrics import collect
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
 from halflap.compress.ranking import plan_for
-from halflap.compress.verify import cut_model, plans_by_axis
+from halflap.compress.verify import plans_by_axis
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.cache import Cache
@@ -45,6 +45,12 @@ EQUAL, DIFFERENT, EPS = 1e-9, 1e-1, 0.05
 TEACHER = "t" * 64
 TOKENS = torch.randint(0, 29, (2, 11), generator=torch.Generator().manual_seed(1))
 MLP = MLPConfig(10, activation="silu", gated=True)
+
+
+def cut_model(model: HybridModel, plan: PruningPlan) -> HybridModel:
+    student = HybridModel(plan.student).to(next(model.parameters()).dtype).eval()
+    student.load_state_dict(dict(apply_plan(plan, model.state_dict().items())), strict=True)
+    return student
 
 
 def pair(

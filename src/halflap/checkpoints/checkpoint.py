@@ -202,12 +202,18 @@ def fill_model(
     quantization: Quantization | None = None,
 ) -> HybridModel:
     """A model in evaluation mode from a stream of (our name, tensor), the parts of packed matrices as they are."""
+    model = empty_model(config, quantization)
+    model.load_state_dict({n: place(n, t, dtype, device) for n, t in tensors}, strict=True, assign=True)
+    return model.eval()
+
+
+def empty_model(config: ModelConfig, quantization: Quantization | None = None) -> HybridModel:
+    """A model whose parameters have shapes and no storage (device "meta"), to be filled by `load_state_dict`."""
     with torch.device("meta"), _NoInitialisation():
         model = HybridModel(config)
         if quantization is not None:
             prepare(model, quantization)
-    model.load_state_dict({n: _place(n, t, dtype, device) for n, t in tensors}, strict=True, assign=True)
-    return model.eval()
+    return model
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -227,7 +233,8 @@ def float_dtype(name: str) -> torch.dtype:
     return FLOATS[name]
 
 
-def _place(name: str, tensor: Tensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+def place(name: str, tensor: Tensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """A parameter on its device and in the dtype to compute in; itself where it is so already."""
     if split_part(name)[1] not in FLOAT:
         return tensor.to(device)
     if name.endswith(ALWAYS_WIDE):

@@ -10,6 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_json
 from halflap.commands import arms, chain, scoring, searching, students, sweep, teaching, timing
@@ -23,6 +25,7 @@ from halflap.commands.config_compress import (
     VerifyRecipe,
 )
 from halflap.commands.corpora import Corpora, held_out_batches, open_corpora, training_loader
+from halflap.commands.device import must_stream
 from halflap.commands.given import Given, with_dropped
 from halflap.commands.resolve import plan_of
 from halflap.commands.sections import Budgets, ScoreSettings
@@ -47,7 +50,11 @@ def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
     teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
     loader = training_loader(corpora, recipe.text, recipe.sequence_length, recipe.batch_size, recipe.common.seed)
-    found = scoring.importance(run.path, teacher, loader, recipe.tokens, recipe.settings)
+    dtype = "bfloat16" if recipe.common.dtype == "bfloat16" else "float32"
+    streamed = must_stream(teacher.config, dtype, teacher.device, recipe.stream)
+    found = scoring.importance(
+        run.path, teacher, loader, recipe.tokens, recipe.settings, dtype=dtype, streamed=streamed
+    )
     others = sorted(str(path) for path in run.path.glob("importance-*.safetensors"))
     sizes = largest_sizes(teacher.config)
     return {
@@ -57,6 +64,7 @@ def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
         "ranks_blocks": found.depth_metric or found.metric,
         "removed": list(found.removed),
         "tokens": found.tokens,
+        "streamed": streamed,
         "path": str(run.path / scoring.IMPORTANCE),
         "others": others,
         "remark": scoring.shortage(found, loader, recipe.tokens),
@@ -126,6 +134,7 @@ def verify(recipe: VerifyRecipe, run: Run) -> dict[str, Any]:
         raise HalflapError(f"{str(directory)!r} has no {PLAN}, so it is no pruned student; give one that is")
     plan = PruningPlan.load(directory / PLAN)
     teacher = Checkpoint.open(students.teacher_of(directory, recipe.teacher))
+    must_stream(teacher.config, "float32", torch.device("cpu"), asked=True)
     certificate = students.certify(directory, teacher, plan, recipe.tokens, recipe.common.seed)
     if not certificate["passed"]:
         raise HalflapError(
@@ -312,7 +321,7 @@ def _write_trained(directory: Path, pruned: Path, plan: PruningPlan, searched: P
 
 
 def _prune(directory: Path, teacher: Teacher, plan: PruningPlan) -> dict[str, Any] | None:
-    """Write the student as cut and certify it; a model too large to hold in float64 is left to `halflap verify`."""
+    """Write the student as cut and certify it; of a large one, which takes minutes, `halflap verify` does."""
     if (directory / CERTIFICATE).exists():
         return read_json(directory / CERTIFICATE)
     if not students.is_complete(directory, plan):

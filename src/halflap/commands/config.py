@@ -158,6 +158,8 @@ class EvaluateRecipe:
     """Step between windows; the window when not given."""
     batch_size: Positive = 4
     """Windows at once."""
+    stream: Annotated[bool, SWITCH] = False
+    """Read the weights a block at a time, as is done anyway when they do not fit in free memory; same numbers."""
     common: Common = Common()
 
 

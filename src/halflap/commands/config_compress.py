@@ -20,7 +20,7 @@ from halflap.commands.sections import (
 from halflap.compress.axes import Sizes
 from halflap.compress.grid import SearchSpace
 from halflap.errors import RecipeError
-from halflap.recipe import SIZES, SPACE, TRAINING, Common, File, Files, Model, Positive, section
+from halflap.recipe import SIZES, SPACE, SWITCH, TRAINING, Common, File, Files, Model, Positive, section
 from halflap.train.config import Fit
 
 
@@ -38,6 +38,8 @@ class ScoreRecipe:
     """Tokens of a calibration row."""
     batch_size: Positive = 4
     """Rows at once."""
+    stream: Annotated[bool, SWITCH] = False
+    """Read the weights a block at a time, as is done anyway when they do not fit in free memory; same numbers."""
     common: Common = Common()
 
 
@@ -57,6 +59,8 @@ class SearchRecipe:
     space: Annotated[SearchSpace, section(SPACE)] = SearchSpace()
     norm_correction: NormCorrection = "masked"
     """What replaces the cut channels in the mean of the norms."""
+    stream: Annotated[bool, SWITCH] = False
+    """Read the weights a block at a time, as is done anyway when they do not fit in free memory; same numbers."""
     fit: Annotated[Fit, section(TRAINING)] = Fit()
     common: Common = Common()
 

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 import psutil
 import torch
 
+from halflap.checkpoints.streamed import largest_part
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
 from halflap.models.quantization import Quantization, weight_bytes
+
+_NAMES = {4: "float32", 2: "bfloat16"}
 
 
 def choose_device(name: str) -> torch.device:
@@ -40,13 +43,12 @@ def check_memory(
     `beside` is what else will be held, by name, in bytes. `auto` is counted as float32 on a CPU. Replicas on GPUs are
     counted as spread evenly over those there are.
     """
-    wide = 4 if dtype in ("auto", "float32") and device.type == "cpu" else 2
+    wide, free = _width(dtype, device), _free(device)
     beside = dict(beside or {})
     weights = weight_bytes(config, quantization, wide)
-    kind = quantization.name if quantization else "float32" if wide == 4 else "bfloat16"
+    kind = quantization.name if quantization else _NAMES[wide]
     cuda = device.type == "cuda"
     copies = -(-replicas // torch.cuda.device_count()) if cuda else replicas
-    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
     if copies * (weights + sum(beside.values())) > free:
         more = "".join(f", {what} {size / 2**30:.1f} GiB," for what, size in beside.items())
         times = f" {copies} times over, for {replicas} replicas," if copies > 1 else ""
@@ -55,3 +57,32 @@ def check_memory(
             f"{free / 2**30:.1f} GiB are free; take {'fewer --replicas, ' if copies > 1 else ''}a smaller model"
             f"{', or --dtype bfloat16' if wide == 4 else ''}"
         )
+
+
+def must_stream(
+    config: ModelConfig, dtype: str, device: torch.device, asked: bool, quantization: Quantization | None = None
+) -> bool:
+    """Whether weights are to be read a block at a time: because it is asked for, or because they do not fit.
+
+    Raises HalflapError when not even the largest part fits.
+    """
+    wide, free = _width(dtype, device), _free(device)
+    if not asked and weight_bytes(config, quantization, wide) <= free:
+        return False
+    part, parameters = largest_part(config)
+    if parameters * wide > free:
+        raise HalflapError(
+            f"the weights are read a block at a time, and {part} alone takes {parameters * wide / 2**30:.1f} GiB as "
+            f"{_NAMES[wide]} where {free / 2**30:.1f} GiB are free; free some memory or take a larger machine"
+            f"{', or --dtype bfloat16 with score and evaluate' if wide == 4 else ''}"
+        )
+    return True
+
+
+def _width(dtype: str, device: torch.device) -> int:
+    """Bytes of a number; `auto` is counted as float32 on a CPU."""
+    return 4 if dtype == "float32" or (dtype == "auto" and device.type == "cpu") else 2
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from halflap import environment
-from halflap.checkpoints.checkpoint import float_dtype, load_model
-from halflap.checkpoints.config import find_directory, read_quantization
+from halflap.checkpoints.checkpoint import Checkpoint, float_dtype, load_model
+from halflap.checkpoints.config import find_directory, read_config, read_quantization
+from halflap.checkpoints.streamed import AnyModel, StreamedModel
 from halflap.commands import timing
 from halflap.commands.config import BenchRecipe, EvaluateRecipe
 from halflap.commands.corpora import tokenizer_place
-from halflap.commands.device import check_memory, choose_device, choose_dtype
+from halflap.commands.device import check_memory, choose_device, choose_dtype, must_stream
 from halflap.commands.resolve import shape_of
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import RecipeError
@@ -48,10 +49,15 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
         documents = documents_of(paths, tokenizer, field=recipe.field, limit=recipe.tokens, join=recipe.join)
     tasks = _load_tasks(others)
     device = choose_device(recipe.common.device)
-    model = load_model(directory, choose_dtype(recipe.common.dtype, device), device)
+    model = _open(directory, choose_dtype(recipe.common.dtype, device), device, recipe.stream)
     if tokenizer is not None:
         tokenizer.check_matches(model.config.vocab_size)
     if probes:
+        if isinstance(model, StreamedModel):
+            raise RecipeError(
+                "probes have the model write its answers, which takes all of it in memory, and it is read a block at a "
+                "time; leave out the probes, or take a machine with more memory"
+            )
         probe_lengths(model.config, recipe.probe_lengths, recipe.context)
     settings: dict[str, Any] = {
         "context": recipe.context,
@@ -69,15 +75,25 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
 
         done = run_tasks(model, tokenizer, tasks, limit=recipe.limit, **settings)
         result |= {"tasks": done["tasks"], "truncated_prompts": done["truncated"]}
-    if probes:
+    if probes and isinstance(model, HybridModel):
         asked = {"lengths": recipe.probe_lengths, "limit": recipe.limit, **settings}
         log = lambda row: run.log({"phase": "probe", **row})
         result["tasks"] = {**result["tasks"], **run_probes(model, tokenizer, probes, log=log, **asked)}
     result["tasks"] = {name: _with_intervals(metrics) for name, metrics in result["tasks"].items()}
     result |= {"parameters": count_parameters(model.config), "dtype": _dtype(model)}
+    result["streamed"] = isinstance(model, StreamedModel)
     if run.directory is not None:
         run.save_json("scores.json", result)
     return result
+
+
+def _open(directory: Path, dtype: str, device: torch.device, stream: bool) -> AnyModel:
+    """The model in memory, or read a block at a time if that is asked for or its weights do not fit."""
+    config = read_config(directory)
+    if not must_stream(config, dtype, device, stream, read_quantization(directory, config)):
+        return load_model(directory, dtype, device)
+    checkpoint = Checkpoint.open(directory, packed=True)
+    return StreamedModel.of(checkpoint, float_dtype(checkpoint.dtype if dtype == "auto" else dtype), device)
 
 
 def _tokenizer(recipe: EvaluateRecipe, directory: Path, *, needed: bool) -> Tokenizer | None:
@@ -154,5 +170,5 @@ def _hardware(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _dtype(model: HybridModel) -> str:
+def _dtype(model: AnyModel) -> str:
     return str(model.dtype).removeprefix("torch.")

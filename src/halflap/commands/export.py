@@ -18,6 +18,7 @@ from halflap.checkpoints.config import Lineage, family_of, lineage_step
 from halflap.checkpoints.gguf_export import TYPES, write_gguf
 from halflap.checkpoints.gguf_import import open_gguf
 from halflap.checkpoints.padding import padded_config, padder, widened_norms
+from halflap.checkpoints.streamed import StreamedModel
 from halflap.commands.config import ExportRecipe
 from halflap.errors import HalflapError, RecipeError
 from halflap.files import write_json
@@ -200,12 +201,16 @@ def _largest_difference(one: Any, other: Any, seed: int) -> tuple[float, float]:
     """Largest difference of the logits of two checkpoints on random tokens, in float32, and the largest logit."""
     logits = []
     for opened in (one, other):
-        model = fill_model(
-            opened.config, opened.tensors(), torch.float32, quantization=getattr(opened, "quantization", None)
-        )
+        packed = getattr(opened, "quantization", None)
+        if packed is None:
+            model: Any = StreamedModel.once(opened.config, opened.tensors(), torch.float32)
+        else:
+            model = fill_model(opened.config, opened.tensors(), torch.float32, quantization=packed)
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(model.config.vocab_size, (2, CHECK_TOKENS), generator=generator)
         with torch.inference_mode():
-            logits.append(model(tokens))
-        del model  # one at a time: a large one may fill the memory
+            if packed is None:
+                logits += [model.logits(hidden) for hidden in model.hidden_states_of([(tokens, None)])]
+            else:
+                logits.append(model(tokens))
     return float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())

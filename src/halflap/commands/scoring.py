@@ -11,9 +11,11 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from halflap.checkpoints.streamed import StreamedModel
 from halflap.commands.sections import ScoreSettings
 from halflap.commands.students import Teacher
 from halflap.compress.depth import check_count, depth_scores, remove_one_by_one
@@ -21,6 +23,7 @@ from halflap.compress.importance import Importance, Scoring
 from halflap.compress.metrics import collect_all
 from halflap.compress.partial import Scratch
 from halflap.compress.plan import Row
+from halflap.compress.streamed import collect_streamed
 from halflap.data.batch import Batch
 from halflap.data.loader import Loader
 from halflap.errors import HalflapError
@@ -33,11 +36,16 @@ DEPTH_SHARE = 8
 text that widths need suffices in the papers."""
 
 
-def importance(directory: Path, teacher: Teacher, loader: Loader, tokens: int, settings: ScoreSettings) -> Importance:
-    """What ranks, measured once and kept in the directory, with a file for every other scoring that was asked for."""
+def importance(
+    directory: Path, teacher: Teacher, loader: Loader, tokens: int, settings: ScoreSettings, **how: Any
+) -> Importance:
+    """What ranks, measured once and kept in the directory, with a file for every other scoring that was asked for.
+
+    how: `dtype` and `streamed` of `measure`.
+    """
     file = directory / IMPORTANCE
     if not file.exists():
-        found = measure(teacher, calibration(loader, tokens), settings, directory / SCRATCH)
+        found = measure(teacher, calibration(loader, tokens), settings, directory / SCRATCH, **how)
         for other in found[1:]:
             other.save(directory / file_of(other, found[0]))
         found[0].save(file)
@@ -109,26 +117,76 @@ def check_settings(config: ModelConfig, settings: ScoreSettings) -> None:
 
 
 def measure(
-    teacher: Teacher, batches: list[Batch], settings: ScoreSettings, directory: Path | None = None
+    teacher: Teacher,
+    batches: list[Batch],
+    settings: ScoreSettings,
+    directory: Path | None = None,
+    *,
+    dtype: str = "float32",
+    streamed: bool = False,
 ) -> list[Importance]:
-    """Scores of every axis in one pass, for each scoring; of whole blocks by removal on a part of the text."""
+    """Scores of every axis in one pass, for each scoring; of whole blocks by removal on a part of the text.
+
+    streamed: the weights are read a block at a time, with the residual streams in the directory.
+    """
     check_settings(teacher.config, settings)
     digest = text_digest(batches)
-    made_from = json.dumps({"teacher": teacher.digest, "text": digest, **dataclasses.asdict(settings)})
+    made_from = json.dumps({"teacher": teacher.digest, "text": digest, "dtype": dtype, **dataclasses.asdict(settings)})
     scratch = Scratch(directory, made_from)
-    model = teacher.load()
     on_device = [batch.to(teacher.device) for batch in batches]
+    if streamed:
+        return _measure_streamed(teacher.stream(dtype=dtype), on_device, settings, scratch, digest, teacher)
+    model = teacher.load(dtype)
     found = collect_all(model, on_device, settings.metric, scorings(settings), scratch=scratch, seed=teacher.seed)
     common = {"teacher": teacher.digest, "calibration": digest}
     if settings.metric == "random":  # of blocks too
         return [dataclasses.replace(one, **common) for one in found]
     depth, removed = dict(found[0].depth), Row()
     if settings.depth_metric not in depth:
-        part = on_device[: max(1, len(on_device) // DEPTH_SHARE)]
+        part = on_device[: _removed_on(on_device)]
         scores, removed = _depth(model, part, settings, scratch)
         depth |= scores
-    ranks = f"{settings.depth_metric}_rank" if settings.depth_average == "rank" else settings.depth_metric
-    return [dataclasses.replace(one, depth=depth, depth_metric=ranks, removed=removed, **common) for one in found]
+    return [
+        dataclasses.replace(one, depth=depth, depth_metric=_ranks(settings), removed=removed, **common) for one in found
+    ]
+
+
+def _removed_on(batches: list[Batch]) -> int:
+    return max(1, len(batches) // DEPTH_SHARE)
+
+
+def _ranks(settings: ScoreSettings) -> str:
+    return f"{settings.depth_metric}_rank" if settings.depth_average == "rank" else settings.depth_metric
+
+
+def _measure_streamed(
+    model: StreamedModel,
+    batches: list[Batch],
+    settings: ScoreSettings,
+    scratch: Scratch,
+    calibration: str,
+    teacher: Teacher,
+) -> list[Importance]:
+    """The same with one block in memory. Raises HalflapError for what needs gradients, or blocks more than once."""
+    if settings.depth_iterative is not None:
+        raise HalflapError(
+            "depth_iterative needs every block in every round, and the weights are read a block at a time, once: leave "
+            "out --depth-iterative, or take a machine with more memory"
+        )
+    found = collect_streamed(
+        model,
+        batches,
+        settings.metric,
+        settings.depth_metric,
+        scorings(settings),
+        scratch,
+        removed_on=_removed_on(batches),
+        seed=teacher.seed,
+    )
+    common = {"teacher": teacher.digest, "calibration": calibration}
+    if settings.metric != "random":
+        common["depth_metric"] = _ranks(settings)
+    return [dataclasses.replace(one, **common) for one in found]
 
 
 def _depth(

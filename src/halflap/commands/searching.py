@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from halflap.commands import puzzle, shortlist, students
-from halflap.commands.config_compress import CompressRecipe
+from halflap.commands.config_compress import CompressRecipe, SearchRecipe
+from halflap.commands.device import must_stream
 from halflap.commands.given import Given
 from halflap.commands.sections import LossSettings
 from halflap.commands.shortlist import Shortlist
@@ -55,36 +56,63 @@ def _fitting(given: Given, grid: Grid) -> Fitting:
 
 def _homogeneous(given: Given, found: Fitting) -> SearchResult:
     """One size an axis for all blocks, ranked by loss."""
-    return _by_loss(given, given.teacher.load(), found)
+    return _by_loss(given, _teacher(given), found)
 
 
 def _minipuzzle(given: Given, found: Fitting) -> SearchResult:
     """Numbers of blocks of each type and one width of the MLPs, ranked by accuracy and agreement with the teacher."""
-    recipe, teacher = given.recipe, given.teacher
-    model = teacher.load()
-    batches = students.choosing(given.scoring, recipe.settings.score_tokens)
-    said = students.with_teacher_tokens_of(given.tutor.teacher, batches)
+    model, batches = _teacher(given), students.choosing(given.scoring, given.recipe.settings.score_tokens)
+    said = students.with_teacher_tokens_of(given.tutor.teacher, batches, streamed=model is None)
 
     def score(plan: PruningPlan) -> dict[str, float]:
-        return students.agreement(students.build(model, plan), said, teacher)
+        return students.agreement(_student(given, model, plan, batches), said, given.teacher)
 
     return _rank(given, model, batches, found, score, by_agreement)
 
 
 def _puzzle(given: Given, programme: Programme) -> SearchResult:
     """A variant for each block, by how its score in the teacher's place adds up, ranked by loss."""
-    model = given.teacher.load()
+    model = _teacher(given)
+    assert model is not None
     return _by_loss(given, model, puzzle.propose(given, model, programme))
 
 
-def _by_loss(given: Given, model: HybridModel, found: Fitting) -> SearchResult:
+def _by_loss(given: Given, model: HybridModel | None, found: Fitting) -> SearchResult:
     batches = students.choosing(given.scoring, given.recipe.settings.score_tokens)
 
     def score(plan: PruningPlan) -> dict[str, float]:
-        student = students.with_trained_blocks(students.build(model, plan), plan, given.shared)
-        return {"loss": students.next_token_loss(student, batches, given.teacher)}
+        return {"loss": students.next_token_loss(_student(given, model, plan, batches), batches, given.teacher)}
 
     return _rank(given, model, batches, found, score, by_loss)
+
+
+def _teacher(given: Given) -> HybridModel | None:
+    """The model to cut candidates from, or None when its weights are to be read a block at a time."""
+    recipe, teacher = given.recipe, given.teacher
+    asked = isinstance(recipe, SearchRecipe) and recipe.stream
+    if not must_stream(teacher.config, "float32", teacher.device, asked):
+        return teacher.load()
+    where = "where its weights do not fit or --stream has them read a block at a time"
+    if recipe.settings.method == "puzzle":
+        raise RecipeError(
+            "method is puzzle, which tries each variant in the place of its block and needs the teacher in memory, "
+            f"{where}: choose another --method"
+        )
+    if recipe.settings.shortlist_tokens:
+        raise RecipeError(
+            f"shortlist_tokens is {recipe.settings.shortlist_tokens}, and a distillation needs the teacher in memory, "
+            f"{where}: leave out --shortlist-tokens"
+        )
+    return None
+
+
+def _student(
+    given: Given, model: HybridModel | None, plan: PruningPlan, batches: list[Batch]
+) -> HybridModel | students.Coming:
+    """A plan's student, with blocks that the search has trained, to be asked about the batches."""
+    if model is None:
+        return students.Coming(given.teacher.stream(plan), batches)
+    return students.with_trained_blocks(students.build(model, plan), plan, given.shared)
 
 
 class Method(NamedTuple):
@@ -123,7 +151,7 @@ def candidates(
 
 
 def _rank(
-    given: Given, model: HybridModel, batches: list[Batch], found: Fitting, score: Score, order: Order
+    given: Given, model: HybridModel | None, batches: list[Batch], found: Fitting, score: Score, order: Order
 ) -> SearchResult:
     """Measure the likeliest as cut and, if tokens are given, the best of them after rounds of distillation."""
     recipe, settings = given.recipe, given.recipe.settings
@@ -131,19 +159,24 @@ def _rank(
     rounds = stages(refined, settings.shortlist_tokens, settings.rounds == "halving")
     if not settings.shortlist_tokens:
         rounds = ()
-    shared = Shortlist(
-        given.place,
-        given.shared,
-        given.teacher,
-        model,
-        given.tutor,
-        given.training,
-        recipe.fit,
-        recipe.loss_settings if isinstance(recipe, CompressRecipe) else LossSettings(),
-        rounds[-1].tokens if rounds else 0,
+    shared = (
+        None
+        if model is None
+        else Shortlist(
+            given.place,
+            given.shared,
+            given.teacher,
+            model,
+            given.tutor,
+            given.training,
+            recipe.fit,
+            recipe.loss_settings if isinstance(recipe, CompressRecipe) else LossSettings(),
+            rounds[-1].tokens if rounds else 0,
+        )
     )
 
     def refine(plans: Sequence[PruningPlan], tokens: int) -> list[Round]:
+        assert shared is not None
         return [
             Round(done["tokens"], students.next_token_loss(student, batches, given.teacher))
             for student, done in shortlist.train(shared, plans, tokens)
@@ -160,7 +193,7 @@ def _rank(
         rounds=rounds,
         refine=refine,
     )
-    if rounds:
+    if rounds and shared is not None:
         shortlist.keep(shared, given.plan_for(result.chosen), rounds[-1].tokens)
     return result
 

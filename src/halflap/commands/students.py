@@ -10,13 +10,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from halflap.checkpoints.checkpoint import Checkpoint, load_model, write_checkpoint
+from halflap.checkpoints.checkpoint import Checkpoint, float_dtype, load_model, write_checkpoint
 from halflap.checkpoints.config import Lineage, find_directory, lineage_step, read_lineage
+from halflap.checkpoints.streamed import StreamedModel, read_ahead
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.corpora import Corpora, tokenizer_place
 from halflap.commands.device import choose_device
@@ -47,7 +48,7 @@ from halflap.train.objectives.language import NextToken
 BLOCKS = "blocks"
 """Folder of a search with the variants that it trained."""
 CERTIFIED_AT_ONCE = 300_000_000
-"""Parameters up to which a student is certified as soon as it is written: teacher and student are then in memory."""
+"""Parameters up to which a student is certified as soon as it is written: seconds then, and many minutes for 8 B."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,22 @@ class Teacher:
     def digest(self) -> str:
         return self.checkpoint.digest
 
-    def load(self) -> HybridModel:
-        """The model, in float32 whatever it is stored in."""
-        return load_model(self.checkpoint.path, "float32", self.device)
+    def load(self, dtype: str = "float32") -> HybridModel:
+        """The model, in float32 whatever it is stored in, if nothing else is said."""
+        return load_model(self.checkpoint.path, dtype, self.device)
+
+    def stream(self, plan: PruningPlan | None = None, dtype: str = "float32") -> StreamedModel:
+        """The same, or the student of a plan, read a block at a time."""
+        read, wide = self.checkpoint, float_dtype(dtype)
+        if plan is None:
+            return StreamedModel.of(read, wide, self.device)
+
+        def cut(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+            stored = ((name, read.read(name).to(wide)) for name in plan.teacher_names(names))
+            return apply_plan(plan, stored, names)
+
+        ahead = lambda names: read_ahead(read.entries[name] for name in plan.teacher_names(names))
+        return StreamedModel(plan.student, cut, wide, self.device, ahead)
 
 
 def open_teacher(path: str | Path, common: Common, data: Sequence[str] = ()) -> Teacher:
@@ -157,21 +171,40 @@ def with_trained_blocks(student: HybridModel, plan: PruningPlan, run: Path) -> H
     return student
 
 
-def next_token_loss(model: HybridModel, batches: list[Batch], teacher: Teacher) -> float:
+class Coming:
+    """A streamed model's hidden states of these batches, to be asked for in their order, as if a model in memory
+    computed each when it is asked for."""
+
+    def __init__(self, model: StreamedModel, batches: Sequence[Batch]) -> None:
+        moved = [batch.to(model.device) for batch in batches]
+        self.model = model
+        self._states = model.hidden_states_of([(batch.tokens, batch.segments) for batch in moved])
+
+    def hidden_states(self, tokens: Tensor, *, segments: Tensor | None = None) -> Tensor:
+        del tokens, segments
+        return next(self._states)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.model.head_weight
+
+
+def next_token_loss(model: HybridModel | Coming, batches: list[Batch], teacher: Teacher) -> float:
     dtype = resolve_dtype(teacher.dtype, teacher.device)
-    return mean_loss(model, NextToken(), batches, teacher.device, dtype)["loss"]
+    return mean_loss(cast(Any, model), NextToken(), batches, teacher.device, dtype)["loss"]
 
 
-def with_teacher_tokens_of(teacher: Teacher, batches: list[Batch]) -> list[GreedyBatch]:
+def with_teacher_tokens_of(teacher: Teacher, batches: list[Batch], streamed: bool = False) -> list[GreedyBatch]:
     """The batches with the likeliest tokens of a teacher, who is gone from memory then."""
     dtype = resolve_dtype(teacher.dtype, teacher.device)
-    return with_teacher_tokens(teacher.load().eval(), batches, teacher.device, dtype)
+    model: Any = Coming(teacher.stream(), batches) if streamed else teacher.load().eval()
+    return with_teacher_tokens(model, batches, teacher.device, dtype)
 
 
-def agreement(model: HybridModel, batches: list[GreedyBatch], teacher: Teacher) -> dict[str, float]:
+def agreement(model: HybridModel | Coming, batches: list[GreedyBatch], teacher: Teacher) -> dict[str, float]:
     """Loss, and shares of the text's and of the teacher's likeliest tokens that the model says."""
     dtype = resolve_dtype(teacher.dtype, teacher.device)
-    return mean_loss(model, Agreement(), batches, teacher.device, dtype)
+    return mean_loss(cast(Any, model), Agreement(), batches, teacher.device, dtype)
 
 
 def write_student(

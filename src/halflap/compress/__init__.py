@@ -10,6 +10,7 @@ partial.py     sums of a pass, kept so that a killed one goes on
 check.py       scores that cannot rank anything
 metrics.py     the table of metrics, and the controls `weight_norm` and `random`
 depth.py       scores of whole blocks: what their removal does to the output, all at once or one after another
+streamed.py    the same scores of a model larger than memory, by one reading of its weights
 ranking.py     group-aware kept indices from importance and target sizes
 cost_model.py  seconds of a pass as a sum over blocks, fitted to measured times
 cost_table.py  those times and fits, as a file

@@ -17,20 +17,20 @@ model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from halflap.compress.axes import depth_units
-from halflap.compress.partial import NOWHERE, Scratch, resumable
+from halflap.compress.partial import NOWHERE, Scratch, Sums, resumable
 from halflap.compress.plan import Row
 from halflap.compress.ranking import rank_blocks
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
-from halflap.models.meta import at_places, text_places
+from halflap.models.context import SequenceContext
 from halflap.models.model import HybridModel
 from halflap.ops.vocabulary_loss import cross_entropy_sum, kl_divergence_sum
 from halflap.progress import Progress
@@ -84,16 +84,25 @@ def depth_scores(
     progress = Progress(what, len(batches) * left, unit="passes")
     with torch.inference_mode(), progress:
         for batch in resumable(batches, sums, f"depth-{metric}-{len(gone)}", scratch, progress, device):
-            over, under = _rows_without(model, batch, metric, gone, progress)
-            of_rows = torch.full_like(over, torch.nan).where(under == 0, over / under)
-            lower = (of_rows[:, None, :] < of_rows[:, :, None]).sum(2)
-            parts = {"over": over, "under": under, "rank": lower.double(), "rows": (under > 0).double()}
-            for name, part in parts.items():
-                sums[name] = sums.get(name, torch.zeros(count, dtype=torch.float64)) + part.sum(0).cpu()
+            add_rows(sums, *_rows_without(model, batch, metric, gone, progress))
+    return scores_of(sums, metric, gone)
+
+
+def add_rows(sums: Sums, over: Tensor, under: Tensor) -> None:
+    """Add the numerators and denominators (B, L) of a batch's rows."""
+    of_rows = torch.full_like(over, torch.nan).where(under == 0, over / under)
+    lower = (of_rows[:, None, :] < of_rows[:, :, None]).sum(2)
+    parts = {"over": over, "under": under, "rank": lower.double(), "rows": (under > 0).double()}
+    for name, part in parts.items():
+        sums[name] = sums.get(name, torch.zeros(over.shape[1], dtype=torch.float64)) + part.sum(0).cpu()
+
+
+def scores_of(sums: Sums, metric: str, gone: Row = ()) -> DepthScores:
+    """Raises HalflapError without text, and where a block's removal gives NaN or infinity."""
     if not sums or not sums["rows"].any():
         raise HalflapError("no calibration text was read, so no block can be scored; give at least one document")
     mean, rank = ((sums[a] / sums[b]).float() for a, b in (("over", "under"), ("rank", "rows")))  # NaN where gone
-    for index in range(count):
+    for index in range(len(mean)):
         if index not in gone and not mean[index].isfinite():
             raise HalflapError(
                 f"without block {index} the model's outputs are {mean[index]:g} by {metric}; check the weights with "
@@ -137,42 +146,40 @@ def _rows_without(
 ) -> tuple[Tensor, Tensor]:
     """Numerators and denominators (B, L) float64 of every row's score without each block that is left, else 0."""
     full, stream, context = full_pass(model, batch)
-    meta = model.config.num_meta_tokens
-    places = text_places(batch.tokens, batch.segments, meta) if meta else None
-    used = batch.weights > 0
-    over, under = torch.zeros(2, len(used), len(model.blocks), dtype=torch.float64)
+    over, under = torch.zeros(2, len(batch.tokens), len(model.blocks), dtype=torch.float64)
     for index, block in enumerate(model.blocks):
         if index in gone:
             continue
         with_it = block(stream, context)  # first, for the keys and values that later blocks read
-        without = finish(model, stream, context, (*gone, *range(index + 1)), places)
-        for row in used.any(1).nonzero()[:, 0].tolist():
-            of_row = (part[row][used[row]] for part in (full, without, batch.targets, batch.weights))
-            over[row, index], under[row, index] = DEPTH_METRICS[metric](model.head_weight, *of_row)
+        without = finish(model, stream, context, (*gone, *range(index + 1)))
+        over[:, index], under[:, index] = compare_rows(metric, model.head_weight, full, without, batch)
         stream = with_it
         progress.advance()
     return over, under
 
 
-def full_pass(model: HybridModel, batch: Batch) -> tuple[Tensor, Tensor, Any]:
+def compare_rows(metric: str, head: Tensor, full: Tensor, without: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Numerators and denominators (B,) float64 of the rows' scores, from final hidden states (B, T, D); else 0."""
+    used = batch.weights > 0
+    over, under = torch.zeros(2, len(used), dtype=torch.float64)
+    for row in used.any(1).nonzero()[:, 0].tolist():
+        of_row = (part[row][used[row]] for part in (full, without, batch.targets, batch.weights))
+        over[row], under[row] = DEPTH_METRICS[metric](head, *of_row)
+    return over, under
+
+
+def full_pass(model: HybridModel, batch: Batch) -> tuple[Tensor, Tensor, SequenceContext]:
     """Final hidden states, and what the first block was given: the stream (B, T, D) and the pass's context."""
-    given: list[Any] = []
-    handle = model.blocks[0].register_forward_pre_hook(lambda _, args: given.extend(args[:2]))
-    try:
-        full = model.hidden_states(batch.tokens, segments=batch.segments)
-    finally:
-        handle.remove()
-    return full, given[0], given[1]
+    hidden, context = model.enter(batch.tokens, batch.segments)
+    return finish(model, hidden, context, ()), hidden, context
 
 
-def finish(model: HybridModel, stream: Tensor, context: Any, skipped: Row, places: Tensor | None) -> Tensor:
-    """Final hidden states (B, T, D) after all blocks but the skipped; places: of the tokens between meta tokens."""
+def finish(model: HybridModel, stream: Tensor, context: SequenceContext, skipped: Row) -> Tensor:
+    """Final hidden states (B, T, D) after all blocks but the skipped."""
     for index, block in enumerate(model.blocks):
         if index not in skipped:
             stream = block(stream, context)
-    if places is not None:
-        stream = at_places(stream, places)
-    return model.norm(stream).to(model.norm.weight.dtype)
+    return model.leave(stream, context)
 
 
 def _kl(head: Tensor, full: Tensor, without: Tensor, targets: Tensor, weights: Tensor) -> tuple[float, float]:

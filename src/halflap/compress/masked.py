@@ -12,11 +12,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from halflap.checkpoints.streamed import ENTRY, EXIT, Part, part_names
 from halflap.compress.axes import block_of
 from halflap.compress.correction import norms
 from halflap.compress.kinds import Change, axis_name, block_counts, changed_block
@@ -27,26 +29,39 @@ from halflap.models.model import HybridModel
 
 def masked_teacher(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
     """A copy of the teacher in which the cut indices carry nothing, whatever the rest does."""
-    model = _with_eps(teacher, plan)
-    with torch.no_grad():
-        hidden = _mask(teacher.config.hidden_size, plan.keep.get("hidden"))
-        centred = teacher.config.norm == "layer1p"
+    model = copy.deepcopy(teacher)
+    for part in part_names(teacher.config):
+        mask_part(model, plan, part)
+    return model
+
+
+@torch.no_grad()
+def mask_part(model: HybridModel, plan: PruningPlan, part: Part) -> None:
+    """Mask one part of a teacher in place, once; the other parts may be without weights."""
+    _set_eps(model, plan, part)
+    hidden = _mask(model.config.hidden_size, plan.keep.get("hidden"))
+    centred = model.config.norm == "layer1p"
+    if part == ENTRY or (part == EXIT and model.head is None):
         _silence(model.embedding.weight.T, hidden, centred)
+    if part == ENTRY:
         if model.meta_tokens is not None:
             _silence(model.meta_tokens.T, hidden, centred)
-        for norm in [model.norm, *(block.norm for block in model.blocks)] if centred else []:
-            norm.weight[~hidden], norm.bias[~hidden] = -1, 0  # type: ignore[index]
-        for index, block in enumerate(model.blocks):
-            mixer: Any = block.mixer
-            _change(mixer, plan.changes.get(index, Change()), _kept(plan, index).get("kv"))
-            output = MASKS[type(teacher.config.blocks[index])](mixer, _kept(plan, index))
-            if plan.changes.get(index, Change()).linear:
-                block.mixer = _Outer(mixer)
-            heard = hidden if index in plan.keep_blocks else torch.zeros_like(hidden)
-            _silence(output.weight, heard, centred)
-            if output.bias is not None:
-                _silence(output.bias, heard, centred)
-    return model
+        return
+    norm: Any = model.norm if part == EXIT else model.blocks[part].norm  # type: ignore[index]
+    if centred:
+        norm.weight[~hidden], norm.bias[~hidden] = -1, 0
+    if part == EXIT:
+        return
+    mixer: Any = model.blocks[part].mixer  # type: ignore[index]
+    change, kept = plan.changes.get(part, Change()), _kept(plan, part)  # type: ignore[arg-type]
+    _change(mixer, change, kept.get("kv"))
+    output = MASKS[type(model.config.blocks[part])](mixer, kept)  # type: ignore[index]
+    if change.linear:
+        mixer.forward = partial(_outer, mixer)
+    heard = hidden if part in plan.keep_blocks else torch.zeros_like(hidden)
+    _silence(output.weight, heard, centred)
+    if output.bias is not None:
+        _silence(output.bias, heard, centred)
 
 
 def _change(mixer: Any, change: Change, kept: Any) -> None:
@@ -64,19 +79,13 @@ def _change(mixer: Any, change: Change, kept: Any) -> None:
                 rows[heads] = pools.mean(1, keepdim=True).expand_as(pools).flatten(0, 1)
 
 
-class _Outer(nn.Module):
-    """An MLP without activation and gate, or attention in which each token sees itself alone."""
-
-    def __init__(self, mixer: Any) -> None:
-        super().__init__()
-        self.mixer = mixer
-
-    def forward(self, x: Tensor, context: Any, state: Any = None) -> Tensor:
-        config = self.mixer.config
-        if isinstance(config, MLPConfig):
-            return self.mixer.down_proj(self.mixer.up_proj(x))
-        heads = self.mixer.v_proj(x).unflatten(-1, (config.num_key_value_heads, config.value_dim))
-        return self.mixer.o_proj(heads.repeat_interleave(config.queries_per_key_value_head, -2).flatten(-2))
+def _outer(mixer: Any, x: Tensor, context: Any, state: Any = None) -> Tensor:
+    """What an MLP without activation and gate puts out, or attention in which each token sees itself alone."""
+    config = mixer.config
+    if isinstance(config, MLPConfig):
+        return mixer.down_proj(mixer.up_proj(x))
+    heads = mixer.v_proj(x).unflatten(-1, (config.num_key_value_heads, config.value_dim))
+    return mixer.o_proj(heads.repeat_interleave(config.queries_per_key_value_head, -2).flatten(-2))
 
 
 def _kept(plan: PruningPlan, index: int) -> dict[str, Any]:
@@ -91,17 +100,19 @@ def _silence(rows: Tensor, kept: Tensor, centred: bool) -> None:
     rows[~kept] = rows[kept].mean(0) if centred and bool(kept.any()) else 0.0
 
 
-def _with_eps(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
-    """A copy whose norms divide by all channels (`masked`) or by the kept ones.
+def _set_eps(model: HybridModel, plan: PruningPlan, part: Part) -> None:
+    """Have the norms of a part divide by all channels (`masked`) or by the kept ones.
 
     A mean over all channels, the cut ones zero, is kept / total of the mean over the kept ones: gain * sqrt(kept /
     total) and eps * kept / total make up for it.
     """
-    model = copy.deepcopy(teacher)
     if plan.norm_correction == "masked":
-        return model
+        return
     modules = dict(model.named_modules())
+    names = set(part_names(model.config)[part])
     for norm in norms(plan.teacher_config, plan.student, plan.keep_blocks):
+        if norm.name not in names:
+            continue
         module: Any = modules[norm.name.removesuffix(".weight")]
         gain = torch.ones_like(module.weight) * (norm.kept / norm.total) ** 0.5
         if norm.name in plan.scales:
@@ -116,7 +127,6 @@ def _with_eps(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
         else:  # a gated group norm, whose eps its Mamba-2 has
             ssm: Any = modules[norm.name.removesuffix(".norm.weight")]
             ssm.config = dataclasses.replace(ssm.config, norm_eps=ssm.config.norm_eps * norm.kept / norm.total)
-    return model
 
 
 def _spread(plan: PruningPlan, name: str, factors: tuple[float, ...], size: int) -> Tensor:

@@ -16,6 +16,7 @@ from halflap.compress.taylor import taylor
 from halflap.compress.watch import activation
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
 from halflap.models.layout import dim_size, is_offset_gain, layout
 from halflap.models.model import HybridModel
 
@@ -25,12 +26,18 @@ def weight_norm(
 ) -> list[Importance]:
     """The L2 norm of all weights that an index touches; reads no text."""
     del batches, scorings, scratch, seed
-    squares = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in score_shapes(model.config).items()}
-    depth = torch.zeros(len(model.config.blocks), dtype=torch.float64)
     parameters = dict(model.named_parameters())
-    for name, dims in layout(model.config).items():
-        weight = parameters[name].detach().double().cpu()
-        square = (weight + is_offset_gain(model.config, name)).square()
+    return [weight_norm_of(model.config, ((name, parameters[name]) for name in layout(model.config)))]
+
+
+def weight_norm_of(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> Importance:
+    """`weight_norm` from a stream of (name, tensor) in the order of the layout."""
+    squares = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in score_shapes(config).items()}
+    depth = torch.zeros(len(config.blocks), dtype=torch.float64)
+    dims_of = layout(config)
+    for name, tensor in tensors:
+        dims = dims_of[name]
+        square = (tensor.detach().double().cpu() + is_offset_gain(config, name)).square()
         if name.startswith("blocks."):
             depth[int(name.split(".")[1])] += square.sum()
         for dimension, dim in enumerate(dims):
@@ -38,7 +45,7 @@ def weight_norm(
             for span, part in zip(dim, along.split([dim_size((span,)) for span in dim]), strict=True):
                 _add_span(squares, block_of(name), [axis.name for axis in span], part.reshape([a.size for a in span]))
     widths = {name: square.sqrt().float() for name, square in squares.items()}
-    return [Importance("weight_norm", widths, {"weight_norm": depth.sqrt().float()})]
+    return Importance("weight_norm", widths, {"weight_norm": depth.sqrt().float()})
 
 
 def random(
@@ -46,9 +53,13 @@ def random(
 ) -> list[Importance]:
     """Uniform random scores: the control that every metric has to beat."""
     del batches, scorings, scratch
+    return [random_of(model.config, seed)]
+
+
+def random_of(config: ModelConfig, seed: int) -> Importance:
     generator = torch.Generator().manual_seed(seed)
-    widths = {name: torch.rand(shape, generator=generator) for name, shape in score_shapes(model.config).items()}
-    return [Importance("random", widths, {"random": torch.rand(len(model.config.blocks), generator=generator)})]
+    widths = {name: torch.rand(shape, generator=generator) for name, shape in score_shapes(config).items()}
+    return Importance("random", widths, {"random": torch.rand(len(config.blocks), generator=generator)})
 
 
 # Scores by the axes of the spans that belong to them, each the first that the block has.

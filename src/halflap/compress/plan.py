@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from halflap.compress.kinds import Change, axis_name, block_counts, changed_bloc
 from halflap.errors import HalflapError
 from halflap.files import write_json
 from halflap.models.config import ModelConfig
-from halflap.models.layout import Axis
+from halflap.models.layout import Axis, layout
 from halflap.models.sharing import keep_blocks as left_blocks
 
 FORMAT = "halflap-pruning-plan-1"
@@ -103,6 +103,18 @@ class PruningPlan:
             return name
         index, rest = self.keep_blocks[index], name.split(".", 2)[2]
         return f"blocks.{index}.{self._last_map(index, rest)}"
+
+    def teacher_names(self, names: Iterable[str]) -> list[str]:
+        """The teacher's parameters that these of the student are made of: of a linear block's map, all of the mixer."""
+        found: list[str] = []
+        for name in names:
+            index, own = block_of(name), self.teacher_name(name)
+            mixer = own.split("mixer.")[0] + "mixer."
+            if index is not None and "mixer." in own and self.changes.get(self.keep_blocks[index], Change()).linear:
+                found += [other for other in layout(self.teacher_config) if other.startswith(mixer)]
+            else:
+                found.append(own)
+        return list(dict.fromkeys(found))
 
     def kept_heads(self, index: int) -> tuple[int, int]:
         """How many key/value heads of an attention block are kept, and how many query heads of each."""

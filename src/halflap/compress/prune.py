@@ -6,7 +6,7 @@ selected and the spans are joined again. Nothing here knows of Mamba, attention 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,20 +24,29 @@ WITHOUT = Change()
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def apply_plan(plan: PruningPlan, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def apply_plan(
+    plan: PruningPlan, tensors: Iterable[tuple[str, Tensor]], names: Sequence[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The student's (name, tensor) pairs from the teacher's, in the teacher's order and dtypes.
 
-    Tensors that lose nothing pass through as they are; others are new and contiguous. Raises HalflapError on a tensor
-    that the teacher's layout does not have, or of another shape, and when one is missing.
+    names: of the student, where not all of it is wanted; the teacher's tensors are those it is made of. Tensors that
+    lose nothing pass through as they are; others are new and contiguous. Raises HalflapError on a tensor that the
+    teacher's layout does not have, or of another shape, and when one is missing.
     """
-    yield from cut(plan, layout(plan.teacher_config), plan.keep, tensors)
+    yield from cut(plan, layout(plan.teacher_config), plan.keep, tensors, names)
 
 
 def cut(
-    plan: PruningPlan, source: Layout, keep: Mapping[str, Kept], tensors: Iterable[tuple[str, Tensor]]
+    plan: PruningPlan,
+    source: Layout,
+    keep: Mapping[str, Kept],
+    tensors: Iterable[tuple[str, Tensor]],
+    names: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """`apply_plan` by another reading of the teacher's dimensions (see `controls.py`)."""
     missing = layout(plan.student)
+    if names is not None:
+        missing = {name: missing[name] for name in names}
     for student_name, student in _each(plan, source, keep, tensors, missing):
         del missing[student_name]
         yield student_name, student

@@ -22,7 +22,6 @@ from halflap.compress.prune import cut_block
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.config import BlockConfig
-from halflap.models.meta import text_places
 from halflap.models.model import Block, HybridModel
 from halflap.models.sharing import with_source
 from halflap.ops.vocabulary_loss import kl_divergence_sum
@@ -117,8 +116,6 @@ class _Passes:
         self.full = [_with_target(full, batch) for (full, _, _), batch in zip(passes, batches, strict=True)]
         self.streams = [stream for _, stream, _ in passes]
         self.contexts = [context for _, _, context in passes]
-        meta = model.config.num_meta_tokens
-        self.places = [text_places(b.tokens, b.segments, meta) if meta else None for b in batches]
 
     def advance(self, index: int) -> None:
         block = self.model.blocks[index]
@@ -130,7 +127,7 @@ class _Passes:
         for place, (stream, batch) in enumerate(zip(streams, self.batches, strict=True)):
             context = self.contexts[place]
             out = stream if block is None else block(stream, context)
-            final = finish(self.model, out, context, tuple(range(following)), self.places[place])
+            final = finish(self.model, out, context, tuple(range(following)))
             head, weights = self.model.head_weight, batch.weights[batch.weights > 0]
             total += float(kl_divergence_sum(_with_target(final, batch), head, self.full[place], head, weights))
         return total

@@ -6,29 +6,34 @@ Three statements, each checked by itself:
    for every axis alone, and for all of them together;
 3. the stored student's logits equal the masked teacher's within the rounding of its dtype.
 
-For the norm corrections `none` and `calibrated` the masked teacher's norms divide by the kept channels (`masked.py`).
+One block of the teacher is in memory at a time, so a model may be larger than memory. For the norm corrections `none`
+and `calibrated` the masked teacher's norms divide by the kept channels (`masked.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halflap.checkpoints.checkpoint import Checkpoint
+from halflap.checkpoints.streamed import EXIT, Part, StreamedModel, part_names
 from halflap.compress.axes import AXES, axes_of, block_of, short_name
 from halflap.compress.correction import norms
 from halflap.compress.kinds import Change
-from halflap.compress.masked import masked_teacher
+from halflap.compress.masked import mask_part
 from halflap.compress.plan import Kept, PruningPlan, kept_count, kept_indices
 from halflap.compress.prune import apply_plan
 from halflap.errors import HalflapError
-from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel
+from halflap.models.streams import Stream
+from halflap.ops import select
+from halflap.progress import Progress
 
 NO_CHANGES: Mapping[int, Change] = {}
 WIDE_LIMIT = 300_000_000  # parameters up to which float64 is used
@@ -58,12 +63,13 @@ def verify(student: Checkpoint, teacher: Checkpoint, plan: PruningPlan, tokens: 
             "teacher, so its weights were trained or changed after pruning; verify it as cut (`compress` keeps pruned/)"
         )
     dtype = torch.float64 if count_parameters(teacher.config) <= WIDE_LIMIT else torch.float32
-    whole = _model(teacher.config, teacher.tensors(), dtype)
-    axes = [_certify_axis(size, one, whole, tokens) for size, one in plans_by_axis(plan).items()]
-    reference = logits(masked_teacher(whole, plan), tokens)
-    scale = float(reference.abs().max())
-    exact = float((logits(cut_model(whole, plan), tokens) - reference).abs().max())
-    stored = float((logits(_model(student.config, student.tensors(), dtype), tokens) - reference).abs().max())
+    by_axis = plans_by_axis(plan)
+    differences, scales = _compare(student, teacher, [*by_axis.values(), plan], tokens, dtype)
+    axes = [
+        _axis_row(size, one, error, scale, dtype)
+        for (size, one), (error,), scale in zip(by_axis.items(), differences, scales, strict=False)
+    ]
+    (exact, stored), scale = differences[-1], scales[-1]
     tolerance, stored_tolerance = WIDE_TOLERANCE[dtype] * scale, STORED_TOLERANCE[student.dtype] * scale
     return {
         "passed": all(axis["passed"] for axis in axes) and exact <= tolerance and stored <= stored_tolerance,
@@ -160,10 +166,8 @@ def _fill(plan: PruningPlan, keep: Mapping[str, Kept]) -> dict[str, Kept]:
     return filled
 
 
-def _certify_axis(size: str, plan: PruningPlan, whole: HybridModel, tokens: Tensor) -> dict[str, Any]:
-    reference = logits(masked_teacher(whole, plan), tokens)
-    error = float((logits(cut_model(whole, plan), tokens) - reference).abs().max())
-    scale = float(reference.abs().max())
+def _axis_row(size: str, plan: PruningPlan, error: float, scale: float, dtype: torch.dtype) -> dict[str, Any]:
+    """What the certificate says of a plan that cuts one size alone."""
     axes = axes_of(plan.teacher_config)
     cut = [axes[name] for name in plan.keep]
     parents = [1 if axis.parent is None else axes[axis.parent].size for axis in cut]
@@ -180,30 +184,91 @@ def _certify_axis(size: str, plan: PruningPlan, whole: HybridModel, tokens: Tens
         "blocks": len({block_of(axis.name) for axis in cut} - {None}) or None,
         "max_abs_error": error,
         "logit_scale": scale,
-        "passed": error <= WIDE_TOLERANCE[next(whole.parameters()).dtype] * scale,
+        "passed": error <= WIDE_TOLERANCE[dtype] * scale,
     }
 
 
-# ---- models
+# ---- models, a block at a time
 
 
-def logits(model: HybridModel, tokens: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return model(tokens)
+Alter = Callable[[HybridModel], None]
 
 
-def cut_model(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
-    """The student in the teacher's arithmetic, without any rounding of storage."""
-    state = {name: tensor.detach() for name, tensor in teacher.state_dict().items()}
-    return _model(plan.student, apply_plan(plan, state.items()), next(teacher.parameters()).dtype)
+class _Pass:
+    """A model's pass over the tokens, part by part."""
+
+    def __init__(self, model: StreamedModel, tokens: Tensor) -> None:
+        self.model, self.tokens = model, tokens
+        self.stream: Stream
+
+    def step(self, part: Part, alter: Alter = lambda _: None) -> None:
+        """Through the embedding or a block, whose weights are altered first."""
+        with self.model.resident(part) as whole:
+            alter(whole)
+            if isinstance(part, int):
+                self.stream = self.stream.through(part, whole.blocks[part])
+            else:
+                self.stream = Stream(*whole.enter(self.tokens))
+
+    def logits(self, alter: Alter = lambda _: None) -> Tensor:
+        """(B, T, V), from the last part."""
+        with self.model.resident(EXIT) as whole:
+            alter(whole)
+            return select.linear(whole.leave(self.stream.hidden, self.stream.context), whole.head_weight)
 
 
-def _model(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> HybridModel:
-    model = _shell(config)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors}, strict=True, assign=True)
-    return model.eval()
+@torch.inference_mode()
+def _compare(
+    student: Checkpoint, teacher: Checkpoint, plans: Sequence[PruningPlan], tokens: Tensor, dtype: torch.dtype
+) -> tuple[list[list[float]], list[float]]:
+    """Of each plan the largest difference of its cut teacher's logits from those of its masked teacher, and the largest
+    of the latter; of the last plan, after its own, the stored student's difference too.
+
+    All plans go through a block of the teacher together, so that its tensors are read once; they, and one model's block
+    made of them, are what is in memory.
+    """
+    read = _Remembering(teacher, dtype)
+    masked = [_Pass(StreamedModel(teacher.config, read.copies, dtype), tokens) for _ in plans]
+    cut = [_Pass(StreamedModel(plan.student, partial(read.cut, plan), dtype), tokens) for plan in plans]
+    stored = _Pass(StreamedModel.of(student, dtype), tokens)
+    differences, scales = [], []
+    both = [[*pair] for pair in zip(masked, cut, strict=True)]
+    both[-1].append(stored)
+    parts = [part for part in part_names(teacher.config) if part != EXIT]
+    with Progress("compare with the masked teacher", len(parts) + 1, unit="parts") as progress:
+        for part in parts:
+            for plan, (one, *others) in zip(plans, both, strict=True):
+                one.step(part, partial(mask_part, plan=plan, part=part))
+                if isinstance(part, str) or part in plan.keep_blocks:
+                    for other in others:
+                        other.step(part if isinstance(part, str) else plan.keep_blocks.index(part))
+            progress.advance()
+        for plan, (one, *others) in zip(plans, both, strict=True):
+            reference = one.logits(partial(mask_part, plan=plan, part=EXIT))
+            scales.append(float(reference.abs().max()))
+            differences.append([float((other.logits() - reference).abs().max()) for other in others])
+    return differences, scales
 
 
-def _shell(config: ModelConfig) -> HybridModel:
-    with torch.device("meta"):
-        return HybridModel(config)
+class _Remembering:
+    """A checkpoint's tensors, of which those of the part read last are kept as stored."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.held: dict[str, Tensor] = {}
+
+    def copies(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """To be changed by whoever takes them."""
+        return ((name, tensor.clone()) for name, tensor in self._read(names))
+
+    def cut(self, plan: PruningPlan, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters of the plan's student, made in the wide dtype, where factors of the gains round nothing."""
+        theirs = self._read(plan.teacher_names(names))
+        return apply_plan(plan, ((name, tensor.to(self.dtype)) for name, tensor in theirs), names)
+
+    def _read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        self.held = {name: tensor for name, tensor in self.held.items() if name in names}
+        for name in names:
+            if name not in self.held:
+                self.held[name] = self.checkpoint.read(name)
+            yield name, self.held[name]

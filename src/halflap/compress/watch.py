@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -67,25 +68,21 @@ def activation(
 ) -> list[Importance]:
     """Scores of each scoring, with energies and block influence, from one forward pass over the batches."""
     del seed
-    watch = _Watch(model, scorings)
-    handles = list(watch.hooks())
+    watch = Watch(model, scorings)
     progress = Progress("score activations", len(batches), unit="batches")
-    try:
-        with torch.inference_mode(), progress:
-            device = model.embedding.weight.device
-            for batch in resumable(batches, watch.sums, "activation", scratch, progress, device):
-                watch.begin(batch)
-                model.hidden_states(batch.tokens, segments=batch.segments)
-                progress.advance()
-                if not watch.is_finite():
-                    break  # whoever checks the scores says where
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.inference_mode(), progress, watch.hooks([*range(len(model.blocks)), None]):
+        device = model.embedding.weight.device
+        for batch in resumable(batches, watch.sums, "activation", scratch, progress, device):
+            watch.begin(batch)
+            watch.count()
+            model.hidden_states(batch.tokens, segments=batch.segments)
+            progress.advance()
+            if not watch.is_finite():
+                break  # whoever checks the scores says where
     return watch.result()
 
 
-class _Watch:
+class Watch:
     """Sums over calibration rows while a model runs; hooks call `score`, `deviation`, `norm` and `influence`."""
 
     def __init__(self, model: HybridModel, scorings: Sequence[Scoring]) -> None:
@@ -101,18 +98,30 @@ class _Watch:
 
     # ---- what is watched
 
-    def hooks(self) -> Iterator[Any]:
-        """Handles of all hooks, which are set as this is read."""
-        norms = dict(_norms(self.model))
+    @contextmanager
+    def hooks(self, parts: Sequence[int | None]) -> Iterator[None]:
+        """Watch these blocks, and for None the final norm, until the `with` block ends; others need no weights."""
+        handles = list(self._hooks(parts))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hooks(self, parts: Sequence[int | None]) -> Iterator[Any]:
+        """Handles of hooks, which are set as this is read."""
         for site in sites(self.model, self.scorings):
-            if short_name(site.name) != "norm":
+            if short_name(site.name) != "norm" and block_of(site.name) in parts:
                 yield from self._site_hooks(site)
-        for name, norm in norms.items():
-            yield norm.register_forward_hook(self._norm_hook(name, norm))
+        for name, norm in _norms(self.model):
+            if block_of(name) in parts:
+                yield norm.register_forward_hook(self._norm_hook(name, norm))
         for name, module, gain in _gated_norms(self.model):
-            yield module.register_forward_pre_hook(partial(self._gated, name, gain))
+            if block_of(name) in parts:
+                yield module.register_forward_pre_hook(partial(self._gated, name, gain))
         for index, block in enumerate(self.model.blocks):
-            yield block.register_forward_hook(partial(self._passed, index))
+            if index in parts:
+                yield block.register_forward_hook(partial(self._passed, index))
 
     def _site_hooks(self, site: Site) -> Iterator[Any]:
         block = self.config.blocks[block_of(site.name) or 0]
@@ -144,10 +153,13 @@ class _Watch:
     # ---- sums
 
     def begin(self, batch: Batch) -> None:
-        """Padding (segment 0) counts nowhere."""
+        """What runs from here on is this batch; padding (segment 0) counts nowhere."""
         full = torch.full((len(batch.tokens),), batch.tokens.shape[1], device=batch.tokens.device)
         self.batch, self.masks = batch, {}
         self.counts = full if batch.segments is None else (batch.segments > 0).sum(1)
+
+    def count(self) -> None:
+        """Once for each batch, however often it is begun."""
         self._add("rows", (self.counts > 0).sum().double())
         self._add("tokens", self.counts.sum().double())
 

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from halflap.checkpoints.streamed import AnyModel
 from halflap.errors import HalflapError
 from halflap.evaluate.documents import Document, Floats
 from halflap.inference.generate import require_positions
-from halflap.inference.log_probs import length_batches, padded_batch, score_tokens
+from halflap.inference.log_probs import length_batches, padded_batch, score_batches
 from halflap.models.config import ModelConfig
-from halflap.models.model import HybridModel
 from halflap.progress import Progress
 
 MOST_CONTEXT = 2048  # window when none is asked for and the model reads as much
@@ -94,7 +95,7 @@ def windows(documents: Sequence[Document], context: int, stride: int, limit: int
 
 
 def evaluate_text(
-    model: HybridModel,
+    model: AnyModel,
     documents: Sequence[Document],
     *,
     context: int | None = None,
@@ -106,7 +107,8 @@ def evaluate_text(
     """Score documents in windows of `context` (default the model's, at most 2048) every `stride` (default the window).
 
     `tokens` bounds the tokens scored; `batch_size` full windows are read at once and does not change the result
-    beyond rounding; `seed` is the bootstrap's. Raises HalflapError when nothing is left to score or sizes are wrong.
+    beyond rounding; `seed` is the bootstrap's. A streamed model takes all windows through a block before it reads the
+    next one. Raises HalflapError when nothing is left to score or sizes are wrong.
     """
     context = default_context(model.config) if context is None else context
     stride = context if stride is None else stride
@@ -160,28 +162,34 @@ def _scored_bytes(document: Document, window: Window) -> float:
 
 
 def _window_losses(
-    model: HybridModel, documents: Sequence[Document], found: Sequence[Window], batch_tokens: int
+    model: AnyModel, documents: Sequence[Document], found: Sequence[Window], batch_tokens: int
 ) -> Floats:
     """Summed loss of each window's scored tokens, in nats."""
     losses = np.zeros(len(found))
     longest = max(window.end - window.start for window in found)
     buffer = max(BUFFERED_BATCHES, BUFFERED_BATCHES * batch_tokens // longest)
+    batches = [
+        [start + i for i in indices]
+        for start in range(0, len(found), buffer)
+        for indices in length_batches([w.end - w.start for w in found[start : start + buffer]], batch_tokens)
+    ]
+    device = model.device
+
+    def padded(indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        batch = [found[i] for i in indices]
+        sequences = [documents[w.document].tokens[w.start : w.end + 1] for w in batch]
+        return padded_batch(sequences, [w.scored for w in batch], device)
+
     total = 0.0
     with Progress("evaluate text", sum(window.scored for window in found), unit="tokens") as progress:
-        for start in range(0, len(found), buffer):
-            part = found[start : start + buffer]
-            for indices in length_batches([window.end - window.start for window in part], batch_tokens):
-                batch = [part[i] for i in indices]
-                sequences = [documents[w.document].tokens[w.start : w.end + 1] for w in batch]
-                device = model.device
-                inputs, targets, wanted = padded_batch(sequences, [w.scored for w in batch], device)
-                scores = score_tokens(model, inputs, targets, wanted).log_probs.double()
-                rows = wanted.nonzero()[:, 0]
-                sums = torch.zeros(len(batch), dtype=torch.float64, device=device).index_add(0, rows, -scores)
-                losses[[start + i for i in indices]] = sums.cpu().numpy()
-                total += float(sums.sum())
-                progress.advance(len(rows))
-                progress.note(loss=f"{total / progress.done:.4f}")
+        for indices, (scores, wanted) in zip(batches, score_batches(model, map(padded, batches)), strict=True):
+            rows = wanted.nonzero()[:, 0]
+            zeros = torch.zeros(len(indices), dtype=torch.float64, device=device)
+            sums = zeros.index_add(0, rows, -scores.log_probs.double())
+            losses[indices] = sums.cpu().numpy()
+            total += float(sums.sum())
+            progress.advance(len(rows))
+            progress.note(loss=f"{total / progress.done:.4f}")
     return losses
 
 

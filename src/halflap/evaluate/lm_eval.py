@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halflap.checkpoints.streamed import AnyModel, StreamedModel
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
 from halflap.evaluate.held_out import default_context
@@ -55,7 +56,7 @@ class HalflapLM(TemplateLM):
 
     def __init__(
         self,
-        model: HybridModel | None = None,
+        model: AnyModel | None = None,
         tokenizer: Tokenizer | None = None,
         *,
         pretrained: str | None = None,
@@ -145,6 +146,11 @@ class HalflapLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Text of each (context, settings), until one of its stop strings."""
+        if isinstance(self.model, StreamedModel):
+            raise HalflapError(
+                "a task has the model write its answers, which takes all of it in memory, and it is read a block at a "
+                "time; choose tasks with given answers, or a machine with more memory"
+            )
         answers = [""] * len(requests)
         kinds: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -236,7 +242,7 @@ def _load_stock(manager: TaskManager, name: str, local: str | None) -> Any:
 
 
 def run_tasks(
-    model: HybridModel,
+    model: AnyModel,
     tokenizer: Tokenizer,
     tasks: Tasks,
     *,

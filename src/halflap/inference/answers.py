@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from halflap.checkpoints.streamed import AnyModel
 from halflap.inference.generate import prefill
-from halflap.inference.log_probs import Scores, length_batches, padded_batch, score_hidden, score_tokens
+from halflap.inference.log_probs import Scores, length_batches, padded_batch, score_batches, score_hidden
 from halflap.models.model import HybridModel
 
 SHARED_FROM = 16  # tokens of a context from which sharing it pays for the second pass
@@ -27,7 +28,7 @@ class Answer(NamedTuple):
 
 
 def score_answers(
-    model: HybridModel,
+    model: AnyModel,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     scored: Sequence[int] | None = None,
@@ -37,7 +38,8 @@ def score_answers(
     """The answer of each (context, continuation), both token ids, the context not empty.
 
     With `scored` only the last `scored[i]` tokens of continuation i count, and the others are read. A batch holds at
-    most `batch_tokens` padded tokens (or one row); `advance` hears how many pairs are done.
+    most `batch_tokens` padded tokens (or one row); `advance` hears how many pairs are done. A streamed model, which
+    keeps no cache, reads each context with each of its answers.
     """
     counted = [len(continuation) for _, continuation in pairs] if scored is None else scored
     results = [Answer(0.0, True)] * len(pairs)
@@ -47,21 +49,25 @@ def score_answers(
     shared: list[list[int]] = []
     alone: list[int] = []
     for context, indices in asked.items():
-        if len(indices) > 1 and len(context) >= SHARED_FROM:
+        if len(indices) > 1 and len(context) >= SHARED_FROM and isinstance(model, HybridModel):
             shared.append(indices)
         else:
             alone += indices
     for batch in _question_batches(pairs, shared, batch_tokens):
+        assert isinstance(model, HybridModel)
         for indices, scores, wanted in _score_shared(model, pairs, counted, batch, batch_tokens):
             _fill(results, indices, scores, wanted)
             advance(len(indices))
     sequences = [[*pairs[i][0], *pairs[i][1]] for i in alone]
-    for rows in length_batches([len(sequence) for sequence in sequences], batch_tokens):
-        indices = [alone[row] for row in rows]
-        counts = [counted[i] for i in indices]
-        tokens, targets, wanted = padded_batch([sequences[row] for row in rows], counts, model.device)
-        _fill(results, indices, score_tokens(model, tokens, targets, wanted), wanted)
-        advance(len(indices))
+    batches = list(length_batches([len(sequence) for sequence in sequences], batch_tokens))
+    device = model.device
+    padded = (
+        padded_batch([sequences[row] for row in rows], [counted[alone[row]] for row in rows], device)
+        for rows in batches
+    )
+    for rows, (scores, wanted) in zip(batches, score_batches(model, padded), strict=True):
+        _fill(results, [alone[row] for row in rows], scores, wanted)
+        advance(len(rows))
     return results
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from halflap.checkpoints.streamed import AnyModel, StreamedModel
 from halflap.models.model import HybridModel
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Scores(NamedTuple):
 
 
 @torch.inference_mode()
-def score_hidden(model: HybridModel, hidden: Tensor, targets: Tensor) -> Scores:
+def score_hidden(model: AnyModel, hidden: Tensor, targets: Tensor) -> Scores:
     """Scores of targets (M,) int64 read from normalised hidden states (M, D) by the model's head."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     chunk = max(SMALLEST_CHUNK, CHUNK_BYTES // (wide.itemsize * model.config.vocab_size))
@@ -56,6 +57,23 @@ def score_tokens(model: HybridModel, tokens: Tensor, targets: Tensor, wanted: Te
     """
     hidden = model.hidden_states(tokens)
     return score_hidden(model, hidden[wanted], targets[wanted])
+
+
+@torch.inference_mode()
+def score_batches(model: AnyModel, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[tuple[Scores, Tensor]]:
+    """`score_tokens` of each batch (tokens, targets, wanted), and its `wanted`, in order.
+
+    A model in memory takes a batch when the one before has been used; one that is streamed takes all batches first and
+    reads its weights once for many.
+    """
+    if not isinstance(model, StreamedModel):
+        for tokens, targets, wanted in batches:
+            yield score_tokens(model, tokens, targets, wanted), wanted
+        return
+    batches = list(batches)
+    states = model.hidden_states_of([(tokens, None) for tokens, _, _ in batches])
+    for hidden, (_, targets, wanted) in zip(states, batches, strict=True):
+        yield score_hidden(model, hidden[wanted], targets[wanted]), wanted
 
 
 def sequence_log_probs(

@@ -20,5 +20,6 @@ quantized.py  linear maps and embeddings of packed weights
 norm.py       the norms of blocks: RMSNorm, LayerNorm1P
 cache.py      what a decoded sequence keeps: keys and values, convolution tails, SSM states
 slots.py      a cache whose rows come and go
+streams.py    passes between two blocks, many carried through one block before the next is read
 model.py      Block, HybridModel, initialisation
 """

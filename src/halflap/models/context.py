@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,7 @@ class SequenceContext:
     positions: Tensor
     runs: Tensor | None = None
     starts: Tensor | None = None  # (B, T) where each token's document begins in its row; None when each row is one
+    places: Tensor | None = None  # of text between meta tokens, in packed rows; None when it follows the first `meta`
     lengths: Tensor | None = None
     past: bool = False
     uniform: bool = True  # all rows of the cache equally long
@@ -79,6 +81,23 @@ class SequenceContext:
         if self.used and self.readers[source] == self.block:
             del self._shared[source]  # of a cached pass, in which no block runs twice
         return found
+
+    def fork(self) -> SequenceContext:
+        """The same pass for another residual stream: keys and values shared so far are both's, later ones its own."""
+        return dataclasses.replace(self, _shared=dict(self._shared))
+
+    def forget(self, block: int) -> None:
+        """Let go of keys and values whose last reader has run, in a pass in which no block runs twice."""
+        for source in [source for source in self._shared if self.readers[source] <= block]:
+            del self._shared[source]
+
+    def shared_tensors(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values that later blocks read, by the block that made them."""
+        return {source: (found.keys, found.values) for source, found in self._shared.items()}
+
+    def share(self, source: int, key: Tensor, value: Tensor, window: int | None) -> None:
+        """Put back keys and values of a pass without a cache, as `shared_tensors` gave them."""
+        self._shared[source] = self._uncached(key, value, window)
 
     def _uncached(self, key: Tensor, value: Tensor, window: int | None) -> KeyValues:
         time = self.time

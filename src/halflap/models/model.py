@@ -29,7 +29,7 @@ from halflap.models.layout import is_offset_gain
 from halflap.models.linear import Linear, LinearMixer
 from halflap.models.mamba1 import Mamba1Mixer
 from halflap.models.mamba2 import Mamba2Mixer
-from halflap.models.meta import at_places, widen, with_meta_tokens
+from halflap.models.meta import Widened, at_places, widen, with_meta_tokens
 from halflap.models.mlp import MLPMixer
 from halflap.models.norm import NORMS
 from halflap.models.quantization import Quantization
@@ -144,25 +144,46 @@ class HybridModel(nn.Module):
             if segments is not None:
                 raise ValueError("a cached pass continues one document a row; pass lengths, not segments")
             return self._continue(tokens, [cache] if isinstance(cache, Cache) else cache, lengths)
-        meta, place = self.config.num_meta_tokens, None
-        if segments is None:
+        hidden, context = self.enter(tokens, segments)
+        return self.leave(self._run(hidden, context), context)
+
+    def enter(self, tokens: Tensor, segments: Tensor | None = None) -> tuple[Tensor, SequenceContext]:
+        """What the first block of a pass without a cache is given: the residual stream (B, L, D), and the context.
+
+        L is T and the meta tokens. With `context_of`, the blocks and `leave`, a pass can be made in pieces.
+        """
+        context, wide = self._layout(tokens, segments)
+        if wide is not None:
+            assert self.meta_tokens is not None
+            hidden = with_meta_tokens(self.embed(wide.tokens), wide.slot, self.meta_tokens)
+        else:
             hidden = self.embed(tokens)
             if self.meta_tokens is not None:
                 hidden = torch.cat([self.meta_tokens.to(hidden.dtype).expand(len(tokens), -1, -1), hidden], 1)
-            context = self._context(_steps(hidden))
-        elif self.meta_tokens is None:
-            hidden, context = self.embed(tokens), self._context(_steps(tokens), segment_runs(segments))
-        else:
-            wide = widen(tokens, segments, meta)
-            place = wide.place
-            hidden = with_meta_tokens(self.embed(wide.tokens), wide.slot, self.meta_tokens)
-            context = self._context(_steps(hidden), wide.runs)
-        hidden = self._run(hidden, context)
-        if place is not None:
-            hidden = at_places(hidden, place)
-        elif meta:
-            hidden = hidden[:, meta:]
+        return self._residual(hidden), context
+
+    def context_of(self, tokens: Tensor, segments: Tensor | None = None) -> SequenceContext:
+        """The context of a pass without a cache, as `enter` gives it; reads no weight."""
+        return self._layout(tokens, segments)[0]
+
+    def leave(self, hidden: Tensor, context: SequenceContext) -> Tensor:
+        """The normalised final hidden states (B, T, D) of the text from what the last block put out (B, L, D)."""
+        if context.places is not None:
+            hidden = at_places(hidden, context.places)
+        elif context.meta:
+            hidden = hidden[:, context.meta :]
         return self.norm(hidden)
+
+    def _layout(self, tokens: Tensor, segments: Tensor | None) -> tuple[SequenceContext, Widened | None]:
+        """The context of a pass without a cache, and where packed rows have room for meta tokens."""
+        meta = self.config.num_meta_tokens
+        if segments is None:
+            steps = torch.arange(meta + tokens.shape[1], device=tokens.device)
+            return self._context(steps.expand(len(tokens), -1)), None
+        if not meta:
+            return self._context(_steps(tokens), segment_runs(segments)), None
+        wide = widen(tokens, segments, meta)
+        return self._context(_steps(wide.tokens), wide.runs, wide.place), wide
 
     def _continue(self, tokens: Tensor, caches: Sequence[Cache], lengths: Tensor | None) -> Tensor:
         """Hidden states of the next tokens (B, T) of the caches' rows."""
@@ -183,8 +204,7 @@ class HybridModel(nn.Module):
 
     def _run(self, hidden: Tensor, context: Context, caches: Sequence[Cache] = ()) -> Tensor:
         """All blocks."""
-        if self.config.residual_in_fp32:
-            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        hidden = self._residual(hidden)
         recompute = self.recompute if not caches and torch.is_grad_enabled() else None
         if recompute is not None and self.readers:  # gradients of keys and values pass between blocks in this form only
             recompute = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
@@ -196,13 +216,20 @@ class HybridModel(nn.Module):
                 hidden = block(hidden, context, states if len(states) > 1 else next(iter(states), None))
         return hidden
 
-    def _context(self, steps: Tensor, runs: Tensor | None = None) -> SequenceContext:
+    def _residual(self, hidden: Tensor) -> Tensor:
+        """In the dtype of the residual stream."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden.to(wide) if self.config.residual_in_fp32 else hidden
+
+    def _context(self, steps: Tensor, runs: Tensor | None = None, places: Tensor | None = None) -> SequenceContext:
         """Of a pass without a cache: steps (B, T) count from each row's start."""
         meta = self.config.num_meta_tokens
         if runs is None:
             return SequenceContext(positions=steps, meta=meta, readers=self.readers)
         starts = torch.where(F.pad(runs[:, 1:] != runs[:, :-1], (1, 0), value=True), steps, 0).cummax(1).values
-        return SequenceContext(positions=steps - starts, runs=runs, starts=starts, meta=meta, readers=self.readers)
+        return SequenceContext(
+            positions=steps - starts, runs=runs, starts=starts, places=places, meta=meta, readers=self.readers
+        )
 
     def _cached_context(self, steps: Tensor, cache: Cache, lengths: Tensor | None) -> SequenceContext:
         before = cache.meta + cache.used

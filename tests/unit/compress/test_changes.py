@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from halflap.checkpoints.checkpoint import load_model, save_model
+from halflap.checkpoints.streamed import part_names
+from halflap.commands.students import build
 from halflap.compress.compose import compose
 from halflap.compress.kinds import Change
 from halflap.compress.masked import masked_teacher
 from halflap.compress.plan import PruningPlan
-from halflap.compress.verify import cut_model, logits, plans_by_axis
+from halflap.compress.prune import apply_plan
+from halflap.compress.verify import plans_by_axis
 from halflap.errors import HalflapError
 from halflap.models.cache import Cache
 from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, RopeConfig
@@ -46,8 +49,9 @@ def model() -> HybridModel:
     return model
 
 
+@torch.no_grad()
 def distance(one: HybridModel, other: HybridModel) -> float:
-    return float((logits(one, TOKENS) - logits(other, TOKENS)).abs().max())
+    return float((one(TOKENS) - other(TOKENS)).abs().max())
 
 
 PLANS = {
@@ -82,12 +86,22 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
+def test_parts_of_a_changed_student_are_made_of_what_they_name(model: HybridModel, name: str) -> None:
+    """As it is read a block at a time: of all that the plan names, and of nothing else."""
+    plan, tensors, whole = PLANS[name], model.state_dict(), build(model, PLANS[name]).state_dict()
+    for names in part_names(plan.student).values():
+        given = ((other, tensors[other]) for other in plan.teacher_names(names))
+        made = dict(apply_plan(plan, given, names))
+        assert made.keys() == set(names) and all(torch.equal(made[one], whole[one]) for one in names)
+
+
+@pytest.mark.parametrize("name", PLANS)
 def test_a_changed_student_is_its_masked_teacher(model: HybridModel, name: str) -> None:
     plan = PLANS[name]
     reference = masked_teacher(model, plan)
-    assert distance(cut_model(model, plan), reference) < EQUAL < 1e-3 < distance(model, reference)
+    assert distance(build(model, plan), reference) < EQUAL < 1e-3 < distance(model, reference)
     for one in plans_by_axis(plan).values():
-        assert distance(cut_model(model, one), masked_teacher(model, one)) < EQUAL
+        assert distance(build(model, one), masked_teacher(model, one)) < EQUAL
     assert "changes" in plans_by_axis(plan)
 
 
@@ -103,15 +117,15 @@ def test_a_linear_block_is_cut_further_and_saved(model: HybridModel, tmp_path: P
     first = PLANS["linear and cut"]
     second = PruningPlan("s", first.student, (0, 1, 3), {"hidden": (1, 2, 3)}, changes={0: Change(linear=True)})
     both = compose(second, first)
-    assert distance(cut_model(cut_model(model, first), second), cut_model(model, both)) < EQUAL
-    student = cut_model(model, first).float()
+    assert distance(build(build(model, first), second), build(model, both)) < EQUAL
+    student = build(model, first).float()
     assert student.config.pattern() == "*LLL" and student.config != CONFIG
     save_model(student, tmp_path, dtype="float32")
     again = load_model(tmp_path)
-    assert torch.equal(logits(again, TOKENS), logits(student, TOKENS))
+    assert torch.equal(again(TOKENS), student(TOKENS))
     cache = Cache.create(student.config, 2)
     steps = [student(part, cache=cache) for part in TOKENS.split(7, 1)]
-    assert torch.allclose(torch.cat(steps, 1), logits(student, TOKENS), atol=1e-4)
+    assert torch.allclose(torch.cat(steps, 1), student(TOKENS), atol=1e-4)
 
 
 def test_averages_of_averages_compose(model: HybridModel) -> None:
@@ -119,7 +133,7 @@ def test_averages_of_averages_compose(model: HybridModel) -> None:
     second = PruningPlan("s", first.student, (0, 2), {"hidden": (1, 2, 3)}, changes={0: Change(2, 4), 2: Change(2)})
     both = compose(second, first)
     assert both.changes == {0: Change(4, 4), 3: Change(4)}
-    assert distance(cut_model(cut_model(model, first), second), cut_model(model, both)) < EQUAL
+    assert distance(build(build(model, first), second), build(model, both)) < EQUAL
     with pytest.raises(HalflapError, match="averages key/value heads of block 0 and the second cuts"):
         compose(PruningPlan("s", first.student, keep={"blocks.0.kv": (0,)}), first)
 

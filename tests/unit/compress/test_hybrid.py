@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model
+from halflap.checkpoints.checkpoint import Checkpoint, save_model, write_checkpoint
 from halflap.checkpoints.hymba import cannot_write, read_config, write_config
 from halflap.compress.axes import Sizes, check_sizes, depth_units, kept_after, resize
 from halflap.compress.costs import Budget, Costs, costs
@@ -19,9 +19,10 @@ from halflap.compress.grid import SearchSpace
 from halflap.compress.importance import Importance, Scoring, score_shapes
 from halflap.compress.metrics import METRICS, collect
 from halflap.compress.plan import PruningPlan
+from halflap.compress.prune import apply_plan
 from halflap.compress.ranking import drop_order, plan_for
 from halflap.compress.space import fitting
-from halflap.compress.verify import cut_model, verify
+from halflap.compress.verify import verify
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.config import HybridConfig, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
@@ -252,8 +253,8 @@ def test_an_equal_student_has_the_released_layout(sizes: Sizes, tmp_path: Path) 
     plan = plan_for(scored(), teacher.digest, teacher.config, sizes)
     assert cannot_write(plan.student) is None
     assert read_config(write_config(plan.student)) == plan.student
-    save_model(cut_model(load_model(teacher.path), plan), tmp_path / "student", dtype="float32")
-    assert verify(Checkpoint.open(tmp_path / "student"), teacher, plan, TOKENS)["passed"]
+    student = write_checkpoint(tmp_path / "student", plan.student, apply_plan(plan, teacher.tensors()))
+    assert verify(student, teacher, plan, TOKENS)["passed"]
 
 
 def test_another_students_reason_is_said() -> None:

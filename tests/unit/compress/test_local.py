@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from halflap.commands.students import build
 from halflap.compress.axes import Sizes
 from halflap.compress.library import WHOLE, Variant
 from halflap.compress.local import distill_block, save_block, trained_block, trained_tensors
@@ -15,7 +16,6 @@ from halflap.compress.metrics import collect
 from halflap.compress.plan import PruningPlan
 from halflap.compress.ranking import plan_of_variants
 from halflap.compress.replace import replacement
-from halflap.compress.verify import cut_model
 from halflap.data.batch import Batch
 from halflap.models.config import Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.context import SequenceContext
@@ -99,7 +99,7 @@ def test_trained_blocks_fit_into_every_plan(name: str, tmp_path: Path) -> None:
         with torch.no_grad():
             model.blocks[index](stream, context)  # keys and values for those that read them
             assert torch.allclose(again(stream, context), trained(stream, context), rtol=1e-9, atol=1e-12)
-    student = cut_model(model, whole)
+    student = build(model, whole)
     found = trained_tensors(tmp_path, whole)
     assert {key.split(".")[1] for key in found} == {str(i) for i in range(len(model.blocks))}
     assert not student.load_state_dict(found, strict=False).unexpected_keys

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from halflap.commands.students import build
 from halflap.compress.grid import SearchSpace
 from halflap.compress.importance import Importance
 from halflap.compress.kinds import SHARED
@@ -18,7 +19,6 @@ from halflap.compress.metrics import collect
 from halflap.compress.plan import PruningPlan
 from halflap.compress.ranking import plan_of_variants
 from halflap.compress.replace import Replacement, Scores, replacement, replacement_scores
-from halflap.compress.verify import cut_model
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
@@ -70,7 +70,7 @@ class Case:
     def whole_model(self, option: Option) -> HybridModel:
         """The slow way: the model with the block replaced; a dropped one writes nothing, so others may read of it."""
         if not option.variant.dropped:
-            return cut_model(self.model, self.plan(option))
+            return build(self.model, self.plan(option))
         model = copy.deepcopy(self.model)
         with torch.no_grad():
             for index in option.blocks:

@@ -124,8 +124,8 @@ def test_a_wrong_gain_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     teacher = make_teacher(tmp_path / "teacher", "nemotron-h-tiny")
     plan = make_plan(teacher, "nemotron-h-tiny")
 
-    def broken(plan: PruningPlan, tensors: Any) -> Any:
-        for name, tensor in apply_plan(plan, tensors):
+    def broken(plan: PruningPlan, tensors: Any, names: Any = None) -> Any:
+        for name, tensor in apply_plan(plan, tensors, names):
             yield name, tensor * factor if name == "blocks.0.mixer.norm.weight" else tensor
 
     monkeypatch.setattr(verify_module, "apply_plan", broken)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from halflap.checkpoints.checkpoint import Checkpoint, save_model
+from halflap.checkpoints.streamed import StreamedModel
 from halflap.inference import answers as answers_module
 from halflap.inference.answers import score_answers
 from halflap.models.model import HybridModel, initialize
@@ -60,3 +63,12 @@ def test_greedy_answers_are_known(model: HybridModel) -> None:
 
 def test_nothing_asked(model: HybridModel) -> None:
     assert score_answers(model, []) == []
+
+
+def test_a_streamed_model_answers_the_same(model: HybridModel, tmp_path: Path) -> None:
+    save_model(model, tmp_path)
+    streamed = StreamedModel.of(Checkpoint.open(tmp_path), torch.float64)
+    pairs = [(numbers(20, seed), numbers(3 + seed, 9 - seed)) for seed in (0, 0, 1, 2)]
+    expected = score_answers(model, pairs)
+    for found, answer in zip(score_answers(streamed, pairs, batch_tokens=60), expected, strict=True):
+        assert found.log_prob == pytest.approx(answer.log_prob, abs=1e-9) and found.greedy == answer.greedy
