@@ -84,7 +84,7 @@ def test_a_killed_score_ends_in_the_same_bytes(
     monkeypatch.setattr(partial, "SECONDS_BETWEEN_SAVES", 0.0)
     more = ("--metric", metric, "--depth-metric", "loss", "--depth-iterative", 2)
     halflap(*words(place, tmp_path / "whole", *more))
-    whole, run = (tmp_path / "whole" / "importance.safetensors").read_bytes(), HybridModel.hidden_states
+    whole, run = (tmp_path / "whole" / "importance.safetensors").read_bytes(), HybridModel.enter
     count = 0
 
     def killed(*args: Any, **kwargs: Any) -> Any:
@@ -95,7 +95,7 @@ def test_a_killed_score_ends_in_the_same_bytes(
         return run(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(HybridModel, "hidden_states", killed)
+        patch.setattr(HybridModel, "enter", killed)
         assert halflap(*words(place, tmp_path / "killed", *more)).status == 130
         assert (tmp_path / "killed" / "scoring").is_dir()
         result = halflap(*words(place, tmp_path / "killed", *more, "--json")).json
