@@ -42,8 +42,9 @@ demo: $(RUN)
 demo-seeds: $(RUN)
 	$(BIN)/python demo/run.py --seeds 0 1 2
 
+# Files go to a process a core, four at most, which take 1.5 GB each and compute with one thread.
 test: $(DEV)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -q -m slow
