@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +105,25 @@ def write(config: Any, tokenizer: Any, directory: Path) -> Path:
     save_model(model, directory)
     tokenizer.save(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., contextlib.AbstractContextManager[str]]:
+    """serving(directory, *words): the address of a `halflap serve`, which must end with status 0 when told to."""
+
+    @contextlib.contextmanager
+    def start(directory: Path, *words: str) -> Iterator[str]:
+        command = [sys.executable, "-m", "halflap", "serve", str(directory), "--port", "0", *words]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                break
+        else:
+            pytest.fail("the server did not start")
+        yield found[0]
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+
+    return start

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,21 +19,10 @@ TOOL = {
 
 
 @pytest.fixture(scope="module")
-def url(make_checkpoint: Any) -> Iterator[str]:
-    directory: Path = make_checkpoint("nemotron-h-tiny", unequal=True)
-    words = ["--replicas", "2", "--port", "0", "--api-key", "k", "--served-model-name", "tiny", "--max-context", "512"]
-    command = [sys.executable, "-m", "halflap", "serve", str(directory), *words, "--prefix-cache", "16MiB"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-            break
-    else:
-        pytest.fail("the server did not start")
-    yield found[0]
-    process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+def url(make_checkpoint: Any, serving: Any) -> Iterator[str]:
+    words = ["--replicas", "2", "--api-key", "k", "--served-model-name", "tiny", "--max-context", "512"]
+    with serving(make_checkpoint("nemotron-h-tiny", unequal=True), *words, "--prefix-cache", "16MiB") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,20 +21,9 @@ def directory(make_checkpoint: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(directory: Path) -> Iterator[str]:
-    words = ["--port", "0", "--api-key", KEY, "--served-model-name", "tiny", "--max-context", "512"]
-    command = [sys.executable, "-m", "halflap", "serve", str(directory), *words]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-            break
-    else:
-        pytest.fail("the server did not start")
-    yield found[0]
-    process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+def url(directory: Path, serving: Any) -> Iterator[str]:
+    with serving(directory, "--api-key", KEY, "--served-model-name", "tiny", "--max-context", "512") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
