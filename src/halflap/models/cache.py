@@ -42,7 +42,7 @@ class KeyValueState:
         if self.window is not None:
             used = min(used, self.meta + self.window + 1)
             positions = self._slots(positions)
-        self._reserve(used)
+        self.reserve(used)
         if uniform and self.window is None:
             start = used - key.shape[2]
             self.keys[:, :, start:used] = key
@@ -58,7 +58,7 @@ class KeyValueState:
         Where a row has not so many, there is something that must be masked. Nothing is kept of the new ones.
         """
         assert self.window is not None
-        self._reserve(min(used, self.meta + self.window + 1))
+        self.reserve(min(used, self.meta + self.window + 1))
         slots = self._slots(before[:, None] + torch.arange(-past, 0, device=key.device))
         slots = slots.clamp(max=self.keys.shape[2] - 1)[:, None, :, None]
         views = []
@@ -92,7 +92,7 @@ class KeyValueState:
         index = (position - before[:, None])[:, None, :, None]
         return index >= 0, index
 
-    def _reserve(self, slots: int) -> None:
+    def reserve(self, slots: int) -> None:
         """Have at least so many slots, at most doubling them; a window never needs more than its own."""
         have = self.keys.shape[2]
         if slots <= have:

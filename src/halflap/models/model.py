@@ -199,7 +199,7 @@ class HybridModel(nn.Module):
         hidden = self._run(self.embed(tokens), context, caches)
         for cache, (rows, inner) in zip(caches, groups, strict=True):
             if cache.held is None:
-                _advance(cache, tokens[rows], inner.lengths)
+                advance(cache, tokens.shape[1], inner.lengths)
         return self.norm(hidden)
 
     def _run(self, hidden: Tensor, context: Context, caches: Sequence[Cache] = ()) -> Tensor:
@@ -278,10 +278,11 @@ def _version(parameter: Tensor) -> tuple[int, int]:
     return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
-def _advance(cache: Cache, tokens: Tensor, lengths: Tensor | None) -> None:
+def advance(cache: Cache, tokens: int, lengths: Tensor | None = None) -> None:
+    """Count so many tokens of every row as read, or `lengths` (B,) of them."""
     if lengths is None:
-        cache.lengths = cache.lengths + tokens.shape[1]
-        cache.used += tokens.shape[1]
+        cache.lengths = cache.lengths + tokens
+        cache.used += tokens
     else:
         cache.advance(lengths)
 

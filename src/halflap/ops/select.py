@@ -40,7 +40,7 @@ class Op:
     refused: int = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _native_is_on():
+        if native_is_on():
             result = self.native(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -113,7 +113,7 @@ def using(setting: str) -> Iterator[None]:
 
 def describe() -> dict[str, Any]:
     """For environment.json and `doctor`: the setting, the choice of each op, and the reason where it is plain."""
-    native = _native_is_on()
+    native = native_is_on()
     built = build.load() if _setting != "plain" else None
     return {
         "setting": _setting,
@@ -125,7 +125,8 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _native_is_on() -> bool:
+def native_is_on() -> bool:
+    """Whether the C++ kernels are in use."""
     if _native is None:
         use(os.environ.get("HALFLAP_KERNELS", "auto"))
     return bool(_native)

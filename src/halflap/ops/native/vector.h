@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -57,6 +57,10 @@ LANES vh low_halves(vu a) { return __builtin_convertvector(a & 0xffffu, vh); }
 LANES float sum(vf a) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)a);
+#elif defined(__AVX__)
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 #else
     float s = 0;
     for (int i = 0; i < VL; i++) s += a[i];
@@ -143,6 +147,15 @@ LANES void store_to(T* p, vf a, int64_t left) {
     else store_some(p, a, (int)left);
 }
 
+#if defined(__AVX__) && !defined(__AVX512F__)
+LANES vf sums_of_8(const vf* v) {
+    __m256 a[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) a[i] = _mm256_hadd_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
+    const __m256 b = _mm256_hadd_ps(a[0], a[1]), c = _mm256_hadd_ps(a[2], a[3]);
+    return (vf)_mm256_add_ps(_mm256_permute2f128_ps(b, c, 0x20), _mm256_permute2f128_ps(b, c, 0x31));
+}
+#endif
 // the sums of 16 vectors
 LANES void sums_of_16(const vf* v, float* totals) {
 #if defined(__AVX512F__)
@@ -161,6 +174,8 @@ LANES void sums_of_16(const vf* v, float* totals) {
     __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
     __m512 d = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
     _mm512_storeu_ps(totals, _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd)));
+#elif defined(__AVX__)
+    store(totals, sums_of_8(v)), store(totals + 8, sums_of_8(v + 8));
 #else
     for (int i = 0; i < 16; i++) totals[i] = sum(v[i]);
 #endif

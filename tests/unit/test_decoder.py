@@ -1,0 +1,212 @@
+"""Tokens decoded by one program of native code are what the blocks in float64 say, for every mixer and form of weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from halflap.models import slots
+from halflap.models.cache import Cache
+from halflap.models.config import (
+    AttentionConfig,
+    HybridConfig,
+    LinearConfig,
+    Mamba1Config,
+    Mamba2Config,
+    MLPConfig,
+    ModelConfig,
+    RopeConfig,
+)
+from halflap.models.decoder import Decoder
+from halflap.models.model import HybridModel, initialize
+from halflap.models.presets import preset
+from halflap.models.quantization import Quantization
+from halflap.models.quantized import pack_tensors, prepare
+from halflap.ops import select
+from halflap.ops.native import build
+
+pytestmark = pytest.mark.skipif(build.load().library is None, reason="the kernels need a C++ compiler")
+
+ROPE = RopeConfig(fraction=2 / 3)
+MAMBA = Mamba2Config(num_heads=6, head_dim=5, num_groups=2, state_size=11, chunk_size=8)
+SCAN = Mamba1Config(inner_size=40, state_size=5, dt_rank=3)
+WIDE = AttentionConfig(4, 2, 6, ROPE, value_head_dim=10)
+WINDOWED = dataclasses.replace(WIDE, window=4)
+READER = dataclasses.replace(WINDOWED, key_value_source=2)
+GROUPED = Mamba2Config(num_heads=4, head_dim=10, num_groups=2, state_size=6, chunk_size=8)
+CONFIGS: dict[str, ModelConfig] = {
+    "nemotron_h": preset("nemotron-h-tiny"),
+    "llama": preset("llama-tiny"),
+    "nemotron": preset("nemotron-4-tiny"),
+    "hymba": preset("hymba-tiny"),
+    "odd sizes": ModelConfig(
+        "nemotron_h", 37, 23, (MAMBA, MLPConfig(29), AttentionConfig(3, 1, 7, None, bias=True), LinearConfig())
+    ),
+    "windows": ModelConfig(
+        "hymba",
+        50,
+        24,
+        (HybridConfig(WIDE, SCAN), MLPConfig(31, "silu", gated=True), HybridConfig(WINDOWED, SCAN))
+        + (HybridConfig(READER, SCAN), Mamba1Config(24, 3, 4, inner_norms=False), HybridConfig(WINDOWED, GROUPED)),
+        num_meta_tokens=3,
+    ),
+}
+STEPS = 9
+
+
+def made(config: ModelConfig) -> HybridModel:
+    """Random weights, large enough that every block matters."""
+    model = HybridModel(dataclasses.replace(config, vocab_size=min(config.vocab_size, 64))).eval()
+    initialize(model, 3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj.weight"):
+                parameter.mul_(6)
+            elif name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def packed(model: HybridModel, quantization: Quantization) -> HybridModel:
+    parts = dict(pack_tensors(model.state_dict().items(), model.config, quantization))
+    model = prepare(copy.deepcopy(model), quantization)
+    model.load_state_dict(parts)
+    return model
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+@torch.no_grad()
+def started(model: HybridModel, rows: int, generator: torch.Generator) -> Cache:
+    """A cache of rows of unequal lengths."""
+    lengths = torch.randint(1, 8, (rows,), generator=generator)
+    cache = Cache.create(model.config, rows, 4, model.dtype)
+    tokens = torch.randint(0, model.config.vocab_size, (rows, 8), generator=generator)
+    model(tokens, cache=cache, lengths=lengths)
+    return cache
+
+
+@torch.no_grad()
+def continued(step: object, cache: Cache, tokens: Tensor) -> Tensor:
+    """Logits (B, T, V) of tokens read one by one."""
+    return torch.cat([step(token[:, None], cache=cache) for token in tokens.T], 1)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float32_agrees_with_float64(name: str, rows: int, threads: int) -> None:
+    model, generator = made(CONFIGS[name]), torch.Generator().manual_seed(rows)
+    exact = copy.deepcopy(model).double()
+    tokens = torch.randint(0, model.config.vocab_size, (rows, STEPS), generator=generator)
+    state = generator.get_state()
+    with select.using("plain"):
+        expected_cache = started(exact, rows, generator)
+        expected = continued(exact, expected_cache, tokens)
+    generator.set_state(state)
+    cache, decode = started(model, rows, generator), Decoder(model)
+    assert decode._program is not None
+    found = continued(decode, cache, tokens)
+    assert found.dtype == torch.float32
+    # sums of up to 256 float32 numbers in six blocks: a few times sqrt(256) roundings of 6e-8
+    scale = float(expected.abs().max())
+    assert float((found - expected).abs().max()) < 2e-5 * scale
+    assert torch.equal(cache.lengths, expected_cache.lengths) and cache.used == expected_cache.used
+    # what is left in the cache serves a pass over several tokens
+    with torch.no_grad():
+        more = model(tokens, cache=cache)
+        with select.using("plain"):
+            wanted = exact(tokens, cache=expected_cache)
+    assert float((more - wanted).abs().max()) < 2e-5 * scale
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_is_no_further_from_float64_than_the_model(name: str, rows: int) -> None:
+    model, generator = made(CONFIGS[name]).bfloat16(), torch.Generator().manual_seed(rows)
+    exact = copy.deepcopy(model).double()
+    tokens = torch.randint(0, model.config.vocab_size, (rows, STEPS), generator=generator)
+    state, errors = generator.get_state(), []
+    with select.using("plain"):
+        expected = continued(exact, started(exact, rows, generator), tokens)
+        for step in (model, Decoder(model)):
+            generator.set_state(state)
+            errors.append(continued(step, started(model, rows, generator), tokens) - expected)
+    generator.set_state(state)
+    decode = Decoder(model)
+    assert decode._program is not None
+    error = continued(decode, started(model, rows, generator), tokens) - expected
+    plain = float(errors[0].pow(2).mean().sqrt())
+    assert float(error.pow(2).mean().sqrt()) < 1.2 * plain  # it rounds less often; both are random
+
+
+@pytest.mark.parametrize("quantization", [Quantization(8), Quantization(8, 64), Quantization(4, 32)], ids=str)
+@pytest.mark.parametrize("name", ["nemotron_h", "hymba", "odd sizes", "windows"])
+def test_packed_weights(name: str, quantization: Quantization) -> None:
+    model, generator = packed(made(CONFIGS[name]), quantization), torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (5, STEPS), generator=generator)
+    state = generator.get_state()
+    with select.using("plain"):
+        expected = continued(model, started(model, 5, generator), tokens)
+    generator.set_state(state)
+    decode = Decoder(model)
+    assert decode._program is not None
+    found = continued(decode, started(model, 5, generator), tokens)
+    assert float((found - expected).abs().max()) < 4e-5 * float(expected.abs().max())  # two roundings of 2e-5
+
+
+def test_rows_of_several_caches_in_one_step() -> None:
+    model, generator = made(CONFIGS["windows"]), torch.Generator().manual_seed(0)
+    decode = Decoder(model)
+    caches = [started(model, rows, generator) for rows in (2, 1, 3)]
+    copies = [cache.clone() for cache in caches]
+    tokens = torch.randint(0, model.config.vocab_size, (6, 1), generator=generator)
+    with torch.no_grad():
+        together = decode(tokens, cache=caches)
+        apart = [decode(part, cache=cache) for part, cache in zip(tokens.split([2, 1, 3]), copies, strict=True)]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=1e-5)
+    assert [cache.lengths.tolist() for cache in caches] == [cache.lengths.tolist() for cache in copies]
+
+
+def test_a_view_of_slots_is_advanced_in_place() -> None:
+    model, generator = made(CONFIGS["windows"]), torch.Generator().manual_seed(0)
+    cache, decode = started(model, 4, generator), Decoder(model)
+    expected = cache.select([0, 1])
+    slots.resize(cache, 4, 32)
+    view = slots.view(cache, 2)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 1), generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(decode(tokens, cache=view), model(tokens, cache=expected), rtol=0, atol=1e-4)
+        slots.absorb(cache, view)
+        taken = slots.take(cache, 1)
+        torch.testing.assert_close(
+            decode(tokens[1:], cache=taken), model(tokens, cache=expected)[1:], rtol=0, atol=1e-4
+        )
+
+
+def test_what_the_program_cannot_run_the_model_runs() -> None:
+    model, generator = made(CONFIGS["nemotron_h"]), torch.Generator().manual_seed(0)
+    decode = Decoder(model)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 3), generator=generator)
+    with torch.no_grad():
+        fresh, several = Cache.create(model.config, 2), Cache.create(model.config, 2)
+        expected = model(tokens, cache=several)
+        found = torch.cat([decode(tokens[:, :1], cache=fresh), decode(tokens[:, 1:], cache=fresh)], 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    cache = started(model, 2, generator)
+    assert decode(tokens[:, :1], cache=cache).requires_grad  # gradients are the model's
+    assert Decoder(made(CONFIGS["nemotron_h"]).double())._program is None
+    hooked = made(CONFIGS["nemotron_h"])
+    hooked.blocks[0].mixer.register_forward_hook(lambda *_: None)
+    assert Decoder(hooked)._program is None
+    with select.using("plain"):
+        assert Decoder(model)._program is None
