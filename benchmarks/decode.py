@@ -13,6 +13,7 @@ import torch
 
 from common import Report, arguments, both_models, interleave, random_tokens, spread
 from halflap.models.cache import Cache
+from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel
 
 
@@ -22,11 +23,13 @@ def our_decode(model: HybridModel, prompt: torch.Tensor, steps: int) -> Callable
         start = Cache.create(model.config, len(prompt), prompt.shape[1] + steps, dtype)
         model(prompt, cache=start)
 
+    step = Decoder(model)
+
     def decode() -> None:
         with torch.inference_mode():
             cache, token = start.clone(), prompt[:, -1:]
             for _ in range(steps):
-                token = model(token, cache=cache)[:, -1].argmax(-1, keepdim=True)
+                token = step(token, cache=cache)[:, -1].argmax(-1, keepdim=True)
 
     return decode
 

@@ -21,6 +21,7 @@ from common import Report, arguments, hymba_and_transformer, interleave, random_
 from halflap.models.cache import Cache, fields, parts
 from halflap.models.config import ModelConfig
 from halflap.models.count import cache_bytes
+from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel
 from halflap.report.plots import Frame
 from halflap.report.svg import Scale, element, picture
@@ -53,13 +54,13 @@ def rewind(cache: Cache, context: int) -> None:
 
 
 def decode(model: HybridModel, cache: Cache, steps: int) -> Callable[[], None]:
-    batch, context = len(cache.lengths), cache.used
+    batch, context, step = len(cache.lengths), cache.used, Decoder(model)
 
     def run() -> None:
         with torch.inference_mode():
             token = torch.zeros(batch, 1, dtype=torch.int64)
             for _ in range(steps):
-                token = model(token, cache=cache)[:, -1].argmax(-1, keepdim=True)
+                token = step(token, cache=cache)[:, -1].argmax(-1, keepdim=True)
 
     run.prepare = lambda: rewind(cache, context)  # type: ignore[attr-defined]
     return run

@@ -1,4 +1,4 @@
-"""Tokens decoded by one program of native code are what the blocks in float64 say, for every mixer and form of weights."""
+"""Tokens decoded by one native program are what the blocks in float64 say, for every mixer and form of weights."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ CONFIGS: dict[str, ModelConfig] = {
         "hymba",
         50,
         24,
-        (HybridConfig(WIDE, SCAN), MLPConfig(31, "silu", gated=True), HybridConfig(WINDOWED, SCAN))
-        + (HybridConfig(READER, SCAN), Mamba1Config(24, 3, 4, inner_norms=False), HybridConfig(WINDOWED, GROUPED)),
+        (
+            *(HybridConfig(WIDE, SCAN), MLPConfig(31, "silu", gated=True), HybridConfig(WINDOWED, SCAN)),
+            *(HybridConfig(READER, SCAN), Mamba1Config(24, 3, 4, inner_norms=False), HybridConfig(WINDOWED, GROUPED)),
+        ),
         num_meta_tokens=3,
     ),
 }

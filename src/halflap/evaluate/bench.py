@@ -19,6 +19,7 @@ from halflap.errors import HalflapError
 from halflap.evaluate.memory import PeakMemory
 from halflap.inference.generate import prefill, require_positions
 from halflap.models.cache import Cache
+from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel
 from halflap.progress import Progress
 
@@ -96,14 +97,14 @@ def _cell(model: HybridModel, tokens: list[list[int]], output: int, repeats: int
 @torch.inference_mode()
 def _timed_pass(model: HybridModel, tokens: list[list[int]], output: int) -> Pass:
     """Read the prompts, then write `output` tokens a row one step at a time."""
-    device = model.device
+    device, decode = model.device, Decoder(model)
     started = now(device)
     cache, logits = prefill(model, tokens, ahead=output)
     read = now(device)
     chosen = logits.argmax(-1)
     times = [now(device)]
     for _ in range(output):
-        chosen = model(chosen[:, None], cache=cache)[:, -1].argmax(-1)
+        chosen = decode(chosen[:, None], cache=cache)[:, -1].argmax(-1)
         times.append(now(device))
     steps = [after - before for before, after in itertools.pairwise(times)]
     return Pass(read - started, times[0] - started, steps, cache)

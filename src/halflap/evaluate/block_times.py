@@ -25,6 +25,7 @@ from halflap.inference.generate import prefill
 from halflap.models.cache import Cache, fields, parts
 from halflap.models.config import AttentionConfig, BlockConfig, LinearConfig, MLPConfig, ModelConfig
 from halflap.models.count import cache_bytes, count_block_parameters, count_parameters
+from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel
 from halflap.models.sharing import with_source
 from halflap.progress import Progress
@@ -181,10 +182,11 @@ def _decode_step(model: HybridModel, condition: Condition) -> Callable[[], objec
     cache.started, cache.used = True, condition.context - 1
     lengths = cache.lengths + cache.used
     tokens = torch.zeros(condition.batch, 1, dtype=torch.int64, device=model.device)
+    decode = Decoder(model)
 
     def step() -> object:
         cache.lengths, cache.used = lengths, condition.context - 1
-        return model(tokens, cache=cache)[:, -1].argmax(-1)
+        return decode(tokens, cache=cache)[:, -1].argmax(-1)
 
     return step
 

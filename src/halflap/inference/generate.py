@@ -20,6 +20,7 @@ from halflap.inference.requests import SamplingParams, require_number
 from halflap.inference.sampling import choose, row_generators
 from halflap.models.cache import Cache
 from halflap.models.config import ModelConfig
+from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def _decode(
 ):
     """Advance all rows until each is finished; yields (row, text) as text becomes certain."""
     cache, logits = prefill(model, prompts, ahead=min(limit, CACHE_AHEAD))
+    decode = Decoder(model)
     generators = row_generators(params, len(rows))
     seen = _seen(prompts, logits) if params.repetition_penalty != 1 else None
     active = list(range(len(rows)))
@@ -132,7 +134,7 @@ def _decode(
         if len(keep) < len(active):
             active, cache, tokens = [active[place] for place in keep], cache.select(keep), tokens[keep]
             seen = None if seen is None else seen[keep]
-        logits = model(tokens[:, None], cache=cache)[:, -1]
+        logits = decode(tokens[:, None], cache=cache)[:, -1]
 
 
 def prefill(model: HybridModel, prompts: Sequence[Sequence[int]], *, ahead: int = 0) -> tuple[Cache, Tensor]:

@@ -31,6 +31,7 @@ from halflap.inference.speculate import Draft, Lookup, Pace, Speculator
 from halflap.inference.stream import Stream
 from halflap.models import slots
 from halflap.models.cache import Cache
+from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Scheduler:
 
     def __init__(self, model: HybridModel, tokenizer: Tokenizer | None, settings: EngineSettings) -> None:
         self.model, self.settings, self.device = model, settings, model.device
+        self.decode = Decoder(model)
         self.texts, self.ends = Texts(tokenizer), end_tokens(model.config, tokenizer)
         draft = settings.speculate if isinstance(settings.speculate, HybridModel) else None
         configs = [model.config] if draft is None else [model.config, draft.config]
@@ -277,7 +279,7 @@ class Scheduler:
         if width > 1:
             for view in views:
                 view.hold()
-        logits = self.model(torch.tensor(tokens, device=self.device), cache=views)
+        logits = self.decode(torch.tensor(tokens, device=self.device), cache=views)
         taken = self._choose(rows, logits, guessed)
         counts = torch.tensor(taken, device=self.device).split([len(group.rows) for group in groups])
         for group, view, count in zip(groups, views, counts, strict=True):

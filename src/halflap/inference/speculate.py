@@ -20,6 +20,7 @@ from halflap.inference.replies import Reply
 from halflap.models import slots
 from halflap.models.cache import Cache
 from halflap.models.config import ModelConfig
+from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel
 
 LOOKUP = (4, 3, 2)  # tokens that must recur, the longest tried first
@@ -97,7 +98,7 @@ class Draft:
                 f"the draft model has {model.config.vocab_size} tokens and the model {config.vocab_size}; both must "
                 "share one tokenizer: use a draft of the same family of checkpoints"
             )
-        self._model, self._chunk = model, prefill_chunk
+        self._model, self._decode, self._chunk = model, Decoder(model), prefill_chunk
         self._dtype, self._device = model.dtype, model.device
         self._cache = slots.empty(model.config, model.dtype, model.device)
         self._rows: list[Reply] = []  # those of the cache
@@ -136,7 +137,7 @@ class Draft:
         for step in range(max(most)):
             if step:
                 last = torch.tensor([[row[-1] if row else 0] for row in guesses], device=self._device)
-                logits = self._model(last, cache=ahead)[:, 0]
+                logits = self._decode(last, cache=ahead)[:, 0]
             writing = [row for row, count in enumerate(most) if count > step]
             chosen = choose_rows(logits[writing], [self._rows[row].chooser for row in writing], step)
             for row, token in zip(writing, chosen, strict=True):

@@ -131,7 +131,7 @@ def compiled(model: HybridModel) -> Program | None:
 
 
 class _Writer:
-    """Writes a model's instructions. Buffers of a block lie behind the residual stream; the next block's are the same."""
+    """Writes a model's instructions. Buffers of a block lie behind the residual stream; the next block has the same."""
 
     def __init__(self, model: HybridModel) -> None:
         self.program = Program(width=model.config.hidden_size)

@@ -197,7 +197,7 @@ class HybridModel(nn.Module):
             groups.append((rows, self._cached_context(_steps(tokens[rows]), cache, count)))
         context = groups[0][1] if len(groups) == 1 else GroupedContext(groups)
         hidden = self._run(self.embed(tokens), context, caches)
-        for cache, (rows, inner) in zip(caches, groups, strict=True):
+        for cache, (_, inner) in zip(caches, groups, strict=True):
             if cache.held is None:
                 advance(cache, tokens.shape[1], inner.lengths)
         return self.norm(hidden)

@@ -6,6 +6,7 @@
 #pragma once
 #include "parallel.h"
 #include "vector.h"
+#include <vector>
 
 namespace halflap {
 
@@ -32,7 +33,7 @@ LANES vf dot_step(vf c, const float* x, const W* w, int64_t left) {
 template <class W>
 struct FewRows {
     using X = Operand<W>;
-    static constexpr int step = STEP<W>, NR = VL == 16 ? 4 : 2;  // rows of the weight that meet four of x in registers
+    static constexpr int step = STEP<W>, NR = VL == 16 ? 4 : 3;  // rows of the weight that meet four of x in registers
     int64_t M, K, padded;
     X* x;  // (M, padded), or for more than two rows in fours, step by step: (M / 4, padded / step, 4, step); zeros behind
 
@@ -56,15 +57,22 @@ struct FewRows {
     // outputs begin .. end by their rows of w (end - begin, K)
     template <class Put>
     void range(const W* w, int64_t begin, int64_t end, const Put& put) const {
+        if constexpr (std::is_same_v<X, float> && sizeof(W) == 2)
+            if (M > 4) return widened(w, begin, end, put);
         const int64_t fours = (M + 3) / 4;
-        // of w for each step, such that the next 16 rows are there in time; several rows at once are no stream to a prefetcher
+        // of w for each step, such that the next rows are there in time; several rows at once are no stream to a prefetcher
         const int lines = VL == 16 && in_fours() ? (int)((3 + fours) / fours) : 0;
         for (int64_t n = begin; n < end; n += 16, w += 16 * K) {
-            const int64_t rows = end - n < 16 ? end - n : 16, tiled = in_fours() ? rows / NR * NR : 0;
+            const int64_t rows = end - n < 16 ? end - n : 16;
             const char* next = (const char*)(w + 16 * K);
-            for (int64_t r = 0; r < tiled; r += NR)
-                for (int64_t m = 0; m < M; m += 4) tile(m, n + r, w + r * K, put, next, lines);
-            for (int64_t m = 0; tiled < rows && m < M; m++) one(m, n + tiled, rows - tiled, w + tiled * K, put);
+            if (!in_fours())
+                for (int64_t m = 0; m < M; m++) one(m, n, rows, w, put);
+            else
+                for (int64_t r = 0; r < rows; r += NR)
+                    for (int64_t m = 0; m < M; m += 4) {
+                        if (rows - r >= NR) tile<NR>(m, n + r, w + r * K, put, next, lines);
+                        else for (int64_t i = r; i < rows; i++) tile<1>(m, n + i, w + i * K, put, next, 0);
+                    }
         }
     }
 
@@ -90,16 +98,29 @@ private:
         sums_of_16(parts, totals);
         put(m, n, totals, rows);
     }
-    // four rows of x times NR of w; meanwhile the rows of w that come next are fetched, in order
+    // for many rows of x: some rows of w as floats, instead of the same again for every four
     template <class Put>
+    void widened(const W* w, int64_t begin, int64_t end, const Put& put) const {
+        static thread_local std::vector<float> wide;
+        if ((int64_t)wide.size() < 16 * K) wide.resize(16 * K);
+        const FewRows<float> floats(M, K, (float*)x);
+        for (int64_t n = begin; n < end; n += 16) {
+            const int64_t count = (end - n < 16 ? end - n : 16) * K;
+            const W* from = w + (n - begin) * K;
+            for (int64_t i = 0; i < count; i += VL) store_to(wide.data() + i, load_to(from + i, count - i), count - i);
+            floats.range(wide.data(), n, end - n < 16 ? end : n + 16, put);
+        }
+    }
+    // four rows of x times R of w; meanwhile the rows of w that come next are fetched, in order
+    template <int R, class Put>
     void tile(int64_t m, int64_t n, const W* w, const Put& put, const char*& next, int lines) const {
-        vf sums[16] = {};  // sums[NR * row of x + row of w]
+        vf sums[16] = {};  // sums[R * row of x + row of w]
         const X* a = at(m, 0);
         auto multiply = [&](int64_t k, int64_t left) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-            for (int r = 0; r < NR; r++)
+            for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) sums[NR * i + r] = dot_step(sums[NR * i + r], a + i * step, w + r * K + k, left);
+                for (int i = 0; i < 4; i++) sums[R * i + r] = dot_step(sums[R * i + r], a + i * step, w + r * K + k, left);
         };
         int64_t k = 0;
         for (; k + step <= K; k += step, a += 4 * step) {
@@ -109,7 +130,7 @@ private:
         if (k < K) multiply(k, K - k);
         float totals[16];
         sums_of_16(sums, totals);
-        for (int64_t i = 0; i < 4 && m + i < M; i++) put(m + i, n, totals + NR * i, NR);
+        for (int64_t i = 0; i < 4 && m + i < M; i++) put(m + i, n, totals + R * i, R);
     }
 };
 
