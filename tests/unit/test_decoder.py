@@ -208,7 +208,7 @@ def test_what_the_program_cannot_run_the_model_runs() -> None:
     assert decode(tokens[:, :1], cache=cache).requires_grad  # gradients are the model's
     assert Decoder(made(CONFIGS["nemotron_h"]).double())._program is None
     hooked = made(CONFIGS["nemotron_h"])
-    hooked.blocks[0].mixer.register_forward_hook(lambda *_: None)
+    hooked.get_submodule("blocks.0.mixer").register_forward_hook(lambda *_: None)
     assert Decoder(hooked)._program is None
     with select.using("plain"):
         assert Decoder(model)._program is None
