@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from halflap.ops.native.build import load
 
 DTYPES = (torch.float32, torch.bfloat16)
+LARGE_PAGE = 2 << 20
+COLLAPSE = 25  # of Linux 6.1; earlier ones refuse it
 GAIN_PARTS = 16  # partial sums of a gain's gradient; a fixed number, so that the sum does not depend on the threads
 
 
@@ -38,6 +41,17 @@ def reach(runs: Tensor, width: int) -> Tensor:
 def row_stride(size: int, dtype: torch.dtype) -> int:
     """Elements of a row of work memory: an odd number of cache lines (see parallel.h)."""
     return (-(-size * dtype.itemsize // 64) | 1) * 64 // dtype.itemsize
+
+
+def into_large_pages(tensor: Tensor) -> None:
+    """Ask the system to put what it can of a tensor's memory into pages of 2 MiB, where it lies; refusals are ignored.
+
+    Weights read once a token come up to a tenth sooner: fewer addresses to look up.
+    """
+    first = -(-tensor.data_ptr() // LARGE_PAGE) * LARGE_PAGE
+    last = (tensor.data_ptr() + tensor.nbytes) // LARGE_PAGE * LARGE_PAGE
+    if last > first and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(COLLAPSE))
 
 
 def is_narrow(tensor: Tensor) -> int:

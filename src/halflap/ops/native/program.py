@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from halflap.ops.native.common import is_narrow, library
+from halflap.ops.native.common import into_large_pages, is_narrow, library
 
 MOST_ROWS = 32  # beyond this the general matrix product's packing pays
 NORMS = {None: 0, "rms": 1, "layer1p": 2}
@@ -144,6 +144,7 @@ class Program:
         if tensor is None:
             return None
         own = tensor.detach().to(dtype or tensor.dtype).contiguous()
+        into_large_pages(own)
         self.kept.append(own)
         return own.data_ptr()
 
