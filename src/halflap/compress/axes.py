@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from halflap.compress.kinds import (
     BLOCK_COUNTS,
@@ -57,6 +58,15 @@ class Sizes:
     """How many attention blocks stay."""
     num_mlp_blocks: int | None = None
     """How many MLP blocks stay."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Those that are given."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, ())}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Sizes:
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        return Sizes(**values)
 
 
 def _axes_by_size() -> dict[str, tuple[str, ...]]:

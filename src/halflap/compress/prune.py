@@ -209,7 +209,7 @@ def _take(tensor: Tensor, dimension: int, index: Tensor) -> Tensor:
     first, count = int(index[0]), len(index)
     if torch.equal(index, torch.arange(first, first + count)):
         return tensor.narrow(dimension, first, count)
-    if tensor.device.type == "cpu":
+    if tensor.device.type == "cpu" and not tensor.requires_grad:
         source = tensor.contiguous().view(_INTEGER[tensor.element_size()]).numpy()
         return torch.from_numpy(np.take(source, index.numpy(), axis=dimension)).view(tensor.dtype)
     return tensor.index_select(dimension, index.to(tensor.device))

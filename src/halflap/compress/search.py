@@ -229,7 +229,7 @@ def _known(path: str | Path, made_from: Mapping[str, Any]) -> dict[tuple[Sizes, 
 def _row(trial: Trial) -> dict[str, Any]:
     rounds = [done._asdict() for done in trial.rounds]
     measured = {"rounds": rounds, "refined_loss": trial.refined_loss}
-    kept = {"sizes": _given(trial.sizes), "variants": list(trial.variants)}
+    kept = {"sizes": trial.sizes.to_json(), "variants": list(trial.variants)}
     return dataclasses.asdict(trial) | kept | measured
 
 
@@ -237,13 +237,4 @@ def _trial(row: Mapping[str, Any]) -> Trial:
     scores = {name: row.get(name) for name in ("loss", "accuracy", "agreement")}
     rounds = tuple(Round(done["tokens"], done["loss"]) for done in row.get("rounds", ()))
     variants = tuple(row.get("variants", ()))
-    return Trial(_sizes(row["sizes"]), row["costs"], row["hurt"], **scores, rounds=rounds, variants=variants)
-
-
-def _given(sizes: Sizes) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(sizes).items() if value not in (None, (), [])}
-
-
-def _sizes(data: Mapping[str, Any]) -> Sizes:
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-    return Sizes(**values)
+    return Trial(Sizes.from_json(row["sizes"]), row["costs"], row["hurt"], **scores, rounds=rounds, variants=variants)
