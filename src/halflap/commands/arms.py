@@ -66,7 +66,7 @@ def train_and_judge(setting: Setting) -> dict[str, dict[str, Any]]:
                 continue
             rows[name] = row
             setting.run.save_json("scores.json", rows)
-    _write_table(setting, rows)
+    write_table(setting.run.path, rows, NAMES, setting.teacher.seed, setting.corpora.held_out_is)
     return rows
 
 
@@ -206,12 +206,19 @@ NAMES = {
 }
 
 
-def _write_table(setting: Setting, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def write_table(
+    directory: Path,
+    rows: Mapping[str, Mapping[str, Any]],
+    names: Mapping[str, str],
+    seed: int,
+    judged_on: str,
+) -> None:
+    """Write arms.json for the report: judgements by arm, in words where `names` has them."""
     table = []
     for name, row in rows.items():
         table.append(
             Arm(
-                name=NAMES[name],
+                name=names.get(name, name),
                 parameters=row["parameters"],
                 loss=row["loss"],
                 loss_ci=tuple(row["loss_interval"]) if row["loss_interval"] else None,  # type: ignore[arg-type]
@@ -224,7 +231,4 @@ def _write_table(setting: Setting, rows: Mapping[str, Mapping[str, Any]]) -> Non
             )
         )
     resampled = next(iter(rows.values()))["resampled"]
-    judged = setting.corpora.held_out_is
-    Arms(tuple(table), (setting.teacher.seed,), judged, f"95 % bootstrap over {resampled}").save(
-        setting.run.path / "arms.json"
-    )
+    Arms(tuple(table), (seed,), judged_on, f"95 % bootstrap over {resampled}").save(directory / "arms.json")

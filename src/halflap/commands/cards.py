@@ -8,6 +8,8 @@ from typing import Any
 
 from halflap.checkpoints.card import CARD, license_of, model_card
 from halflap.checkpoints.config import find_directory, read_config, read_json, read_lineage
+from halflap.commands.show_compress import sizes_text
+from halflap.compress import elastic
 from halflap.compress.plan import PruningPlan
 from halflap.files import atomic_write
 from halflap.models.count import count_parameters
@@ -34,6 +36,8 @@ def write_card(
     if (directory / PLAN).exists():
         parts.append(_cut(PruningPlan.load(directory / PLAN)))
         parts.append(_certificate(certificate))
+    if (directory / elastic.FILE).exists():
+        parts.append(_nested(directory))
     if rows:
         parts.append(_judgement(rows, judged_on))
     text = model_card(directory, read_config(directory), read_lineage(directory), license_of(directory), "".join(parts))
@@ -57,6 +61,22 @@ def _cut(plan: PruningPlan) -> str:
 |---|---|---|
 {chr(10).join(lines) or "| nothing | | |"}
 {gone}
+"""
+
+
+def _nested(directory: Path) -> str:
+    """Which sizes lie in an elastic checkpoint, and how they are cut from it."""
+    found = elastic.Elastic.load(directory, len(read_config(directory).blocks))
+    lines = [f"| {one.budget} | {sizes_text(one.sizes.to_json())} |" for one in found.nested]
+    return f"""## What can be cut from it
+
+Every axis is sorted by importance, so the first indices of each are a student, which
+`halflap prune DIR --from-elastic --params 60%` (or sizes) writes. Trained together with the whole:
+
+| budget | sizes |
+|---|---|
+{chr(10).join(lines) or "| none | |"}
+
 """
 
 

@@ -14,7 +14,7 @@ import torch
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_json
-from halflap.commands import arms, chain, scoring, searching, students, sweep, teaching, timing
+from halflap.commands import arms, chain, elastic, scoring, searching, students, sweep, teaching, timing
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.config_compress import (
     CompressRecipe,
@@ -35,7 +35,6 @@ from halflap.compress.axes import Sizes, check_sizes, largest_sizes
 from halflap.compress.cost_table import CostTable
 from halflap.compress.importance import Importance
 from halflap.compress.plan import PruningPlan
-from halflap.compress.prune import apply_plan
 from halflap.compress.ranking import plan_for
 from halflap.errors import HalflapError, RecipeError
 from halflap.models.count import count_non_embedding_parameters, count_parameters
@@ -108,9 +107,9 @@ def prune(recipe: PruneRecipe, run: Run) -> dict[str, Any]:
     plan, remark, seconds = _plan_to_prune(recipe, teacher, run.path)
     searched = None if recipe.plan is None else sweep.blocks_beside(Path(recipe.plan))
     if searched is None:
-        certificate = _prune(run.checkpoint_dir, teacher, plan)
+        certificate = students.prune(run.checkpoint_dir, teacher, plan)
     else:
-        certificate = _prune(run.path / "pruned", teacher, plan)
+        certificate = students.prune(run.path / "pruned", teacher, plan)
         _write_trained(run.checkpoint_dir, run.path / "pruned", plan, searched, teacher)
     student, whole = count_parameters(plan.student), count_parameters(teacher.config)
     return {
@@ -177,8 +176,14 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
 
 
 def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
-    """Everything: the teacher corrected if asked, then in one or more steps what `_compress` does, and a page."""
-    _require_target(recipe.budgets, recipe.sizes)
+    """Everything: the teacher corrected if asked, then in one or more steps what `_compress` does, and a page.
+
+    With --elastic, in place of the steps, what `elastic.compress` does.
+    """
+    if recipe.elastic is None:
+        _require_target(recipe.budgets, recipe.sizes)
+    else:
+        elastic.check(recipe)
     if recipe.importance is not None and recipe.score_settings != ScoreSettings():
         raise RecipeError(
             "importance is a file, so nothing is measured, and settings of measuring were given; leave out one of both"
@@ -195,6 +200,9 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
             corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed
         )
         teacher, correction = teaching.corrected(recipe, run.path / "teacher", teacher, loader, run.log)
+    corrected = {"teacher_correction": correction} if correction else {}
+    if recipe.elastic is not None:
+        return elastic.compress(recipe, run, teacher, corpora) | corrected
     table = timing.table_for(recipe.budgets, teacher, run.path)
     *before, last = chain.recipes_of_steps(recipe, teacher.config, run.path, table)
     tutor, source, steps = Tutor(teacher), teacher, []
@@ -209,7 +217,7 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
     if steps:
         build_report([*(Path(step["path"]) for step in steps), run.path], Path(result["report"]))  # of the whole chain
         result["steps"] = steps
-    return result | ({"teacher_correction": correction} if correction else {})
+    return result | corrected
 
 
 def _compress(
@@ -219,23 +227,19 @@ def _compress(
     length, seed = recipe.fit.sequence_length, recipe.common.seed
     measuring = training_loader(corpora, recipe.text, length, recipe.fit.micro_batch_rows, seed)
     training = training_loader(corpora, recipe.text, length, recipe.fit.batch_size, seed)
-    if recipe.importance is not None:
-        importance, shortage = scoring.read_importance(recipe.importance, teacher), None
-    else:
-        tokens = recipe.calibration_tokens
-        importance = scoring.importance(run.path, teacher, measuring, tokens, recipe.score_settings)
-        shortage = scoring.shortage(importance, measuring, tokens)
+    given = Given(recipe, run.path, run.path, teacher, Importance("none", {}), measuring, training, tutor, times)
+    if has_ceiling(recipe.budgets):
+        searching.check_unmeasured(given)
+    importance, shortage = scoring.given_or_measured(recipe, run.path, teacher, measuring)
     sizes, variants, remark = recipe.sizes, (), None
     if has_ceiling(recipe.budgets):
-        found = searching.search(
-            Given(recipe, run.path, run.path, teacher, importance, measuring, training, tutor, times)
-        )
+        found = searching.search(dataclasses.replace(given, importance=importance))
         sizes, variants = with_dropped(found.chosen.sizes, recipe.sizes), found.chosen.variants
         remark = found.remark
         plan = PruningPlan.from_json(found.plan or {})
     else:
         plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
-    certificate = _prune(run.path / "pruned", teacher, plan)
+    certificate = students.prune(run.path / "pruned", teacher, plan)
 
     setting = arms.Setting(recipe, run, teacher, plan, importance, training, corpora, tutor)
     table = arms.train_and_judge(setting)
@@ -283,6 +287,10 @@ def _require_target(budgets: Budgets, sizes: Sizes) -> None:
 def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[PruningPlan, str | None, float | None]:
     """From a plan, which a search leaves too, from sizes, or from budgets; with a remark and the predicted latency."""
     sizes, file = recipe.sizes, Path(recipe.importance) if recipe.importance is not None else None
+    if recipe.from_elastic:
+        elastic.check_prune(recipe)
+        _require_target(recipe.budgets, sizes)
+        return elastic.plan_to_prune(recipe, teacher, place)
     if recipe.plan is not None:
         if has_ceiling(recipe.budgets) or sizes != Sizes():
             raise RecipeError(
@@ -318,14 +326,3 @@ def _write_trained(directory: Path, pruned: Path, plan: PruningPlan, searched: P
     student = students.with_trained_blocks(load_model(pruned, "float32"), plan, searched)
     step = lineage_step("distill_blocks", {"teacher": teacher.digest, "plan": plan.digest})
     students.save_trained(directory, student, pruned, step)
-
-
-def _prune(directory: Path, teacher: Teacher, plan: PruningPlan) -> dict[str, Any] | None:
-    """Write the student as cut and certify it; of a large one, which takes minutes, `halflap verify` does."""
-    if (directory / CERTIFICATE).exists():
-        return read_json(directory / CERTIFICATE)
-    if not students.is_complete(directory, plan):
-        students.write_student(directory, teacher, plan, apply_plan(plan, teacher.checkpoint.tensors()))
-    if count_parameters(teacher.config) > students.CERTIFIED_AT_ONCE:
-        return None
-    return students.certify(directory, teacher.checkpoint, plan, seed=teacher.seed)

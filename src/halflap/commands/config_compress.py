@@ -75,6 +75,8 @@ class PruneRecipe:
     """File that `score` wrote; not needed with --plan."""
     plan: File | None = None
     """Pruning plan or search result to follow instead of budgets or sizes."""
+    from_elastic: Annotated[bool, SWITCH] = False
+    """MODEL is what `compress --elastic` made: its own order says what is kept, and no importance is needed."""
     budgets: Budgets = Budgets()
     sizes: Annotated[Sizes, section(SIZES)] = Sizes()
     space: Annotated[SearchSpace, section(SPACE)] = SearchSpace()
@@ -132,6 +134,9 @@ class CompressRecipe:
     importance: File | None = None
     """File that `score` wrote, to save measuring it again."""
     budgets: Budgets = Budgets()
+    elastic: tuple[str, ...] | None = None
+    """One checkpoint of many sizes, cut from it by `prune --from-elastic`; with the budgets of those that are distilled
+    together beside the whole: 75% 50% of the parameters when none is given, or memory 75% 50%."""
     sizes: Annotated[Sizes, section(SIZES)] = Sizes()
     settings: SearchSettings = SearchSettings()
     space: Annotated[SearchSpace, section(SPACE)] = SearchSpace()

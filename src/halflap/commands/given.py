@@ -38,6 +38,8 @@ class Given:
     training: Loader
     tutor: Tutor
     times: CostTable | None = None
+    most: Sizes = Sizes()
+    """What no candidate exceeds in any size; None is as large as the teacher."""
 
     @property
     def fixed(self) -> Sizes:

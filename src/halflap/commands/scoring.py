@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from halflap.checkpoints.streamed import StreamedModel
+from halflap.commands.config_compress import CompressRecipe
 from halflap.commands.sections import ScoreSettings
 from halflap.commands.students import Teacher
 from halflap.compress.depth import check_count, depth_scores, remove_one_by_one
@@ -51,6 +52,17 @@ def importance(
         found[0].save(file)
     shutil.rmtree(directory / SCRATCH, ignore_errors=True)
     return read_importance(file, teacher)
+
+
+def given_or_measured(
+    recipe: CompressRecipe, directory: Path, teacher: Teacher, loader: Loader
+) -> tuple[Importance, str | None]:
+    """What the recipe names or, if it names none, what is measured; and a remark where there was too little text."""
+    if recipe.importance is not None:
+        return read_importance(recipe.importance, teacher), None
+    tokens = recipe.calibration_tokens
+    found = importance(directory, teacher, loader, tokens, recipe.score_settings)
+    return found, shortage(found, loader, tokens)
 
 
 def read_importance(file: str | Path, teacher: Teacher) -> Importance:

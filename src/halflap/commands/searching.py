@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
 from halflap.commands import puzzle, shortlist, students
 from halflap.commands.config_compress import CompressRecipe, SearchRecipe
 from halflap.commands.device import must_stream
@@ -17,9 +19,9 @@ from halflap.commands.given import Given
 from halflap.commands.sections import LossSettings
 from halflap.commands.shortlist import Shortlist
 from halflap.commands.students import Teacher
-from halflap.compress.axes import Sizes, check_sizes
-from halflap.compress.costs import Budget
-from halflap.compress.grid import Grid, SearchSpace, choices, choices_by_type
+from halflap.compress.axes import Sizes, check_sizes, resize
+from halflap.compress.costs import BUDGETS, Budget, block_cost
+from halflap.compress.grid import STEPS, Grid, SearchSpace, between, choices, choices_by_type
 from halflap.compress.importance import Importance
 from halflap.compress.plan import PruningPlan
 from halflap.compress.programme import Programme
@@ -38,6 +40,32 @@ def check(given: Given) -> None:
     METHODS[given.recipe.settings.method].candidates(given)
 
 
+def check_unmeasured(given: Given) -> None:
+    """The same before importance is measured: each budget alone, as if the blocks that cost most of it went first."""
+    budgets = given.recipe.budgets
+    for name in BUDGETS:
+        if getattr(budgets, name) is not None:
+            without: dict[str, Any] = {other: None for other in BUDGETS if other != name}
+            recipe = dataclasses.replace(given.recipe, budgets=dataclasses.replace(budgets, **without))
+            alone = dataclasses.replace(given, recipe=recipe)
+            check(dataclasses.replace(alone, importance=_dearest_first(alone)))
+
+
+def _dearest_first(given: Given) -> Importance:
+    """An order of blocks in which no student costs more of the one budget than in another order.
+
+    Blocks are compared at the smallest widths, as the smallest student has them.
+    """
+    config, budget, sizes = given.teacher.config, given.budget, dict[str, Any]()
+    if given.recipe.settings.method == "homogeneous":
+        grid = choices(config, given.recipe.space, False, STEPS[-1])
+        heads = ("num_attention_heads", "num_key_value_heads")  # of which not every pair goes together
+        sizes = {name: values[-1] for name, values in grid.items() if name not in (*heads, "num_blocks")}
+    small = resize(config, tuple(range(len(config.blocks))), Sizes(**sizes))
+    [cost] = budget.ceilings
+    return Importance("none", {}, {"kl": torch.tensor([-block_cost(cost, small, budget, b) for b in small.blocks])})
+
+
 def search(given: Given) -> SearchResult:
     """Search by the recipe's method; the result is in search.json too."""
     method = METHODS[given.recipe.settings.method]
@@ -51,6 +79,8 @@ def _fitting(given: Given, grid: Grid) -> Fitting:
             "sizes.drop_blocks names blocks to drop, which --method minipuzzle chooses; leave it out, or give numbers "
             "of blocks (--space.num-attention-blocks, ...)"
         )
+    if given.most != Sizes():
+        grid = between(grid, None, given.most)
     return candidates(given.teacher, given.importance, given.budget, given.fixed, recipe.space, grid)
 
 

@@ -26,6 +26,7 @@ SIZE_WORDS = {
     "num_mlp_blocks": "MLP blocks",
 }
 SHOWN_CANDIDATES = 10
+JUDGED = ("", "parameters", "trained on", "loss", "95 % interval", "perplexity", "bits a byte")
 
 
 def sizes_text(sizes: Mapping[str, Any]) -> str:
@@ -121,8 +122,11 @@ def verify(result: Mapping[str, Any], console: Console) -> None:
 
 
 def compress(result: Mapping[str, Any], console: Console) -> None:
+    if "nested" in result:
+        _elastic(result, console)
+        return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("", "parameters", "trained on", "loss", "95 % interval", "perplexity", "bits a byte"):
+    for column in JUDGED:
         table.add_column(column, justify="left" if not column else "right")
     arms = [
         ("teacher", result["teacher"]),
@@ -130,13 +134,7 @@ def compress(result: Mapping[str, Any], console: Console) -> None:
         ("pruned + distilled", result["student"]),
     ]
     for name, row in [*arms, *((row["name"].replace("_", "-"), row) for row in result["controls"])]:
-        low, high = row["loss_interval"] or (None, None)
-        span = "" if low is None else f"{low:.4f} to {high:.4f}"
-        trained = f"{short(row['tokens_trained'])} tokens" if row["tokens_trained"] else ""
-        numbers = (f"{row['loss']:.4f}", span, f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.4f}")
-        table.add_row(
-            name, f"{row['parameters']:,}", trained, *numbers, style="bold" if row is result["student"] else ""
-        )
+        table.add_row(name, *_judged(row), style="bold" if row is result["student"] else "")
     console.print(table)
     ratio = f"{100 * result['parameters_ratio']:.1f} % of the teacher's parameters: {_kept(result, result['pattern'])}"
     proof = {True: ", certified", False: ", NOT certified", None: ""}[result["verified"]]
@@ -146,4 +144,35 @@ def compress(result: Mapping[str, Any], console: Console) -> None:
     console.print(f"judged on {result['held_out']}")
     if result["remark"]:
         console.print(result["remark"])
+    console.print(f"report: {result['report']}")
+
+
+def _judged(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Cells of a judgement: parameters, tokens of training, loss, its interval, perplexity, bits a byte."""
+    low, high = row["loss_interval"] or (None, None)
+    span = "" if low is None else f"{low:.4f} to {high:.4f}"
+    trained = f"{short(row['tokens_trained'])} tokens" if row["tokens_trained"] else ""
+    loss = f"{row['loss']:.4f}"
+    return f"{row['parameters']:,}", trained, loss, span, f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.4f}"
+
+
+def _elastic(result: Mapping[str, Any], console: Console) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in (*JUDGED, "loss as cut"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in [
+        ("teacher", result["teacher"]),
+        ("whole, distilled", result["whole"]),
+        *((row["budget"], row) for row in result["nested"]),
+    ]:
+        as_cut = "" if row.get("loss_as_cut") is None else f"{row['loss_as_cut']:.4f}"
+        table.add_row(name, *_judged(row), as_cut)
+    console.print(table)
+    for row in result["nested"]:
+        console.print(f"{row['budget']}: {sizes_text(row['sizes'])}")
+    proof = {True: "equals", False: "DIFFERS from", None: "was not compared with"}[result["verified"]]
+    console.print(f"the sorted model {proof} the teacher; judged on {result['held_out']}")
+    if result["remark"]:
+        console.print(result["remark"])
+    console.print(f"any size: halflap prune {result['path']} --from-elastic --params 60%")
     console.print(f"report: {result['report']}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halflap.checkpoints.checkpoint import Checkpoint, float_dtype, load_model, write_checkpoint
-from halflap.checkpoints.config import Lineage, find_directory, lineage_step, read_lineage
+from halflap.checkpoints.config import Lineage, find_directory, lineage_step, read_json, read_lineage
 from halflap.checkpoints.streamed import StreamedModel, read_ahead
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.corpora import Corpora, tokenizer_place
@@ -218,7 +218,8 @@ def write_student(
     types |= {name: source.dtypes[plan.teacher_name(name)] for name in layout(plan.student) if name not in types}
     cut = {"parameters": count_parameters(plan.student), "norm_correction": plan.norm_correction}
     where = {"teacher_path": str(source.path.resolve())}
-    lineage = [*source.lineage, lineage_step("prune", {"teacher": teacher.digest, "plan": plan.digest}, **cut, **where)]
+    verb = "sort" if plan.keep and plan.student == plan.teacher_config else "prune"
+    lineage = [*source.lineage, lineage_step(verb, {"teacher": teacher.digest, "plan": plan.digest}, **cut, **where)]
     written = write_checkpoint(
         directory,
         plan.student,
@@ -230,6 +231,17 @@ def write_student(
     )
     write_card(directory)
     return written
+
+
+def prune(directory: Path, teacher: Teacher, plan: PruningPlan) -> dict[str, Any] | None:
+    """Write the student as cut and certify it; of a large one, which takes minutes, `halflap verify` does."""
+    if (directory / CERTIFICATE).exists():
+        return read_json(directory / CERTIFICATE)
+    if not is_complete(directory, plan):
+        write_student(directory, teacher, plan, apply_plan(plan, teacher.checkpoint.tensors()))
+    if count_parameters(teacher.config) > CERTIFIED_AT_ONCE:
+        return None
+    return certify(directory, teacher.checkpoint, plan, seed=teacher.seed)
 
 
 def is_complete(directory: Path, plan: PruningPlan) -> bool:

@@ -20,10 +20,11 @@ OF_UNIT: dict[str, Unit] = {"memory": "bytes", "latency": "seconds"}
 """Units of the budgets that are no counts."""
 
 
-def budgets_of(sweep: tuple[str, ...], beside: Budgets) -> dict[str, Budgets]:
+def budgets_of(sweep: tuple[str, ...], beside: Budgets, flag: str = SWEEP) -> dict[str, Budgets]:
     """The budgets of each value by its spelling; those given `beside` are kept at every value. Empty without a sweep.
 
-    Raises RecipeError for a budget that does not exist or is given beside, and for values that are none of its kind.
+    flag: which gave them. Raises RecipeError for a budget that does not exist or is given beside, and for values that
+    are none of its kind.
     """
     if not sweep:
         return {}
@@ -31,15 +32,16 @@ def budgets_of(sweep: tuple[str, ...], beside: Budgets) -> dict[str, Budgets]:
     if name not in BUDGETS or not values:
         what = f"{sweep[0]!r} is no budget" if name not in BUDGETS else "it names no value"
         raise RecipeError(
-            f"sweep is {' '.join(sweep)!r}, and {what}; write one of {', '.join(BUDGETS)} and its values: "
-            "--sweep params 40% 50% 60%"
+            f"{flag} is {' '.join(sweep)!r}, and {what}; write one of {', '.join(BUDGETS)} and its values: "
+            f"--{flag} params 40% 50% 60%"
         )
     if getattr(beside, name) is not None:
-        raise RecipeError(f"{name} is swept and also given as --{name.replace('_', '-')}; leave out one of the two")
+        given = f"--{name.replace('_', '-')}"
+        raise RecipeError(f"--{flag} has values of {name}, which is also given as {given}; leave out one of the two")
     try:
         amounts = [parse_amount(value, OF_UNIT.get(name, "count")) for value in values]
     except HalflapError as error:
-        raise RecipeError(f"sweep: {error}") from None
+        raise RecipeError(f"{flag}: {error}") from None
     changes: list[dict[str, Any]] = [{name: amount} for amount in amounts]
     return {str(change[name]): dataclasses.replace(beside, **change) for change in changes}
 

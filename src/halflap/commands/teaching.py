@@ -25,6 +25,7 @@ from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel
 from halflap.train.config import Fit
 from halflap.train.fit import Trainee, fit, fit_together
+from halflap.train.losses import Objective
 from halflap.train.objectives.distillation import Distillation, TopKDistillation
 from halflap.train.objectives.intermediate import InnerStates, WithProjections, pair_states, proportional_map
 from halflap.train.objectives.language import NextToken
@@ -104,11 +105,6 @@ def distill_into(
         model = None if loss.loss == "next_token" else teacher.load()
         lesson = _lesson(student, teacher, model, batches, loss, origin)
 
-    def logged(row: dict[str, Any]) -> None:
-        if loss.loss != "next_token" and "loss" in row:
-            row = {**row, loss.loss: row.get(loss.loss, row.get("logits", row["loss"]))}
-        log(row)
-
     result = fit(
         lesson.model,
         lesson.objective,
@@ -116,7 +112,7 @@ def distill_into(
         settings,
         tokens=tokens if phases is None else phases.tokens,
         directory=directory,
-        log=logged,
+        log=named_by(loss, log),
         held_out=held_out or None,
         device=teacher.device,
         dtype=teacher.dtype,
@@ -125,6 +121,22 @@ def distill_into(
         until=until,
     )
     return result | lesson.said
+
+
+def named_by(loss: LossSettings, log: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """The log, in whose rows a divergence also stands under its own name, by which a report tells it from a loss."""
+
+    def logged(row: dict[str, Any]) -> None:
+        if loss.loss != "next_token" and "loss" in row:
+            row = {**row, loss.loss: row.get(loss.loss, row.get("logits", row["loss"]))}
+        log(row)
+
+    return logged
+
+
+def objective_of(teacher: Teacher, loss: LossSettings) -> Objective:
+    """On what the teacher says while a student learns, inner states left out, or on the text itself."""
+    return NextToken() if loss.loss == "next_token" else _distillation(teacher.load(), loss)
 
 
 class Pupil(NamedTuple):

@@ -60,7 +60,10 @@ class Elastic:
     def ranking(self, config: ModelConfig, teacher: str) -> Importance:
         """Importance by which the first indices are kept and blocks go in order."""
         depth = {"nested": torch.zeros(len(config.blocks))} if self.drop_order else {}
-        return Importance("nested", places(config), depth, teacher=teacher, removed=self.drop_order)
+        metric = "nested" if depth else ""
+        return Importance(
+            "nested", places(config), depth, teacher=teacher, depth_metric=metric, removed=self.drop_order
+        )
 
     def save(self, directory: Path) -> None:
         nested = [{"budget": one.budget, "sizes": one.sizes.to_json()} for one in self.nested]

@@ -139,6 +139,26 @@ def choices_by_type(
     return found
 
 
+def between(grid: Grid, least: Sizes | None, most: Sizes) -> Grid:
+    """The same grid from the sizes of one student to those of another, both included; without `least` all below.
+
+    A size that a student leaves out is the teacher's.
+    """
+
+    def limited(
+        teacher: ModelConfig, space: SearchSpace, with_depth: bool, step: int = STEPS[0]
+    ) -> dict[str, tuple[int, ...]]:
+        whole, found = largest_sizes(teacher), {}
+        for name, values in grid(teacher, space, with_depth, step).items():
+            high = getattr(most, name) or whole.get(name, values[0])
+            low = 0 if least is None else getattr(least, name) or whole.get(name, values[0])
+            tried = {value for value in values if low <= value <= high} | ({low, high} - {0})
+            found[name] = tuple(sorted(tried, reverse=True))
+        return found
+
+    return limited
+
+
 def points(teacher: ModelConfig, space: SearchSpace, grid: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
     """Sizes of a grid that go together.
 

@@ -11,6 +11,7 @@ from halflap.report.artifacts import Fact, Node, RunFiles, Source
 VERBS = {
     "pretrain": "trained from text",
     "import": "imported",
+    "sort": "sorted",
     "prune": "pruned",
     "distill": "distilled",
     "compress": "compressed",
