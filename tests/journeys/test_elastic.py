@@ -140,9 +140,9 @@ def test_it_ends_the_same_after_an_interruption(
 
 
 def test_what_does_not_go_together_is_said(halflap: Cli, place: Path, run: Path, tmp_path: Path) -> None:
-    compress = ("compress", place / "teacher", "--data", place / "text.jsonl", "--out", tmp_path / "run", *SMALL)
-    prune = ("prune", run, "--from-elastic", "--out", tmp_path / "run")
-    for words, said in (
+    compress = ("compress", place / "teacher", "--data", place / "text.jsonl", *SMALL)
+    prune = ("prune", run, "--from-elastic")
+    cases = (
         ((*compress, "--elastic", "--controls", "random"), "controls was given with elastic"),
         ((*compress, "--elastic", "--sizes.num-blocks", 5), "sizes was given with elastic"),
         ((*compress, "--elastic", "--norm-correction", "calibrated"), "choose masked or none"),
@@ -156,7 +156,16 @@ def test_what_does_not_go_together_is_said(halflap: Cli, place: Path, run: Path,
         ((*prune, "--params", "70%", "--norm-correction", "none"), "which its students keep"),
         (prune, "nothing says how small"),
         (("prune", place / "teacher", "--from-elastic", "--params", "70%"), "is not an elastic checkpoint"),
-    ):
-        outcome = halflap(*words)
+    )
+    for number, (words, said) in enumerate(cases):
+        outcome = halflap(*words, "--out", tmp_path / str(number))
         assert outcome.status and said in outcome.err, (words, outcome.err)
-    assert not (tmp_path / "run" / "importance.safetensors").exists()
+    assert not list(tmp_path.glob("*/importance.safetensors"))
+
+
+def test_the_recipe_of_a_bare_flag_comes_back(halflap: Cli, place: Path, tmp_path: Path) -> None:
+    words = ("compress", place / "teacher", "--data", place / "text.jsonl")
+    shown = halflap(*words, "--elastic", "--show").out
+    assert "elastic: []" in shown and "elastic: null" in halflap(*words, "--show").out
+    (tmp_path / "recipe.yaml").write_text(shown)
+    assert halflap(*words, "--config", tmp_path / "recipe.yaml", "--show").out == shown

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halflap.checkpoints.checkpoint import Checkpoint
+from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import lineage_step, read_json
 from halflap.commands import arms, scoring, searching, students, sweep, teaching, timing
 from halflap.commands.cards import write_card
@@ -130,16 +130,8 @@ def compress(recipe: CompressRecipe, run: Run, teacher: Teacher, corpora: Corpor
 
     certificate = students.prune(run.path / SORTED, teacher, sort_plan(importance, teacher.digest, teacher.config))
     source = open_teacher(run.path / SORTED, recipe.common, recipe.text.data)
-    elastic, remarks = elastic_of(importance, teacher.config, recipe.norm_correction), [shortage]
-    given = dataclasses.replace(given, teacher=source, importance=elastic.ranking(source.config, source.digest))
-    for value, one in each.items():
-        most = elastic.nested[-1].sizes if elastic.nested else Sizes()
-        place = run.path / NESTED / value
-        found = searching.search(dataclasses.replace(given, recipe=one, place=place, most=most))
-        elastic = dataclasses.replace(
-            elastic, nested=(*elastic.nested, NestedSize(f"{name} {value}", found.chosen.sizes))
-        )
-        remarks.append(found.remark and f"{value}: {found.remark}")
+    elastic = elastic_of(importance, teacher.config, recipe.norm_correction)
+    elastic, remarks = _nest(elastic, dataclasses.replace(given, teacher=source), name, each)
     elastic.save(source.checkpoint.path)
 
     setting = Setting(recipe, run, teacher, source, elastic, corpora, training)
@@ -156,10 +148,26 @@ def compress(recipe: CompressRecipe, run: Run, teacher: Teacher, corpora: Corpor
         "pattern": teacher.config.pattern(),
         "verified": None if certificate is None else certificate["passed"],
         "held_out": corpora.held_out_is,
-        "remark": "; ".join(remark for remark in remarks if remark) or None,
+        "remark": "; ".join(remark for remark in (shortage, *remarks) if remark) or None,
         "report": str(build_report([run.path], run.path / "report.html")),
         "path": str(run.checkpoint_dir),
     }
+
+
+def _nest(
+    elastic: Elastic, given: Given, name: str, each: Mapping[str, CompressRecipe]
+) -> tuple[Elastic, list[str | None]]:
+    """With a size for each recipe's budgets, which come largest first, each within the one before; and remarks."""
+    config, digest = given.teacher.config, given.teacher.digest
+    given = dataclasses.replace(given, importance=elastic.ranking(config, digest))
+    nested, remarks = list[NestedSize](), list[str | None]()
+    for value, recipe in each.items():
+        most = nested[-1].sizes if nested else Sizes()
+        place = given.shared / NESTED / value
+        found = searching.search(dataclasses.replace(given, recipe=recipe, place=place, most=most))
+        nested.append(NestedSize(f"{name} {value}", found.chosen.sizes))
+        remarks.append(found.remark and f"{value}: {found.remark}")
+    return dataclasses.replace(elastic, nested=tuple(nested)), remarks
 
 
 def _largest_first(
@@ -238,7 +246,7 @@ def _judge(setting: Setting, trained: Mapping[str, Any]) -> dict[str, dict[str, 
         if value in rows:
             continue
         if value == WHOLE:
-            rows[value] = judge(open_teacher(final.path, setting.recipe.common).load()) | trained
+            rows[value] = judge(load_model(final.path)) | trained
         else:
             as_cut = judge(_student(cut, before[value]))["loss"]
             rows[value] = judge(_student(final, after[value])) | trained | {"loss_as_cut": as_cut}
