@@ -61,6 +61,7 @@ def _dearest_first(given: Given) -> Importance:
         grid = choices(config, given.recipe.space, False, STEPS[-1])
         heads = ("num_attention_heads", "num_key_value_heads")  # of which not every pair goes together
         sizes = {name: values[-1] for name, values in grid.items() if name not in (*heads, "num_blocks")}
+        sizes |= {name: value for name, value in given.fixed.to_json().items() if name in sizes}
     small = resize(config, tuple(range(len(config.blocks))), Sizes(**sizes))
     [cost] = budget.ceilings
     return Importance("none", {}, {"kl": torch.tensor([-block_cost(cost, small, budget, b) for b in small.blocks])})
