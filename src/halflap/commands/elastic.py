@@ -230,7 +230,7 @@ def _train(setting: Setting) -> dict[str, Any]:
     return trained
 
 
-def _judge(setting: Setting, trained: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _judge(setting: Setting, trained: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The teacher, the trained whole, and each nested size as `prune` writes it; rows are kept as scores.json too."""
     run, cut, final = setting.run, setting.source.checkpoint, Checkpoint.open(setting.run.checkpoint_dir)
     file = run.path / "scores.json"

@@ -56,7 +56,8 @@ def _dearest_first(given: Given) -> Importance:
 
     Blocks are compared at the smallest widths, as the smallest student has them.
     """
-    config, budget, sizes = given.teacher.config, given.budget, dict[str, Any]()
+    config, budget = given.teacher.config, given.budget
+    sizes: dict[str, Any] = {}
     if given.recipe.settings.method == "homogeneous":
         grid = choices(config, given.recipe.space, False, STEPS[-1])
         heads = ("num_attention_heads", "num_key_value_heads")  # of which not every pair goes together

@@ -65,7 +65,7 @@ class Sizes:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Sizes:
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
         return Sizes(**values)
 
 
