@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from halflap.compress.axes import Sizes, axes_of, block_of, largest_sizes
 from halflap.compress.elastic import Elastic, NestedSize, elastic_of, sort_plan
+from halflap.compress.grid import SearchSpace, between, choices
 from halflap.compress.importance import Importance
 from halflap.compress.kinds import KINDS, block_counts
 from halflap.compress.metrics import collect
@@ -134,6 +135,16 @@ def test_places_rank_as_the_depth_scores_did(family: str) -> None:
     assert elastic.drop_order == drop_order(importance, config)
     assert drop_order(elastic.ranking(config, TEACHER), config) == elastic.drop_order
     assert drop_order(elastic.ranking(config, TEACHER), config, by_type=True) == elastic.drop_order
+
+
+def test_a_grid_between_two_students_has_both_and_nothing_beyond() -> None:
+    config, most = FAMILIES["nemotron_h"], Sizes(hidden_size=10, intermediate_size=9)
+    least = dataclasses.replace(most, hidden_size=7, num_blocks=3)
+    found = between(choices, least, most)(config, SearchSpace(), True, 1)
+    assert found["hidden_size"] == (10, 9, 8, 7) and found["num_blocks"] == (4, 3)
+    assert found["intermediate_size"] == (9,) and found["mamba_num_heads"] == (8,)
+    below = between(choices, None, most)(config, SearchSpace(), True, 1)
+    assert below["hidden_size"] == (10, 9, 8) and below["intermediate_size"][0] == 9
 
 
 @pytest.mark.parametrize("correction", ["masked", "none"])
