@@ -38,6 +38,7 @@ from halflap.data.loader import Loader
 from halflap.errors import RecipeError
 from halflap.files import write_json
 from halflap.models.model import HybridModel
+from halflap.parallel import mesh
 from halflap.report.page import build as build_report
 from halflap.run import Run
 from halflap.train.fit import fit
@@ -210,7 +211,7 @@ def _train(setting: Setting) -> dict[str, Any]:
     done = fit(
         model,
         Nested(teaching.objective_of(setting.teacher, recipe.loss_settings), parts),
-        lambda step: deal(setting.loader.batch(step), step * rows, len(parts)),
+        lambda step: deal(setting.loader.batch(step), (step * mesh.world_size() + mesh.rank()) * rows, len(parts)),
         recipe.fit,
         tokens=recipe.tokens,
         directory=run.path / "training",

@@ -22,7 +22,7 @@ from torch import Tensor
 from halflap.compress.axes import Sizes, axes_of, short_name
 from halflap.compress.importance import SCORES, Importance, score_shapes
 from halflap.compress.kinds import axis_name
-from halflap.compress.plan import Kept, PruningPlan, Row
+from halflap.compress.plan import PruningPlan, Row
 from halflap.compress.ranking import drop_order, plan_for
 from halflap.errors import HalflapError
 from halflap.files import write_json
@@ -112,14 +112,14 @@ def sort_plan(importance: Importance, teacher: str, config: ModelConfig) -> Prun
     What is chosen within a parent (heads of a group) is sorted within it. Groups of Mamba-2, rotated head channels and
     blocks stay where they are.
     """
-    keep: dict[str, Kept] = {}
+    keep: dict[str, Any] = {}
     scores = _scores_by_axis(importance, config)
     for name, axis in axes_of(config).items():  # parents first
         if name not in scores:
             continue
         order = torch.sort(scores[name], dim=-1, descending=True, stable=True).indices
-        parents: Any = keep.get(axis.parent or "")
-        keep[name] = (order if parents is None else order[list(parents)]).tolist()
+        parents = keep.get(axis.parent or "")
+        keep[name] = (order if parents is None else order[parents]).tolist()
     return PruningPlan(teacher, config, None, keep, "none", importance=importance.digest)  # type: ignore[arg-type]
 
 

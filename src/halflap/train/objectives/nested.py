@@ -6,7 +6,6 @@ micro-batches, a resumed run deals as an uninterrupted one, and every student se
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,16 +27,14 @@ class DealtBatch(Batch):
         """The rows of one student; None when it has none."""
         assert self.student is not None
         mine = (self.student == student).nonzero()[:, 0]
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Batch)}
-        rows = {name: None if value is None else value[mine] for name, value in fields.items()}
-        return Batch(**rows) if len(mine) else None
+        segments = None if self.segments is None else self.segments[mine]
+        return Batch(self.tokens[mine], self.targets[mine], self.weights[mine], segments) if len(mine) else None
 
 
 def deal(batch: Batch, first: int, students: int) -> DealtBatch:
     """Deal the rows of a batch, of which the first is row `first` of all rows, to students 0, 1, ... in turn."""
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
     turns = torch.arange(first, first + len(batch.tokens)) % students
-    return DealtBatch(**fields, student=turns)
+    return DealtBatch(batch.tokens, batch.targets, batch.weights, batch.segments, turns)
 
 
 class Nested:
