@@ -10,7 +10,7 @@
 #include "few_rows.h"
 #include "mamba2_step.h"
 #include "packed_rows.h"
-#include "selective_scan.h"
+#include "selective_step.h"
 #include <atomic>
 #include <sched.h>
 #include <vector>

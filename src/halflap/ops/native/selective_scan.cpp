@@ -1,5 +1,5 @@
 // The C interface of Mamba-1's selective scan (selective_scan.h).
-#include "selective_scan.h"
+#include "selective_step.h"
 
 using namespace halflap::selective;
 
