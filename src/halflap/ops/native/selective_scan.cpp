@@ -1,4 +1,4 @@
-// The C interface of Mamba-1's selective scan (selective_scan.h).
+// The C interface of Mamba-1's selective scan (selective_scan.h) and step (selective_step.h).
 #include "selective_step.h"
 
 using namespace halflap::selective;
