@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from halflap.compress.axes import Sizes, block_types, check_sizes, depth_units, largest_sizes
 from halflap.compress.kinds import BLOCK_COUNTS
 from halflap.errors import HalflapError
@@ -165,26 +163,6 @@ def between(grid: Grid, least: Sizes | None, most: Sizes) -> Grid:
 def go_together(sizes: Mapping[str, int]) -> bool:
     """Whether query heads are a multiple of the key/value heads."""
     return sizes.get("num_attention_heads", 0) % sizes.get("num_key_value_heads", 1) == 0
-
-
-def allowed(teacher: ModelConfig, space: SearchSpace, grid: SizeLists) -> np.ndarray:
-    """Which points of a grid go together: bool, a dimension for each size, in the order of the grid.
-
-    Numbers of blocks of types add up to one of `num_blocks`, or else leave out at most `max_depth_cut` of the blocks,
-    unless each of them was given.
-    """
-    at = dict(zip(grid, np.meshgrid(*grid.values(), indexing="ij", sparse=True), strict=True))
-    found = np.ones([len(values) for values in grid.values()], bool)
-    if "num_attention_heads" in at and "num_key_value_heads" in at:
-        found &= at["num_attention_heads"] % at["num_key_value_heads"] == 0
-    types = [name for name in BLOCK_COUNTS if name in grid]
-    if types:
-        given = all(getattr(space, name) for name in types)
-        _, depth = space.largest_cuts(*LARGEST_CUTS)
-        least = 0 if given else math.ceil((1 - depth) * len(teacher.blocks))
-        totals = space.num_blocks or range(least, len(teacher.blocks) + 1)
-        found &= np.isin(sum(at[name] for name in types), list(totals))
-    return found
 
 
 def _automatic(

@@ -17,7 +17,7 @@ import numpy as np
 
 from halflap.compress.axes import Sizes, block_types, largest_sizes
 from halflap.compress.costs import Budget, Costs, with_throughput
-from halflap.compress.grid import STEPS, Grid, SearchSpace, SizeLists, allowed, choices, left_whole
+from halflap.compress.grid import LARGEST_CUTS, STEPS, Grid, SearchSpace, SizeLists, choices, left_whole
 from halflap.compress.kinds import BLOCK_COUNTS
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
@@ -90,7 +90,7 @@ def fitting(
     whole = largest_sizes(teacher) | {name: len(blocks) for name, blocks in block_types(teacher).items()}
     for least in STEPS:
         grid = grid_of(teacher, space, drop_order is not None, least)
-        together = allowed(teacher, space, grid)
+        together = _together(teacher, space, grid)
         spent = {name: cost.over(name, grid) for name in ceilings}
         below = together & np.all([spent[name] <= limit for name, limit in ceilings.items()], axis=0)
         if not below.any() and least == STEPS[-1]:
@@ -121,6 +121,26 @@ def _by_turns(teacher: ModelConfig, candidates: list[Candidate]) -> tuple[Candid
         turns.append((seen[depth], candidate.hurt))
         seen[depth] += 1
     return tuple(candidate for _, candidate in sorted(zip(turns, ordered), key=lambda pair: pair[0]))
+
+
+def _together(teacher: ModelConfig, space: SearchSpace, grid: SizeLists) -> np.ndarray:
+    """Which points of a grid go together: bool, a dimension for each size, in the order of the grid.
+
+    Numbers of blocks of types add up to one of `num_blocks`, or else leave out at most `max_depth_cut` of the blocks,
+    unless each of them was given.
+    """
+    at = dict(zip(grid, np.meshgrid(*grid.values(), indexing="ij", sparse=True), strict=True))
+    found = np.ones([len(values) for values in grid.values()], bool)
+    if "num_attention_heads" in at and "num_key_value_heads" in at:
+        found &= at["num_attention_heads"] % at["num_key_value_heads"] == 0
+    types = [name for name in BLOCK_COUNTS if name in grid]
+    if types:
+        given = all(getattr(space, name) for name in types)
+        _, depth = space.largest_cuts(*LARGEST_CUTS)
+        least = 0 if given else math.ceil((1 - depth) * len(teacher.blocks))
+        totals = space.num_blocks or range(least, len(teacher.blocks) + 1)
+        found &= np.isin(sum(at[name] for name in types), list(totals))
+    return found
 
 
 def _sizes_at(grid: SizeLists, place: Iterable[int]) -> dict[str, int]:
