@@ -95,9 +95,7 @@ def scores_of(library: Library) -> np.ndarray:
 
 
 def main() -> None:
-    chosen = arguments(
-        __doc__, quick={"teacher": "nemotron-h-8b", "steps": 5}, teacher="nemotron-h-56b", steps=20, share=0.78
-    )
+    chosen = arguments(__doc__, quick={"steps": 5}, teacher="nemotron-h-56b", steps=20, share=0.78)
     report = Report("search_speed", chosen.out, chosen.threads)
     teacher = preset(chosen.teacher)
     budget, space = budget_of(teacher, chosen.share), space_of(teacher, chosen.steps)
