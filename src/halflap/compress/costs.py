@@ -172,6 +172,11 @@ class Costs:
         """Of the costs that can be told."""
         return [name for name in COSTS if name != "latency" or self.budget.table]
 
+    def all(self, sizes: Mapping[str, int]) -> dict[str, float]:
+        """Every cost of the student of these sizes."""
+        alone = {name: (value,) for name, value in sizes.items()}
+        return with_throughput({name: self.over(name, alone).item() for name in self.names}, self.budget)
+
     def over(self, name: str, grid: SizeLists) -> np.ndarray:
         """A cost at every point of a grid of sizes: float64, a dimension for each size, in the order of the grid.
 
