@@ -10,7 +10,7 @@ INTEROP := $(VENV)/.ready-interop
 
 # The other scripts of benchmarks/ are studies: they take hours, or need models and text of their own.
 BENCHMARKS := training_step memory prefill decode scoring prune_stream help_time verify_axes \
-  selective_scan hymba_training_step cache_bytes hybrid_decode teacher_logits
+  selective_scan hymba_training_step cache_bytes hybrid_decode teacher_logits search_speed student_speed
 
 .PHONY: help demo demo-seeds test test-slow test-interop test-vllm lint types format bench clean
 

@@ -198,14 +198,39 @@ def mamba_flops(model: HybridModel) -> int:
 # --- results -------------------------------------------------------------------------------------------------------
 
 
+# A process starts with the peak of the one that started it, so a small one stands between and measures.
+MEASURE = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[2:])
+seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+with open(sys.argv[1], "w") as file:
+    json.dump({"seconds": seconds, "peak_bytes": peak * (1 if sys.platform == "darwin" else 1024)}, file)
+sys.exit(code % 256)
+"""
+
+
+def run_measured(*command: str, threads: int = THREADS, shown: bool = False) -> dict[str, Any]:
+    """`result`, the JSON object that is the command's last line; its `seconds` and peak resident `peak_bytes`.
+
+    shown: what it says on standard error, such as its progress, is not kept back.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        measured = Path(scratch) / "measured.json"
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(measured), *command],
+            stdout=subprocess.PIPE, stderr=None if shown else subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command[1:])} failed: {(done.stderr or '')[-2000:]}")
+        return {"result": json.loads(done.stdout.strip().splitlines()[-1]), **json.loads(measured.read_text())}
+
+
 def run_apart(script: str, *arguments: str, threads: int = THREADS) -> dict[str, Any]:
     """Run a script of this folder in a process of its own; its last line of output is a JSON object."""
-    environment_ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, str(Path(__file__).parent / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment_)
-    if done.returncode:
-        raise RuntimeError(f"{script} {' '.join(arguments)} failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    path = str(Path(__file__).parent / script)
+    return run_measured(sys.executable, path, *arguments, threads=threads)["result"]
 
 
 class Report:

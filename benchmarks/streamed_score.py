@@ -8,17 +8,14 @@ them). --teacher names another preset, --folder a disk with room for two copies,
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import Report, arguments
+from common import Report, arguments, run_measured
 from halflap.checkpoints.checkpoint import write_checkpoint
 from halflap.checkpoints.streamed import largest_part
 from halflap.models.config import ModelConfig
@@ -31,19 +28,8 @@ DEMO = Path(__file__).parent.parent / "demo"
 
 def run_verb(verb: str, *words: object, threads: int) -> dict[str, Any]:
     """Result, seconds and peak resident bytes of one verb in a process of its own."""
-    command = [sys.executable, "-m", "halflap", verb, *map(str, words), "--json", "--quiet"]
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        start = time.perf_counter()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0), err.seek(0)
-        if process.returncode:
-            raise RuntimeError(f"{verb} failed: {err.read().decode()[-2000:]}")
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"result": json.loads(out.read()), "seconds": seconds, "peak_gib": peak / 2**30}
+    command = (sys.executable, "-m", "halflap", verb, *map(str, words), "--json", "--quiet")
+    return run_measured(*command, threads=threads)
 
 
 def score_flops(config: ModelConfig, tokens: int) -> int:
@@ -95,7 +81,7 @@ def main() -> None:
         for verb, words in steps.items():
             out = ("--out", outs[verb]) if verb in outs else ()
             done = run_verb(verb, *words, *out, threads=chosen.threads)
-            row: dict[str, Any] = {"verb": verb, "seconds": done["seconds"], "peak_gib": done["peak_gib"]}
+            row: dict[str, Any] = {"verb": verb, "seconds": done["seconds"], "peak_gib": done["peak_bytes"] / 2**30}
             if verb == "score":
                 floor = score_flops(config, chosen.tokens) / report.before["float32_gflops"] / 1e9
                 row |= {

@@ -7,15 +7,19 @@ device; all else is counted. Pure data: no torch.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from halflap.compress.axes import Sizes, block_types, kept_after, target_counts
 from halflap.compress.cost_model import Condition
 from halflap.compress.cost_table import CostTable
+from halflap.compress.grid import SizeLists, go_together
 from halflap.compress.kinds import block_sizes, resize_block
 from halflap.errors import HalflapError
 from halflap.models.config import BlockConfig, ModelConfig
@@ -126,11 +130,12 @@ def costs(config: ModelConfig, budget: Budget) -> dict[str, float]:
     """Every cost of a config, under a budget's context, batch and bits; with a cost table also latency, in seconds a
     pass, and throughput, in tokens a second."""
     found = {name: cost(config, budget) for name, cost in COSTS.items() if name != "latency" or budget.table}
-    return found | _throughput(found, budget)
+    return with_throughput(found, budget)
 
 
-def _throughput(found: Mapping[str, float], budget: Budget) -> dict[str, float]:
-    return {"throughput": budget.condition.tokens / found["latency"]} if "latency" in found else {}
+def with_throughput(found: Mapping[str, float], budget: Budget) -> dict[str, float]:
+    """Costs, with the throughput at their latency if that is known."""
+    return {**found, **({"throughput": budget.condition.tokens / found["latency"]} if "latency" in found else {})}
 
 
 COPIES = 8  # bytes are counted up from bits, so eight alike add a whole number of them
@@ -154,55 +159,68 @@ def _cost_of(name: str, config: ModelConfig, budget: Budget, *blocks: BlockConfi
 
 
 class Costs:
-    """Costs of many sizes of one teacher: a sum over its different blocks, each counted once for each width."""
+    """Costs of many sizes of one teacher: sums over its different blocks, each counted once for each of its sizes."""
 
     def __init__(self, teacher: ModelConfig, budget: Budget, drop_order: tuple[int, ...] | None) -> None:
         self.teacher, self.budget, self.drop_order = teacher, budget, drop_order
         alone = {block: with_source(block, 0) for block in teacher.blocks}  # which block is read costs nothing
         self._alone = [alone[block] for block in teacher.blocks]
-        self._sizes = {id(block): tuple(block_sizes(block)) for block in self._alone}
         self._types = {"num_blocks": tuple(range(len(teacher.blocks)))} | block_types(teacher)
-        self._blocks: dict[Any, Counter[BlockConfig]] = {}
-        self._known: dict[Any, float] = {}
 
-    def of(self, name: str, sizes: Mapping[str, int]) -> float:
-        hidden = sizes["hidden_size"]
-        return self._rest(name, hidden) + sum(
-            count * self._block(name, hidden, block, tuple(sizes[size] for size in self._sizes[id(block)]))
-            for counted in self._types.keys() & sizes.keys()
-            for block, count in self._kept(counted, sizes[counted]).items()
-        )
+    @property
+    def names(self) -> list[str]:
+        """Of the costs that can be told."""
+        return [name for name in COSTS if name != "latency" or self.budget.table]
 
     def all(self, sizes: Mapping[str, int]) -> dict[str, float]:
-        """As `costs` has them, to what rounding of each block to whole bytes and operations leaves."""
-        found = {name: self.of(name, sizes) for name in COSTS if name != "latency" or self.budget.table}
-        return found | _throughput(found, self.budget)
+        """Every cost of the student of these sizes."""
+        alone = {name: (value,) for name, value in sizes.items()}
+        return with_throughput({name: self.over(name, alone).item() for name in self.names}, self.budget)
 
-    def within(self, sizes: Mapping[str, int], ceilings: Mapping[str, float]) -> bool:
-        return all(self.of(name, sizes) <= limit for name, limit in ceilings.items())
+    def over(self, name: str, grid: SizeLists) -> np.ndarray:
+        """A cost at every point of a grid of sizes: float64, a dimension for each size, in the order of the grid.
+
+        As `costs` has it, to what rounding of each block to whole bytes and operations leaves; NaN where heads do not
+        go together.
+        """
+        hidden = grid["hidden_size"]
+        total = np.zeros(1)
+        for counted in self._types:
+            if counted not in grid:
+                continue
+            kept = [self._kept(counted, left) for left in grid[counted]]
+            for block in dict.fromkeys(block for counter in kept for block in counter):
+                counts = np.array([counter[block] for counter in kept])
+                own = tuple(block_sizes(block))
+                added = [self._block(name, width, block, {size: grid[size] for size in own}) for width in hidden]
+                total = total + _spread(counts, (counted,), grid) * _spread(added, ("hidden_size", *own), grid)
+        rest = [rest_cost(name, self._at(width), self.budget) for width in hidden]
+        return _spread(rest, ("hidden_size",), grid) + total
 
     def _kept(self, counted: str, left: int) -> Counter[BlockConfig]:
         """Blocks of a type (all for num_blocks) when so many of them are left."""
-        key = (counted, left)
-        if key not in self._blocks:
-            sizes: dict[str, Any] = {counted: left}
-            kept = {*kept_after(self.teacher, Sizes(**sizes), self.drop_order)} & {*self._types[counted]}
-            self._blocks[key] = Counter(self._alone[index] for index in sorted(kept))
-        return self._blocks[key]
+        sizes: dict[str, Any] = {counted: left}
+        kept = {*kept_after(self.teacher, Sizes(**sizes), self.drop_order)} & {*self._types[counted]}
+        return Counter(self._alone[index] for index in sorted(kept))
 
-    def _block(self, name: str, hidden: int, block: BlockConfig, values: tuple[int, ...]) -> float:
-        key = (name, hidden, id(block), values)
-        if key not in self._known:
-            sizes: dict[str, Any] = dict(zip(block_sizes(block), values, strict=True))
-            resized = resize_block(block, target_counts(block, Sizes(**sizes)))
-            self._known[key] = block_cost(name, self._at(hidden), self.budget, resized)
-        return self._known[key]
-
-    def _rest(self, name: str, hidden: int) -> float:
-        key = (name, hidden)
-        if key not in self._known:
-            self._known[key] = rest_cost(name, self._at(hidden), self.budget)
-        return self._known[key]
+    def _block(self, name: str, hidden: int, block: BlockConfig, lists: SizeLists) -> np.ndarray:
+        """What one more such block adds, at every combination of its own sizes."""
+        config = self._at(hidden)
+        added = []
+        for values in itertools.product(*lists.values()):
+            sizes: dict[str, Any] = dict(zip(lists, values, strict=True))
+            if go_together(sizes):
+                resized = resize_block(block, target_counts(block, Sizes(**sizes)))
+                added.append(block_cost(name, config, self.budget, resized))
+            else:
+                added.append(math.nan)
+        return np.array(added).reshape([len(values) for values in lists.values()])
 
     def _at(self, hidden: int) -> ModelConfig:
         return dataclasses.replace(self.teacher, hidden_size=hidden)
+
+
+def _spread(values: Any, names: tuple[str, ...], grid: SizeLists) -> np.ndarray:
+    """Values by some of a grid's sizes, as an array that broadcasts over all of it."""
+    order = [names.index(name) for name in grid if name in names]
+    return np.asarray(values).transpose(order).reshape([len(grid[name]) if name in names else 1 for name in grid])

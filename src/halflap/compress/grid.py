@@ -7,9 +7,8 @@ MLPs, where the blocks of a type that stay are its best (MiniPuzzle: Nemotron-H,
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from halflap.compress.axes import Sizes, block_types, check_sizes, depth_units, largest_sizes
@@ -80,6 +79,8 @@ def left_whole(teacher: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in LEFT_WHOLE if not (hybrid and name == "num_attention_heads"))
 
 
+SizeLists = Mapping[str, tuple[int, ...]]
+"""A grid: sizes to try by name."""
 Grid = Callable[[ModelConfig, SearchSpace, bool, int], dict[str, tuple[int, ...]]]
 """(teacher, space, whether depth may be chosen, least step of a width) -> sizes to try by name, largest first."""
 STEPS = 8, 1
@@ -159,23 +160,9 @@ def between(grid: Grid, least: Sizes | None, most: Sizes) -> Grid:
     return limited
 
 
-def points(teacher: ModelConfig, space: SearchSpace, grid: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
-    """Sizes of a grid that go together.
-
-    Numbers of blocks of types add up to one of `num_blocks`, or else leave out at most `max_depth_cut` of the blocks,
-    unless each of them was given.
-    """
-    types = [name for name in BLOCK_COUNTS if name in grid]
-    given = all(getattr(space, name) for name in types)
-    _, depth = space.largest_cuts(*LARGEST_CUTS)
-    least = 0 if given else math.ceil((1 - depth) * len(teacher.blocks))
-    totals = space.num_blocks or range(least, len(teacher.blocks) + 1)
-    for values in itertools.product(*grid.values()):
-        sizes = dict(zip(grid, values, strict=True))
-        if sizes.get("num_attention_heads", 0) % sizes.get("num_key_value_heads", 1):
-            continue
-        if not types or sum(sizes[name] for name in types) in totals:
-            yield sizes
+def go_together(sizes: Mapping[str, int]) -> bool:
+    """Whether query heads are a multiple of the key/value heads."""
+    return sizes.get("num_attention_heads", 0) % sizes.get("num_key_value_heads", 1) == 0
 
 
 def _automatic(

@@ -20,7 +20,7 @@ import numpy as np
 
 from halflap.compress.axes import Sizes, depth_units, readers_of, target_counts
 from halflap.compress.costs import Budget, block_cost, rest_cost
-from halflap.compress.grid import SearchSpace
+from halflap.compress.grid import SearchSpace, go_together
 from halflap.compress.kinds import (
     BLOCK_COUNTS,
     KINDS,
@@ -210,7 +210,7 @@ def _variants(block: BlockConfig, space: SearchSpace, width: float, shared: bool
     lists = [sorted({own[size], *(v for v in getattr(space, size) if v < own[size])}, reverse=True) for size in given]
     for values in itertools.product(*lists):
         sizes: dict[str, Any] = {s: v for s, v in zip(given, values, strict=True) if v < own[s]}
-        if sizes.get("num_attention_heads", 1) % sizes.get("num_key_value_heads", 1) == 0:
+        if go_together(sizes):
             _add(found, block, Variant(Sizes(**sizes)))
     for row in rows:
         if row.size in given:

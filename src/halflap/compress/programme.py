@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -32,11 +33,18 @@ ATTEMPTS = 10  # a solver keeps a limit to 1e-7 of it, where a count may be over
 
 @dataclass(frozen=True)
 class Choice:
-    """Chosen options by index, the sum of their scores, and every cost of the student."""
+    """Chosen options by index, the sum of their scores, every cost of the student, and the share of the sum by which
+    the best is proven to be no lower."""
 
     options: tuple[int, ...]
     score: float
     costs: Mapping[str, float]
+    gap: float
+
+
+class Solved(NamedTuple):
+    options: tuple[int, ...]
+    gap: float
 
 
 class Programme:
@@ -84,13 +92,14 @@ class Programme:
         """None when nothing is left. A limit that the count finds broken is lowered by what it was broken by."""
         limits = dict(self.limits)
         for _ in range(ATTEMPTS):
-            options = self._solve(scores, [*self._always, *self._budgets(limits), *cuts], gap)
-            if options is None:
+            solved = self._solve(scores, [*self._always, *self._budgets(limits), *cuts], gap)
+            if solved is None:
                 return None
+            options = solved.options
             counted = costs(student_of(self.library.teacher, self.library.variants(options)), self.budget)
             over = {name: counted[name] - limit for name, limit in self.limits.items() if counted[name] > limit}
             if not over:
-                return Choice(options, float(scores[list(options)].sum()), counted)
+                return Choice(options, float(scores[list(options)].sum()), counted, solved.gap)
             limits |= {name: limits[name] - excess for name, excess in over.items()}
         name = next(iter(over))
         raise HalflapError(
@@ -107,7 +116,7 @@ class Programme:
             rows.append(LinearConstraint(self.added[name][None] / scale, -np.inf, (limit - self.rest[name]) / scale))
         return rows
 
-    def _solve(self, objective: np.ndarray, rows: Sequence[LinearConstraint], gap: float) -> tuple[int, ...] | None:
+    def _solve(self, objective: np.ndarray, rows: Sequence[LinearConstraint], gap: float) -> Solved | None:
         scale = float(np.abs(objective).max()) or 1.0  # HiGHS stops at an absolute gap of 1e-6 too
         result = milp(
             1000 * objective / scale,
@@ -116,13 +125,15 @@ class Programme:
             constraints=list(rows),
             options={"mip_rel_gap": gap},
         )
-        return None if result.x is None else tuple(np.flatnonzero(result.x > 0.5).tolist())
+        if result.x is None:
+            return None
+        return Solved(tuple(np.flatnonzero(result.x > 0.5).tolist()), float(result.mip_gap) if result.fun else 0.0)
 
     def _smallest(self, name: str, rows: Sequence[LinearConstraint] = ()) -> float | None:
-        options = self._solve(self.added[name], [*self._always, *rows], 0.0)
-        if options is None:
+        solved = self._solve(self.added[name], [*self._always, *rows], 0.0)
+        if solved is None:
             return None
-        return costs(student_of(self.library.teacher, self.library.variants(options)), self.budget)[name]
+        return costs(student_of(self.library.teacher, self.library.variants(solved.options)), self.budget)[name]
 
     def _check_reachable(self) -> None:
         for name, limit in self.limits.items():

@@ -13,9 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from halflap.compress.axes import Sizes, block_types, kept_after, largest_sizes
-from halflap.compress.costs import Budget, Costs
-from halflap.compress.grid import STEPS, Grid, SearchSpace, choices, left_whole, points
+import numpy as np
+
+from halflap.compress.axes import Sizes, block_types, largest_sizes
+from halflap.compress.costs import Budget, Costs, with_throughput
+from halflap.compress.grid import LARGEST_CUTS, STEPS, Grid, SearchSpace, SizeLists, choices, left_whole
 from halflap.compress.kinds import BLOCK_COUNTS
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
@@ -86,99 +88,138 @@ def fitting(
         )
     cost = Costs(teacher, budget, drop_order)
     whole = largest_sizes(teacher) | {name: len(blocks) for name, blocks in block_types(teacher).items()}
-    tried, largest, close = [], [], []
     for least in STEPS:
         grid = grid_of(teacher, space, drop_order is not None, least)
-        tried = list(points(teacher, space, grid))
-        below = [sizes for sizes in tried if cost.within(sizes, ceilings)]
-        if not below and least == STEPS[-1]:
-            _refuse(tried, ceilings, cost, teacher, whole)
-        largest = _maximal(grid, below)
-        close = [s for s in largest if any(cost.of(name, s) >= WITHIN * limit for name, limit in ceilings.items())]
-        if close:
+        together = _together(teacher, space, grid)
+        spent = {name: cost.over(name, grid) for name in ceilings}
+        below = together & np.all([spent[name] <= limit for name, limit in ceilings.items()], axis=0)
+        if not below.any() and least == STEPS[-1]:
+            _refuse(grid, together, spent, ceilings, budget, teacher, whole)
+        largest = _maximal(below)
+        close = largest & np.any([spent[name] >= WITHIN * limit for name, limit in ceilings.items()], axis=0)
+        if close.any():
             break
-    remark = None if close else _not_close(largest, ceilings, cost, whole)
-    found = [_candidate(cost, sizes, whole) for sizes in close or largest]
-    return Fitting(_by_turns(teacher, found), len(tried), remark)
+    remark = None if close.any() else _not_close(grid, largest, spent, ceilings, budget, whole)
+    chosen = np.nonzero(close if close.any() else largest)
+    spent |= {name: cost.over(name, grid) for name in cost.names if name not in spent}
+    found = [
+        _candidate(_sizes_at(grid, place), {name: float(spent[name][place]) for name in cost.names}, budget, whole)
+        for place in zip(*chosen, strict=True)
+    ]
+    return Fitting(_by_turns(teacher, found), int(together.sum()), remark)
 
 
 def _by_turns(teacher: ModelConfig, candidates: list[Candidate]) -> tuple[Candidate, ...]:
     """The likeliest of each depth, then the second of each, and so on: depth and width are hard to compare unseen."""
+    types = block_types(teacher)
     ordered = sorted(candidates, key=lambda candidate: candidate.hurt)
     seen: Counter[int] = Counter()
     turns = []
     for candidate in ordered:
-        depth = len(kept_after(teacher, candidate.sizes, None))
+        counts = vars(candidate.sizes)
+        depth = counts["num_blocks"] or sum(counts[name] or len(blocks) for name, blocks in types.items())
         turns.append((seen[depth], candidate.hurt))
         seen[depth] += 1
     return tuple(candidate for _, candidate in sorted(zip(turns, ordered), key=lambda pair: pair[0]))
 
 
-def _maximal(grid: Mapping[str, tuple[int, ...]], below: Iterable[dict[str, int]]) -> list[dict[str, int]]:
-    """Candidates of which no single size can go up: on a grid with growing costs, those that no other contains."""
-    fits = {tuple(sizes.values()) for sizes in below}
-    larger = {name: dict(zip(values[1:], values, strict=False)) for name, values in grid.items()}
+def _together(teacher: ModelConfig, space: SearchSpace, grid: SizeLists) -> np.ndarray:
+    """Which points of a grid go together: bool, a dimension for each size, in the order of the grid.
 
-    def can_grow(key: tuple[int, ...]) -> bool:
-        for place, name in enumerate(grid):
-            up = larger[name].get(key[place])
-            if up is not None and (*key[:place], up, *key[place + 1 :]) in fits:
-                return True
-        return False
+    Numbers of blocks of types add up to one of `num_blocks`, or else leave out at most `max_depth_cut` of the blocks,
+    unless each of them was given.
+    """
+    at = dict(zip(grid, np.meshgrid(*grid.values(), indexing="ij", sparse=True), strict=True))
+    found = np.ones([len(values) for values in grid.values()], bool)
+    if "num_attention_heads" in at and "num_key_value_heads" in at:
+        found &= at["num_attention_heads"] % at["num_key_value_heads"] == 0
+    types = [name for name in BLOCK_COUNTS if name in grid]
+    if types:
+        given = all(getattr(space, name) for name in types)
+        _, depth = space.largest_cuts(*LARGEST_CUTS)
+        least = 0 if given else math.ceil((1 - depth) * len(teacher.blocks))
+        totals = space.num_blocks or range(least, len(teacher.blocks) + 1)
+        found &= np.isin(sum(at[name] for name in types), list(totals))
+    return found
 
-    return [dict(zip(grid, key, strict=True)) for key in sorted(fits, reverse=True) if not can_grow(key)]
+
+def _sizes_at(grid: SizeLists, place: Iterable[int]) -> dict[str, int]:
+    return {name: values[index] for (name, values), index in zip(grid.items(), place, strict=True)}
 
 
-def _candidate(cost: Costs, sizes: Mapping[str, int], whole: Mapping[str, int]) -> Candidate:
+def _maximal(below: np.ndarray) -> np.ndarray:
+    """Points of which no single size can go up: on a grid with growing costs, those that no other contains.
+
+    below: bool, sizes falling along every dimension.
+    """
+    found = below.copy()
+    for axis in range(below.ndim):
+        there = np.moveaxis(found, axis, 0)
+        there[1:] &= ~np.moveaxis(below, axis, 0)[:-1]
+    return found
+
+
+def _candidate(
+    sizes: Mapping[str, int], spent: Mapping[str, float], budget: Budget, whole: Mapping[str, int]
+) -> Candidate:
     """Without the sizes that stay the teacher's; but of numbers of blocks of types, each is said."""
     cut: dict[str, Any] = {name: value for name, value in sizes.items() if value < whole[name]}
     hurt = sum(HURTS[name] * math.log(whole[name] / value) ** 2 for name, value in cut.items())
     cut |= {name: sizes[name] for name in BLOCK_COUNTS if name in sizes}
-    return Candidate(Sizes(**cut), cost.all(sizes), hurt)
+    return Candidate(Sizes(**cut), with_throughput(spent, budget), hurt)
 
 
 def _refuse(
-    tried: list[dict[str, int]],
+    grid: SizeLists,
+    together: np.ndarray,
+    spent: Mapping[str, np.ndarray],
     ceilings: Mapping[str, float],
-    cost: Costs,
+    budget: Budget,
     teacher: ModelConfig,
     whole: Mapping[str, int],
 ) -> NoReturn:
-    """Raise HalflapError on the first ceiling that none of `tried` is below."""
-    if not tried:
+    """Raise HalflapError on the first ceiling that no point of the grid is below."""
+    if not together.any():
         raise HalflapError(
             "no sizes of the search space go together: numbers of blocks of each type must add up to one of "
             "space.num_blocks, and query heads be a multiple of the key/value heads; correct the lists of the space"
         )
     for name, limit in ceilings.items():
-        smallest = min(tried, key=lambda sizes: cost.of(name, sizes))
-        reachable = cost.of(name, smallest)
-        if reachable > limit:
+        reachable = np.where(together, spent[name], np.inf)
+        place = np.unravel_index(reachable.argmin(), reachable.shape)
+        if reachable[place] > limit:
+            smallest = _sizes_at(grid, place)
             sizes = ", ".join(f"{size} {value}" for size, value in smallest.items() if value < whole[size])
             uncut = [size for size in left_whole(teacher) if 1 < whole.get(size, 0) == smallest[size]]
             flags = " or ".join(f"--space.{size.replace('_', '-')}" for size in ("hidden_size", *uncut))
             raise HalflapError(
-                f"a budget of {cost.budget.say(name, limit)} cannot be met: the smallest student of this search space "
-                f"has {cost.budget.say(name, reachable)} ({sizes or 'no axis may be cut'}); {cost.budget.flag(name)}, "
+                f"a budget of {budget.say(name, limit)} cannot be met: the smallest student of this search space "
+                f"has {budget.say(name, reachable[place])} ({sizes or 'no axis may be cut'}); {budget.flag(name)}, "
                 f"or allow smaller sizes with --space.max-width-cut, --space.max-depth-cut or lists such as {flags}"
             )
     raise HalflapError(
         "no student of this search space is below all budgets at once, though some are below each: "
-        f"{', '.join(map(cost.budget.flag, ceilings))}, or allow smaller sizes with --space.max-width-cut or "
+        f"{', '.join(map(budget.flag, ceilings))}, or allow smaller sizes with --space.max-width-cut or "
         "--space.max-depth-cut"
     )
 
 
 def _not_close(
-    largest: list[dict[str, int]], ceilings: Mapping[str, float], cost: Costs, whole: Mapping[str, int]
+    grid: SizeLists,
+    largest: np.ndarray,
+    spent: Mapping[str, np.ndarray],
+    ceilings: Mapping[str, float],
+    budget: Budget,
+    whole: Mapping[str, int],
 ) -> str:
-    best = {name: max(cost.of(name, sizes) for sizes in largest) for name in ceilings}
+    best = {name: float(spent[name][largest].max()) for name in ceilings}
     nearest = max(ceilings, key=lambda name: best[name] / ceilings[name])
-    reached = cost.budget.say(nearest, best[nearest])
-    if len(largest) == 1 and all(value == whole[size] for size, value in largest[0].items()):
+    reached = budget.say(nearest, best[nearest])
+    first = _sizes_at(grid, np.argwhere(largest)[0])
+    if largest.sum() == 1 and all(value == whole[size] for size, value in first.items()):
         return f"the teacher itself has {reached}, within the budget: nothing is cut"
     return (
         f"no size of the search space comes within 5 % of the budget: the nearest student has {reached} where "
-        f"{cost.budget.say(nearest, ceilings[nearest])} are allowed; give finer lists, such as "
+        f"{budget.say(nearest, ceilings[nearest])} are allowed; give finer lists, such as "
         "--space.intermediate-size, to use all of it"
     )

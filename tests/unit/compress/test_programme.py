@@ -98,6 +98,18 @@ def test_the_programme_equals_brute_force(case: tuple[Library, Budget, np.ndarra
 
 
 @settings(max_examples=20, deadline=None)
+@given(cases(), st.sampled_from([0.0, 0.1, 0.5]))
+def test_no_choice_is_better_than_the_gap_says(case: tuple[Library, Budget, np.ndarray], gap: float) -> None:
+    """The solver also stops 1e-6 from the best where the largest score is 1000, which the smallest sums feel."""
+    library, budget, scores = case
+    best = brute_force(library, budget, scores)
+    if best is None:
+        return
+    (choice,) = Programme(library, budget).choices(scores, gap=gap)
+    assert choice.score * (1 - choice.gap) <= best + 1e-9 and choice.gap <= gap + 1e-2
+
+
+@settings(max_examples=20, deadline=None)
 @given(cases(), st.floats(0.6, 0.99))
 def test_tightening_a_limit_never_improves(case: tuple[Library, Budget, np.ndarray], share: float) -> None:
     library, budget, scores = case
