@@ -101,15 +101,20 @@ def _teacher(given: Given) -> HybridModel | None:
     return None
 
 
+def _student(given: Given, model: HybridModel, plan: PruningPlan) -> HybridModel:
+    """A plan's student, with blocks that the search has trained."""
+    return students.with_trained_blocks(students.build(model, plan), plan, given.shared)
+
+
 def _score(given: Given, model: HybridModel | None, batches: list[Batch], measure: Measure) -> Score:
-    """Measures students in turn, with blocks that the search has trained; or all by one reading of the teacher."""
+    """Measures students in turn; or, when there is no model, all by one reading of the teacher's checkpoint."""
     agree = measure is students.agreement
 
     def in_turn(plans: Sequence[PruningPlan]) -> Iterator[dict[str, float]]:
         asked = students.with_teacher_tokens_of(given.tutor.teacher, batches) if agree else batches
+        assert model is not None
         for plan in plans:
-            student = students.build(model, plan)  # type: ignore[arg-type]
-            yield measure(students.with_trained_blocks(student, plan, given.shared), asked, given.teacher)
+            yield measure(_student(given, model, plan), asked, given.teacher)
 
     def together(plans: Sequence[PruningPlan]) -> Iterator[dict[str, float]]:
         made_from = json.dumps({**_made_from(given), "text": text_digest(batches)})

@@ -22,6 +22,7 @@ correction.py  gains and eps of norms over fewer channels
 plan.py        PruningPlan: exact kept indices, validated, saved as JSON
 compose.py     two plans as one
 prune.py       apply a plan to a stream of tensors
+candidates.py  students of one teacher that are run and never written, by one reading of its weights
 masked.py      the masked teacher, which a student must equal
 verify.py      certify that it does, axis by axis
 controls.py    the group-blind control of experiments, which no plan can express

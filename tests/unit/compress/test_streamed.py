@@ -13,15 +13,11 @@ import torch
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model, write_checkpoint
 from halflap.checkpoints.streamed import ENTRY, EXIT, StreamedModel, largest_part, part_names
 from halflap.compress import streamed as streamed_module
-from halflap.compress.axes import Sizes
 from halflap.compress.depth import DEPTH_METRICS, depth_scores
-from halflap.compress.importance import Importance, Scoring, score_shapes
+from halflap.compress.importance import Scoring
 from halflap.compress.metrics import collect_all
 from halflap.compress.partial import Scratch
-from halflap.compress.prune import apply_plan
-from halflap.compress.ranking import plan_for
 from halflap.compress.streamed import collect_streamed
-from halflap.compress.verify import verify
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.layout import layout
