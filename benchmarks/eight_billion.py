@@ -71,6 +71,7 @@ def run_verb(steps: Steps, name: str, words: tuple[object, ...], threads: int) -
             status, usage = _wait(process.pid, lambda resident: _note(steps, attempt, start, resident))
         except BaseException:
             process.terminate()
+            process.wait()
             raise
         attempt["seconds"] = time.perf_counter() - start
         attempt["peak_gib"] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30

@@ -38,8 +38,7 @@ class Source:
         of the gains round nothing."""
 
         def made(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-            theirs = self._read(plan.teacher_names(names))
-            return apply_plan(plan, ((name, tensor.to(self.dtype)) for name, tensor in theirs), names)
+            return apply_plan(plan, self._read(plan.teacher_names(names)), names, self.dtype)
 
         model = StreamedModel(plan.student, made, self.dtype, self.device)
         return Passes(name, model, inputs, partial(part_of_student, plan))
