@@ -122,7 +122,7 @@ def test_a_killed_search_goes_on(
 ) -> None:
     halflap("score", place / "teacher", "--data", place / "text.jsonl", *SCORE, "--out", tmp_path / "score")
     words = ("search", place / "teacher", "--importance", tmp_path / "score", "--data", place / "text.jsonl")
-    words = (*words, "--params", "80%", "--method", method, "--shortlist", 3, "--score-tokens", 256, "--stream")
+    words = (*words, "--params", "95%", "--method", method, "--shortlist", 3, "--score-tokens", 256, "--stream")
     words = (*words, "--fit.sequence-length", 32, "--fit.batch-size", 2, "--json", "--out")
     steps = Interrupts(monkeypatch)
     whole = halflap(*words, tmp_path / "whole").json["candidates"]
