@@ -77,7 +77,8 @@ def run_verb(steps: Steps, name: str, words: tuple[object, ...], threads: int) -
         attempt["peak_gib"] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
         attempt["read_gb"] = usage.ru_inblock * 512 / 1e9
         process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0), err.seek(0)
+        for file in (out, err):
+            file.seek(0)
         if process.returncode:
             raise RuntimeError(f"{name} failed: {err.read().decode()[-2000:]}")
         step["result"] = json.loads(out.read())
