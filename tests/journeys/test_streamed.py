@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
+from halflap.checkpoints import passes
 from halflap.checkpoints.checkpoint import save_model
-from halflap.checkpoints.streamed import StreamedModel
 from halflap.commands import device
 from halflap.compress.importance import Importance
 from halflap.data.tokenizer import train_tokenizer
 from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel, initialize
 from halflap.models.presets import hymba
+from halflap.models.streams import Stream
 
 CONFIG = hymba(4, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128)
 SCORE = ("--tokens", "1K", "--sequence-length", 32, "--json")
@@ -66,9 +67,71 @@ def test_evaluate_says_the_same(halflap: Cli, place: Path, tmp_path: Path, monke
     streamed = halflap(*words, "--stream").json
     assert (plain.pop("streamed"), streamed.pop("streamed")) == (False, True)
     assert streamed == plain
-    monkeypatch.setattr(StreamedModel.hidden_states_of, "__defaults__", (30_000,))  # bytes: several readings
+    monkeypatch.setattr(passes, "STREAMS_AT_ONCE", 30_000)  # bytes: several readings
     again = halflap(*words, "--stream").json
     assert again["loss"] == plain["loss"]
+
+
+class Interrupts:
+    """Stops after so many steps of a stream through a block; counts them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done, self.most = 0, 10**6
+        through = Stream.through
+
+        def step(stream: Stream, index: int, block: Any) -> Stream:
+            if self.done == self.most:
+                raise KeyboardInterrupt
+            self.done += 1
+            return through(stream, index, block)
+
+        monkeypatch.setattr(Stream, "through", step)
+
+    def at(self, most: int) -> None:
+        self.done, self.most = 0, most
+
+
+def test_a_killed_evaluation_goes_on(
+    halflap: Cli, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "evaluate",
+        place / "teacher",
+        "--data",
+        place / "text.jsonl",
+        "--context",
+        24,
+        "--tokens",
+        500,
+        "--stream",
+    )
+    monkeypatch.setattr(passes, "STREAMS_AT_ONCE", 60_000)  # bytes: several readings
+    steps = Interrupts(monkeypatch)
+    whole = halflap(*words, "--json").json
+    count = steps.done
+    steps.at(round(0.7 * count))
+    assert halflap(*words, "--out", tmp_path / "run").status == 130
+    steps.at(count)
+    assert halflap(*words, "--out", tmp_path / "run", "--json").json == whole
+    assert steps.done < 0.4 * count and not (tmp_path / "run" / "scoring").exists()
+
+
+@pytest.mark.parametrize("method", ["homogeneous", "minipuzzle"])
+def test_a_killed_search_goes_on(
+    halflap: Cli, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    halflap("score", place / "teacher", "--data", place / "text.jsonl", *SCORE, "--out", tmp_path / "score")
+    words = ("search", place / "teacher", "--importance", tmp_path / "score", "--data", place / "text.jsonl")
+    words = (*words, "--params", "95%", "--method", method, "--shortlist", 3, "--score-tokens", 256, "--stream")
+    words = (*words, "--fit.sequence-length", 32, "--fit.batch-size", 2, "--json", "--out")
+    steps = Interrupts(monkeypatch)
+    whole = halflap(*words, tmp_path / "whole").json["candidates"]
+    count = steps.done
+    steps.at(round(0.7 * count))
+    assert halflap(*words, tmp_path / "run").status == 130
+    steps.at(count)
+    assert halflap(*words, tmp_path / "run").json["candidates"] == whole
+    assert steps.done < 0.5 * count and not (tmp_path / "run" / "streams").exists()
 
 
 def test_what_does_not_fit_is_streamed(
@@ -96,7 +159,9 @@ def test_arithmetic_is_what_is_asked_for(halflap: Cli, place: Path, tmp_path: Pa
     assert found[0] == found[1]
 
 
-def test_what_needs_the_whole_model_is_refused(halflap: Cli, place: Path, tmp_path: Path) -> None:
+def test_what_needs_the_whole_model_is_refused(
+    halflap: Cli, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outcome = halflap("evaluate", place / "teacher", "--tasks", "probes", "--stream")
     assert outcome.status == 2 and "leave out the probes" in outcome.err and outcome.err.count("\n") == 1
     text = ("--data", place / "text.jsonl")
@@ -113,6 +178,10 @@ def test_what_needs_the_whole_model_is_refused(halflap: Cli, place: Path, tmp_pa
         *("--shortlist-tokens", "1K", "--fit.sequence-length", 32, "--out", tmp_path / "search"),
     )
     assert outcome.status == 2 and "leave out --shortlist-tokens" in outcome.err
+    monkeypatch.setattr(device, "_free", lambda _: 4 * count_parameters(CONFIG) - 1)
+    words = ("compress", place / "teacher", "--importance", importance, *text, "--params", "60%")
+    outcome = halflap(*words, "--tokens", "1K", "--fit.sequence-length", 32, "--out", tmp_path / "compress")
+    assert outcome.status == 1 and outcome.err.endswith("or a machine with more memory\n")
 
 
 def test_agreement_with_the_teacher_is_the_same(halflap: Cli, place: Path, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@
 - `nemotron_h.py`, `llama.py`, `nemotron.py`, `hymba.py`   one family each (no torch)
 - `files.py`       safetensors: lazy sharded reader, streaming sharded writer, digest
 - `checkpoint.py`  `Checkpoint`, `load_model`, `save_model`, `write_checkpoint`
-- `streamed.py`    a model of which one part is in memory at a time; `shelf.py` keeps its streams on the disk
+- `streamed.py`    a model of which one part is in memory at a time
+- `passes.py`      passes of one such model, or of several made of one checkpoint, through each part together
+- `shelf.py`       their streams between two blocks, on the disk or in memory
 - `megatron.py`    Nemotron-4 under Megatron's and NeMo's names, fused QKV included
 - `gguf_names.py`, `gguf_metadata.py`, `gguf_tokenizer.py`   what a GGUF file says of tensors, network and tokenizer,
   both ways; `gguf_import.py` and `gguf_export.py` read and write the files

@@ -48,9 +48,12 @@ class GgufFile:
         """(our name, tensor) one at a time, as the layout has them; bfloat16, float16 and float32 are exact."""
         from gguf.quants import dequantize
 
+        # read, not taken from the package's memory map, whose pages would all count as the process's in the end
+        raw = lambda entry: np.fromfile(self.path, np.uint8, int(entry.n_bytes), offset=int(entry.data_offset))
         exact = np.asarray(self.fields.get(EXACT_A_LOG, ()), np.float32)
         for name, entry in self.entries.items():
-            values = dequantize(entry.data.view(np.ndarray), entry.tensor_type)  # a memory map's class is slow to slice
+            stored_values = raw(entry).view(entry.data.dtype).reshape(entry.data.shape)
+            values = dequantize(stored_values, entry.tensor_type)
             tensor = torch.from_numpy(values if values.flags.writeable else values.copy()).reshape(_shape(entry))
             how = change(self.config, name)
             result = how.back(tensor)

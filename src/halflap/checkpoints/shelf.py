@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,12 +21,13 @@ import torch
 from halflap.checkpoints.files import full_disk_named
 from halflap.errors import HalflapError
 from halflap.files import sync
-from halflap.models.config import ModelConfig
 from halflap.models.context import SequenceContext
 from halflap.models.streams import Stream
 
 Place = tuple[int, int]
 """First byte of a record, and how many it has."""
+STREAMS = "streams"
+NO_NOTES: Mapping[str, Any] = {}
 
 
 class Shelf:
@@ -34,12 +36,12 @@ class Shelf:
     `notes` are tensors and numbers that belong to this generation, as they were given to `commit`.
     """
 
-    def __init__(self, directory: Path, config: ModelConfig, made_from: str) -> None:
+    def __init__(self, directory: Path, made_from: str) -> None:
         """Goes on with the newest whole generation; what a killed process left unfinished is deleted.
 
         made_from: what the streams are of; a directory of anything else is emptied.
         """
-        self.directory, self.config, self.made_from = directory, config, made_from
+        self.directory, self.made_from = directory, made_from
         directory.mkdir(parents=True, exist_ok=True)
         self._next = directory / "next"
         self._next.unlink(missing_ok=True)
@@ -62,15 +64,23 @@ class Shelf:
 
     def read(self, key: str, context: SequenceContext) -> Stream:
         """A stream on the device it was on, with the context of its tokens (`HybridModel.context_of`)."""
-        return Stream.from_state(self._load(self._places[key]), context, self.config)
+        return Stream.from_state(self._load(self._places[key]), context)
 
     def write(self, key: str, stream: Stream) -> None:
         """Put a stream in the next generation."""
-        self._new_places[key] = self._append(stream.state())
+        record = io.BytesIO()
+        torch.save(stream.state(), record)
+        self._new_places[key] = self._append(record.getbuffer())
 
-    def commit(self, notes: dict[str, Any]) -> None:
+    def keep(self, key: str) -> None:
+        """Have a stream in the next generation as it is in this one."""
+        self._new_places[key] = self._append(self._bytes(self._places[key]))
+
+    def commit(self, notes: Mapping[str, Any] = NO_NOTES) -> None:
         """Make what was written since the last commit the generation that counts."""
-        start, _ = self._append({"made_from": self.made_from, "places": self._new_places, "notes": notes})
+        record = io.BytesIO()
+        torch.save({"made_from": self.made_from, "places": self._new_places, "notes": dict(notes)}, record)
+        start, _ = self._append(record.getbuffer())
         before, after = self.done, 0 if self.done is None else self.done + 1
         assert self._new is not None
         with full_disk_named(self.directory):
@@ -79,7 +89,7 @@ class Shelf:
             sync(self._next)
             os.replace(self._next, self._file(after))
             sync(self.directory)
-        self.done, self.notes, self._places = after, notes, self._new_places
+        self.done, self.notes, self._places = after, dict(notes), self._new_places
         self._new, self._new_places = None, {}
         if before is not None:
             self._file(before).unlink()
@@ -91,14 +101,12 @@ class Shelf:
     def _file(self, done: int | None) -> Path:
         return self.directory / f"after.{done}"
 
-    def _append(self, value: dict[str, Any]) -> Place:
-        record = io.BytesIO()
-        torch.save(value, record)
+    def _append(self, record: bytes | memoryview) -> Place:
         with full_disk_named(self.directory):
             if self._new is None:
                 self._new = open(self._next, "wb")  # noqa: SIM115  (until `commit`)
             start = self._new.tell()
-            return start, self._new.write(record.getbuffer())
+            return start, self._new.write(record)
 
     def _load(self, place: Place) -> dict[str, Any]:
         try:
@@ -112,3 +120,33 @@ class Shelf:
         with open(self._file(self.done), "rb") as file:
             file.seek(place[0])
             return file.read(place[1])
+
+
+class Held:
+    """Streams in memory instead, where nobody has a directory for them: nothing outlives the process."""
+
+    def __init__(self) -> None:
+        self.done: int | None = None
+        self._streams: dict[str, Stream] = {}
+
+    def read(self, key: str, context: SequenceContext) -> Stream:
+        """A stream, once; its own context is the one that counts."""
+        del context
+        return self._streams.pop(key)
+
+    def write(self, key: str, stream: Stream) -> None:
+        self._streams[key] = stream
+
+    def keep(self, key: str) -> None:
+        """It stays."""
+
+    def commit(self) -> None:
+        self.done = 0 if self.done is None else self.done + 1
+
+    def remove(self) -> None:
+        self._streams.clear()
+
+
+def shelf_in(directory: Path | None, made_from: str) -> Shelf | Held:
+    """A shelf in `streams/` of a directory, or in memory."""
+    return Held() if directory is None else Shelf(directory / STREAMS, made_from)

@@ -1,8 +1,8 @@
 """A model of which one part is in memory at a time: the embedding, one block, or the final norm and the head.
 
-Many passes are carried through a block together (`models/streams.py`) before the next one is read, so that one reading
-of the weights serves them all. While a block computes, a thread reads the next one's bytes into the system's page
-cache, which is no memory of the process and is given up when others need it.
+Many passes are carried through a block together (`passes.py`) before the next one is read, so that one reading of the
+weights serves them all. While a block computes, a thread reads the next one's bytes into the system's page cache, which
+is no memory of the process and is given up when others need it.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from halflap.checkpoints.checkpoint import Checkpoint, empty_model, place
-from halflap.checkpoints.files import PIECE, Entry
+from halflap.checkpoints.files import PIECE
 from halflap.models.config import ModelConfig
 from halflap.models.context import SequenceContext
 from halflap.models.layout import layout, shape
 from halflap.models.model import Block, HybridModel
-from halflap.models.streams import Stream, carry
-from halflap.progress import Progress
 
-STREAMS_AT_ONCE = 2 << 30
-"""Bytes of residual streams held in memory while they are carried through the blocks."""
 ENTRY, EXIT = "entry", "exit"
 """The parts beside the blocks, which go by their number: embedding and meta tokens; final norm and output embedding."""
 
@@ -39,8 +37,9 @@ class StreamedModel:
     """A config, and weights that are read a part at a time.
 
     read: gives a part's parameters; ahead: told which will be asked for next. Parameters are computed with in `dtype`
-    on `device` (`A_log`, `D` and `dt_bias` in float32 or wider, as in any model). shell: the model, in which one part
-    at a time has weights.
+    on `device` (`A_log`, `D` and `dt_bias` in float32 or wider, as in any model). scratch: the directory where passes
+    keep their streams, so that a killed one goes on; without one they are in memory. shell: the model, in which one
+    part at a time has weights.
     """
 
     def __init__(
@@ -49,24 +48,21 @@ class StreamedModel:
         read: Read,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        ahead: Callable[[Sequence[str]], None] = lambda names: None,
+        ahead: Callable[[Sequence[str]], None] | None = None,
+        scratch: Path | None = None,
     ) -> None:
-        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.config, self.dtype, self.device, self.scratch = config, dtype, torch.device(device), scratch
         self._read, self._ahead = read, ahead
         self._parts = part_names(config)
         self.shell = empty_model(config).requires_grad_(False).eval()
 
     @staticmethod
-    def of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> StreamedModel:
+    def of(
+        checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", scratch: Path | None = None
+    ) -> StreamedModel:
         """The model of a checkpoint, packed matrices in their plain form."""
-        entries = checkpoint.entries
-        return StreamedModel(
-            checkpoint.config,
-            lambda names: ((name, checkpoint.read_plain(name)) for name in names),
-            dtype,
-            device,
-            lambda names: read_ahead(entries[name] for name in names if name in entries),
-        )
+        read = lambda names: ((name, checkpoint.read_plain(name)) for name in names)
+        return StreamedModel(checkpoint.config, read, dtype, device, partial(read_ahead, checkpoint), scratch)
 
     @staticmethod
     def once(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> StreamedModel:
@@ -116,54 +112,20 @@ class StreamedModel:
     def blocks(self, start: int = 0) -> Iterator[tuple[int, Block]]:
         """(index, block) from block `start` on; a block has its weights until the next one is asked for."""
         for index in range(start, len(self.config.blocks)):
-            with self.resident(index) as model:
-                following = index + 1 if index + 1 < len(self.config.blocks) else EXIT
-                reader = threading.Thread(target=self._ahead, args=(self._parts[following],), daemon=True)
-                reader.start()
+            following = index + 1 if index + 1 < len(self.config.blocks) else EXIT
+            with self.resident(index) as model, self.reading_ahead(following):
                 yield index, model.blocks[index]  # type: ignore[misc]
-            reader.join()
 
-    def hidden_states_of(
-        self, passes: Sequence[tuple[Tensor, Tensor | None]], most: int = STREAMS_AT_ONCE
-    ) -> Iterator[Tensor]:
-        """The normalised final hidden states (B, T, D) of passes (tokens, segments), in order.
-
-        The weights are read once for as many passes as have streams of `most` bytes together, or one. While a result
-        is taken, `head_weight` is there.
-        """
-        readings = list(self._together(passes, most))
-        parts = len(readings) * len(self.config.blocks)
-        with Progress("read block by block", parts, unit="blocks") as progress:
-            for together in readings:
-                yield from self._read_once(together, progress)
-
-    def _together(
-        self, passes: Sequence[tuple[Tensor, Tensor | None]], most: int
-    ) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
-        together: list[tuple[Tensor, Tensor | None]] = []
-        held = 0
-        for tokens, segments in passes:
-            size = stream_bytes(self.config, self.context_of(tokens, segments).positions.numel(), self.dtype)
-            if together and held + size > most:
-                yield together
-                together, held = [], 0
-            together.append((tokens, segments))
-            held += size
-        if together:
-            yield together
-
-    def _read_once(self, passes: Sequence[tuple[Tensor, Tensor | None]], progress: Progress) -> Iterator[Tensor]:
-        with self.resident(ENTRY) as model:
-            streams = {
-                number: Stream(*model.enter(tokens, segments)) for number, (tokens, segments) in enumerate(passes)
-            }
-        for index, block in self.blocks():
-            carry(streams, index, block)
-            progress.advance()
-        with self.resident(EXIT) as model:
-            for number in range(len(passes)):
-                last = streams.pop(number)
-                yield model.leave(last.hidden, last.context)
+    @contextmanager
+    def reading_ahead(self, part: Part) -> Iterator[None]:
+        """Have a thread read the bytes of a part meanwhile."""
+        if self._ahead is None:
+            yield
+            return
+        reader = threading.Thread(target=self._ahead, args=(self._parts[part],), daemon=True)
+        reader.start()
+        yield
+        reader.join()
 
 
 AnyModel = HybridModel | StreamedModel
@@ -192,22 +154,12 @@ def largest_part(config: ModelConfig) -> tuple[str, int]:
     return names[part] if isinstance(part, str) else f"block {part}", parts[part]
 
 
-def stream_bytes(config: ModelConfig, positions: int, dtype: torch.dtype) -> int:
-    """What streams over so many positions take between two blocks: the residual stream, and shared keys and values."""
-    wide = torch.promote_types(dtype, torch.float32) if config.residual_in_fp32 else dtype
-    shared = 0
-    for block in config.blocks:
-        if block.attention is not None and block.attention.key_value_source is not None:
-            a = block.attention
-            shared = max(shared, a.num_key_value_heads * (a.head_dim + a.value_dim))
-    return positions * (config.hidden_size * wide.itemsize + shared * dtype.itemsize)
-
-
-def read_ahead(entries: Iterable[Entry]) -> None:
-    """Have the system read these tensors into its page cache."""
+def read_ahead(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Have the system read parameters as they are stored into its page cache."""
     piece = memoryview(bytearray(PIECE))
+    entries = checkpoint.entries
     with contextlib.suppress(OSError):  # whoever reads the tensor itself will say so
-        for entry in entries:
+        for entry in (entries[name] for name in names if name in entries):
             with open(entry.file, "rb", buffering=0) as file:
                 file.seek(entry.start)
                 left = entry.spec.nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from halflap.models.model import HybridModel
 from halflap.ops import select
 from halflap.run import Run
 
+SCRATCH = "scoring"
+"""Folder of a run with what a streamed pass has so far."""
 SHARES = ("acc", "acc_norm", "exact_match", "choice_acc", "token_acc")
 """Metrics of tasks that are means over items of what is right."""
 NOT_MEASURED = {"loss": None, "perplexity": None, "bits_per_byte": None, "tokens": 0}
@@ -49,7 +52,8 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
         documents = documents_of(paths, tokenizer, field=recipe.field, limit=recipe.tokens, join=recipe.join)
     tasks = _load_tasks(others)
     device = choose_device(recipe.common.device)
-    model = _open(directory, choose_dtype(recipe.common.dtype, device), device, recipe.stream)
+    scratch = None if run.directory is None else run.path / SCRATCH
+    model = _open(directory, choose_dtype(recipe.common.dtype, device), device, recipe.stream, scratch)
     if tokenizer is not None:
         tokenizer.check_matches(model.config.vocab_size)
     if probes:
@@ -84,16 +88,18 @@ def evaluate(recipe: EvaluateRecipe, run: Run) -> dict[str, Any]:
     result["streamed"] = isinstance(model, StreamedModel)
     if run.directory is not None:
         run.save_json("scores.json", result)
+        shutil.rmtree(run.path / SCRATCH, ignore_errors=True)
     return result
 
 
-def _open(directory: Path, dtype: str, device: torch.device, stream: bool) -> AnyModel:
+def _open(directory: Path, dtype: str, device: torch.device, stream: bool, scratch: Path | None) -> AnyModel:
     """The model in memory, or read a block at a time if that is asked for or its weights do not fit."""
     config = read_config(directory)
     if not must_stream(config, dtype, device, stream, read_quantization(directory, config)):
         return load_model(directory, dtype, device)
     checkpoint = Checkpoint.open(directory, packed=True)
-    return StreamedModel.of(checkpoint, float_dtype(checkpoint.dtype if dtype == "auto" else dtype), device)
+    wide = float_dtype(checkpoint.dtype if dtype == "auto" else dtype)
+    return StreamedModel.of(checkpoint, wide, device, scratch)
 
 
 def _tokenizer(recipe: EvaluateRecipe, directory: Path, *, needed: bool) -> Tokenizer | None:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from halflap.checkpoints import gguf_metadata, megatron
 from halflap.checkpoints.card import license_of
-from halflap.checkpoints.checkpoint import Checkpoint, copy_tokenizer, fill_model, write_checkpoint
+from halflap.checkpoints.checkpoint import Checkpoint, copy_tokenizer, write_checkpoint
 from halflap.checkpoints.config import Lineage, family_of, lineage_step
 from halflap.checkpoints.gguf_export import TYPES, write_gguf
 from halflap.checkpoints.gguf_import import open_gguf
 from halflap.checkpoints.padding import padded_config, padder, widened_norms
+from halflap.checkpoints.passes import hidden_states_of
 from halflap.checkpoints.streamed import StreamedModel
 from halflap.commands.config import ExportRecipe
 from halflap.errors import HalflapError, RecipeError
@@ -198,19 +199,18 @@ FORMS: dict[str, Form] = {
 
 
 def _largest_difference(one: Any, other: Any, seed: int) -> tuple[float, float]:
-    """Largest difference of the logits of two checkpoints on random tokens, in float32, and the largest logit."""
+    """Largest difference of the logits of two checkpoints on random tokens, in float32, and the largest logit.
+
+    Each is read a block at a time, packed matrices in their plain form.
+    """
     logits = []
     for opened in (one, other):
-        packed = getattr(opened, "quantization", None)
-        if packed is None:
-            model: Any = StreamedModel.once(opened.config, opened.tensors(), torch.float32)
+        if isinstance(opened, Checkpoint):
+            model = StreamedModel.of(opened, torch.float32)
         else:
-            model = fill_model(opened.config, opened.tensors(), torch.float32, quantization=packed)
+            model = StreamedModel.once(opened.config, opened.tensors(), torch.float32)
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(model.config.vocab_size, (2, CHECK_TOKENS), generator=generator)
         with torch.inference_mode():
-            if packed is None:
-                logits += [model.logits(hidden) for hidden in model.hidden_states_of([(tokens, None)])]
-            else:
-                logits.append(model(tokens))
+            logits += [model.logits(hidden) for hidden in hidden_states_of(model, [(tokens, None)])]
     return float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())

@@ -6,16 +6,20 @@ All then distil the best of their shortlist for a while and choose by loss, if t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from halflap.checkpoints.shelf import STREAMS
 from halflap.commands import puzzle, shortlist, students
+from halflap.commands.candidates import Measure, measured
 from halflap.commands.config_compress import CompressRecipe, SearchRecipe
 from halflap.commands.device import must_stream
 from halflap.commands.given import Given
+from halflap.commands.scoring import text_digest
 from halflap.commands.sections import LossSettings
 from halflap.commands.shortlist import Shortlist
 from halflap.commands.students import Teacher
@@ -23,13 +27,14 @@ from halflap.compress.axes import Sizes, check_sizes, resize
 from halflap.compress.costs import BUDGETS, Budget, block_cost
 from halflap.compress.grid import STEPS, Grid, SearchSpace, between, choices, choices_by_type
 from halflap.compress.importance import Importance
+from halflap.compress.partial import Scratch
 from halflap.compress.plan import PruningPlan
 from halflap.compress.programme import Programme
 from halflap.compress.ranking import drop_order
 from halflap.compress.search import Order, Round, Score, SearchResult, by_agreement, by_loss, ranked_search, stages
 from halflap.compress.space import Fitting, fitting
 from halflap.data.batch import Batch
-from halflap.errors import RecipeError
+from halflap.errors import HalflapError, RecipeError
 from halflap.models.model import HybridModel
 
 SEARCH = "search.json"
@@ -88,34 +93,19 @@ def _fitting(given: Given, grid: Grid) -> Fitting:
 
 def _homogeneous(given: Given, found: Fitting) -> SearchResult:
     """One size an axis for all blocks, ranked by loss."""
-    return _by_loss(given, _teacher(given), found)
+    return _rank(given, _teacher(given), found, students.next_token_loss, by_loss)
 
 
 def _minipuzzle(given: Given, found: Fitting) -> SearchResult:
     """Numbers of blocks of each type and one width of the MLPs, ranked by accuracy and agreement with the teacher."""
-    model, batches = _teacher(given), students.choosing(given.scoring, given.recipe.settings.score_tokens)
-    said = students.with_teacher_tokens_of(given.tutor.teacher, batches, streamed=model is None)
-
-    def score(plan: PruningPlan) -> dict[str, float]:
-        return students.agreement(_student(given, model, plan, batches), said, given.teacher)
-
-    return _rank(given, model, batches, found, score, by_agreement)
+    return _rank(given, _teacher(given), found, students.agreement, by_agreement)
 
 
 def _puzzle(given: Given, programme: Programme) -> SearchResult:
     """A variant for each block, by how its score in the teacher's place adds up, ranked by loss."""
     model = _teacher(given)
     assert model is not None
-    return _by_loss(given, model, puzzle.propose(given, model, programme))
-
-
-def _by_loss(given: Given, model: HybridModel | None, found: Fitting) -> SearchResult:
-    batches = students.choosing(given.scoring, given.recipe.settings.score_tokens)
-
-    def score(plan: PruningPlan) -> dict[str, float]:
-        return {"loss": students.next_token_loss(_student(given, model, plan, batches), batches, given.teacher)}
-
-    return _rank(given, model, batches, found, score, by_loss)
+    return _rank(given, model, puzzle.propose(given, model, programme), students.next_token_loss, by_loss)
 
 
 def _teacher(given: Given) -> HybridModel | None:
@@ -124,6 +114,11 @@ def _teacher(given: Given) -> HybridModel | None:
     asked = isinstance(recipe, SearchRecipe) and recipe.stream
     if not must_stream(teacher.config, "float32", teacher.device, asked):
         return teacher.load()
+    if not isinstance(recipe, SearchRecipe):
+        raise HalflapError(
+            "compress trains a student beside its teacher, whose weights do not fit in memory; take score, search, "
+            "prune and verify, which read them a block at a time, or a machine with more memory"
+        )
     where = "where its weights do not fit or --stream has them read a block at a time"
     if recipe.settings.method == "puzzle":
         raise RecipeError(
@@ -138,13 +133,27 @@ def _teacher(given: Given) -> HybridModel | None:
     return None
 
 
-def _student(
-    given: Given, model: HybridModel | None, plan: PruningPlan, batches: list[Batch]
-) -> HybridModel | students.Coming:
-    """A plan's student, with blocks that the search has trained, to be asked about the batches."""
-    if model is None:
-        return students.Coming(given.teacher.stream(plan), batches)
+def _student(given: Given, model: HybridModel, plan: PruningPlan) -> HybridModel:
+    """A plan's student, with blocks that the search has trained."""
     return students.with_trained_blocks(students.build(model, plan), plan, given.shared)
+
+
+def _score(given: Given, model: HybridModel | None, batches: list[Batch], measure: Measure) -> Score:
+    """Measures students in turn; or, when there is no model, all by one reading of the teacher's checkpoint."""
+    agree = measure is students.agreement
+
+    def in_turn(plans: Sequence[PruningPlan]) -> Iterator[dict[str, float]]:
+        asked = students.with_teacher_tokens_of(given.tutor.teacher, batches) if agree else batches
+        assert model is not None
+        for plan in plans:
+            yield measure(_student(given, model, plan), asked, given.teacher)
+
+    def together(plans: Sequence[PruningPlan]) -> Iterator[dict[str, float]]:
+        made_from = json.dumps({**_made_from(given), "text": text_digest(batches)})
+        scratch = Scratch(given.place / STREAMS, made_from)
+        return measured(given.teacher, plans, batches, measure, scratch, with_teacher=agree)
+
+    return together if model is None else in_turn
 
 
 class Method(NamedTuple):
@@ -182,11 +191,10 @@ def candidates(
     return fitting(teacher.config, budget, dataclasses.replace(space, **given), order, grid)
 
 
-def _rank(
-    given: Given, model: HybridModel | None, batches: list[Batch], found: Fitting, score: Score, order: Order
-) -> SearchResult:
+def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Measure, order: Order) -> SearchResult:
     """Measure the likeliest as cut and, if tokens are given, the best of them after rounds of distillation."""
     recipe, settings = given.recipe, given.recipe.settings
+    batches = students.choosing(given.scoring, settings.score_tokens)
     refined = min(settings.refined, settings.shortlist, len(found.candidates))
     rounds = stages(refined, settings.shortlist_tokens, settings.rounds == "halving")
     if not settings.shortlist_tokens:
@@ -210,14 +218,14 @@ def _rank(
     def refine(plans: Sequence[PruningPlan], tokens: int) -> list[Round]:
         assert shared is not None
         return [
-            Round(done["tokens"], students.next_token_loss(student, batches, given.teacher))
+            Round(done["tokens"], students.next_token_loss(student, batches, given.teacher)["loss"])
             for student, done in shortlist.train(shared, plans, tokens)
         ]
 
     result = ranked_search(
         found,
         given.plan_for,
-        score,
+        _score(given, model, batches, measure),
         made_from=_made_from(given),
         path=given.place / SEARCH,
         shortlist=settings.shortlist,

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from halflap.checkpoints.checkpoint import Checkpoint, float_dtype, load_model, write_checkpoint
 from halflap.checkpoints.config import Lineage, find_directory, lineage_step, read_json, read_lineage
-from halflap.checkpoints.streamed import StreamedModel, read_ahead
+from halflap.checkpoints.streamed import StreamedModel
 from halflap.commands.cards import CERTIFICATE, PLAN, write_card
 from halflap.commands.corpora import Corpora, tokenizer_place
 from halflap.commands.device import choose_device
@@ -47,6 +48,8 @@ from halflap.train.objectives.language import NextToken
 
 BLOCKS = "blocks"
 """Folder of a search with the variants that it trained."""
+VERIFYING = ".verifying"
+"""Folder of a student with what a comparison has so far."""
 CERTIFIED_AT_ONCE = 300_000_000
 """Parameters up to which a student is certified as soon as it is written: seconds then, and many minutes for 8 B."""
 
@@ -80,18 +83,9 @@ class Teacher:
         """The model, in float32 whatever it is stored in, if nothing else is said."""
         return load_model(self.checkpoint.path, dtype, self.device)
 
-    def stream(self, plan: PruningPlan | None = None, dtype: str = "float32") -> StreamedModel:
-        """The same, or the student of a plan, read a block at a time."""
-        read, wide = self.checkpoint, float_dtype(dtype)
-        if plan is None:
-            return StreamedModel.of(read, wide, self.device)
-
-        def cut(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-            stored = ((name, read.read(name).to(wide)) for name in plan.teacher_names(names))
-            return apply_plan(plan, stored, names)
-
-        ahead = lambda names: read_ahead(read.entries[name] for name in plan.teacher_names(names))
-        return StreamedModel(plan.student, cut, wide, self.device, ahead)
+    def stream(self, dtype: str = "float32") -> StreamedModel:
+        """The same, read a block at a time."""
+        return StreamedModel.of(self.checkpoint, float_dtype(dtype), self.device)
 
 
 def open_teacher(path: str | Path, common: Common, data: Sequence[str] = ()) -> Teacher:
@@ -171,40 +165,22 @@ def with_trained_blocks(student: HybridModel, plan: PruningPlan, run: Path) -> H
     return student
 
 
-class Coming:
-    """A streamed model's hidden states of these batches, to be asked for in their order, as if a model in memory
-    computed each when it is asked for."""
-
-    def __init__(self, model: StreamedModel, batches: Sequence[Batch]) -> None:
-        moved = [batch.to(model.device) for batch in batches]
-        self.model = model
-        self._states = model.hidden_states_of([(batch.tokens, batch.segments) for batch in moved])
-
-    def hidden_states(self, tokens: Tensor, *, segments: Tensor | None = None) -> Tensor:
-        del tokens, segments
-        return next(self._states)
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.model.head_weight
-
-
-def next_token_loss(model: HybridModel | Coming, batches: list[Batch], teacher: Teacher) -> float:
+def next_token_loss(model: Any, batches: Sequence[Batch], teacher: Teacher) -> dict[str, float]:
+    """`loss` of a model, or of the hidden states that come of one (`candidates.Coming`)."""
     dtype = resolve_dtype(teacher.dtype, teacher.device)
-    return mean_loss(cast(Any, model), NextToken(), batches, teacher.device, dtype)["loss"]
+    return mean_loss(model, NextToken(), batches, teacher.device, dtype)
 
 
-def with_teacher_tokens_of(teacher: Teacher, batches: list[Batch], streamed: bool = False) -> list[GreedyBatch]:
+def with_teacher_tokens_of(teacher: Teacher, batches: Sequence[Batch]) -> list[GreedyBatch]:
     """The batches with the likeliest tokens of a teacher, who is gone from memory then."""
     dtype = resolve_dtype(teacher.dtype, teacher.device)
-    model: Any = Coming(teacher.stream(), batches) if streamed else teacher.load().eval()
-    return with_teacher_tokens(model, batches, teacher.device, dtype)
+    return with_teacher_tokens(teacher.load().eval(), batches, teacher.device, dtype)
 
 
-def agreement(model: HybridModel | Coming, batches: list[GreedyBatch], teacher: Teacher) -> dict[str, float]:
-    """Loss, and shares of the text's and of the teacher's likeliest tokens that the model says."""
+def agreement(model: Any, batches: Sequence[GreedyBatch], teacher: Teacher) -> dict[str, float]:
+    """The same, and shares of the text's and of the teacher's likeliest tokens that the model says."""
     dtype = resolve_dtype(teacher.dtype, teacher.device)
-    return mean_loss(cast(Any, model), Agreement(), batches, teacher.device, dtype)
+    return mean_loss(model, Agreement(), batches, teacher.device, dtype)
 
 
 def write_student(
@@ -282,7 +258,9 @@ def certify(
     generator = torch.Generator().manual_seed(seed)
     shape = (1, tokens) if tokens < 2 else (2, tokens // 2)
     ids = torch.randint(0, teacher.config.vocab_size, shape, generator=generator)
-    certificate = verify(Checkpoint.open(directory), teacher, plan, ids)
+    scratch = directory / VERIFYING
+    certificate = verify(Checkpoint.open(directory), teacher, plan, ids, scratch)
     write_json(directory / CERTIFICATE, certificate)
+    shutil.rmtree(scratch)
     write_card(directory)
     return certificate

@@ -24,6 +24,7 @@ compose.py     two plans as one
 prune.py       apply a plan to a stream of tensors
 elastic.py     every axis sorted once, so that any size is the first indices
 slices.py      a student as a slice of weights that are being trained
+candidates.py  students of one teacher that are run and never written, by one reading of its weights
 masked.py      the masked teacher, which a student must equal
 verify.py      certify that it does, axis by axis
 controls.py    the group-blind control of experiments, which no plan can express

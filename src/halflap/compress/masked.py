@@ -31,12 +31,12 @@ def masked_teacher(teacher: HybridModel, plan: PruningPlan) -> HybridModel:
     """A copy of the teacher in which the cut indices carry nothing, whatever the rest does."""
     model = copy.deepcopy(teacher)
     for part in part_names(teacher.config):
-        mask_part(model, plan, part)
+        mask_part(plan, model, part)
     return model
 
 
 @torch.no_grad()
-def mask_part(model: HybridModel, plan: PruningPlan, part: Part) -> None:
+def mask_part(plan: PruningPlan, model: HybridModel, part: Part) -> None:
     """Mask one part of a teacher in place, once; the other parts may be without weights."""
     _set_eps(model, plan, part)
     hidden = _mask(model.config.hidden_size, plan.keep.get("hidden"))

@@ -25,15 +25,19 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def apply_plan(
-    plan: PruningPlan, tensors: Iterable[tuple[str, Tensor]], names: Sequence[str] | None = None
+    plan: PruningPlan,
+    tensors: Iterable[tuple[str, Tensor]],
+    names: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The student's (name, tensor) pairs from the teacher's, in the teacher's order and dtypes.
 
-    names: of the student, where not all of it is wanted; the teacher's tensors are those it is made of. Tensors that
-    lose nothing pass through as they are; others are new and contiguous. Raises HalflapError on a tensor that the
-    teacher's layout does not have, or of another shape, and when one is missing.
+    names: of the student, where not all of it is wanted; the teacher's tensors are those it is made of. dtype: that
+    what is kept is brought to before anything is computed of it. Tensors that lose nothing pass through as they are;
+    others are new and contiguous. Raises HalflapError on a tensor that the teacher's layout does not have, or of
+    another shape, and when one is missing.
     """
-    yield from cut(plan, layout(plan.teacher_config), plan.keep, tensors, names)
+    yield from cut(plan, layout(plan.teacher_config), plan.keep, tensors, names, dtype)
 
 
 def cut(
@@ -42,12 +46,13 @@ def cut(
     keep: Mapping[str, Kept],
     tensors: Iterable[tuple[str, Tensor]],
     names: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """`apply_plan` by another reading of the teacher's dimensions (see `controls.py`)."""
     missing = layout(plan.student)
     if names is not None:
         missing = {name: missing[name] for name in names}
-    for student_name, student in _each(plan, source, keep, tensors, missing):
+    for student_name, student in _each(plan, source, keep, tensors, missing, dtype):
         del missing[student_name]
         yield student_name, student
     if missing:
@@ -70,6 +75,7 @@ def _each(
     keep: Mapping[str, Kept],
     tensors: Iterable[tuple[str, Tensor]],
     student_layout: Layout,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     gains: dict[str, Tensor] = {}
     parts: dict[int, dict[str, Tensor]] = {}
@@ -78,7 +84,8 @@ def _each(
         student_name = plan.student_name(name)
         if student_name is None:
             continue
-        selected = _changed(plan, name, select(tensor, source[name], keep))
+        selected = select(tensor, source[name], keep)
+        selected = _changed(plan, name, selected if dtype is None else selected.to(dtype))
         index = block_of(name)
         if index is not None and plan.changes.get(index, WITHOUT).linear and ".mixer." in name:
             found = parts.setdefault(index, {})

@@ -150,8 +150,8 @@ class SearchResult:
             raise HalflapError(f"{str(path)!r} is not a search result ({error!r}); give a search.json") from error
 
 
-Score = Callable[[PruningPlan], Mapping[str, float]]
-"""Plan -> what is measured of its student as cut, by the names of `Trial`."""
+Score = Callable[[Sequence[PruningPlan]], Iterable[Mapping[str, float]]]
+"""Plans -> what is measured of the student of each as cut, by the names of `Trial`, in order."""
 Refine = Callable[[Sequence[PruningPlan], int], Sequence[Round]]
 """(plans, tokens) -> each after distillation on so many tokens in all, at the least; what earlier rounds did counts."""
 
@@ -176,11 +176,13 @@ def ranked_search(
     likeliest, others = fitting.candidates[:shortlist], fitting.candidates[shortlist:]
     unseen = [_untried(candidate) for candidate in others]
     scored = [known.get((c.sizes, c.variants), _untried(c)) for c in likeliest]
+    todo = [place for place, trial in enumerate(scored) if trial.loss is None]
     with Progress("candidates as cut", len(scored), unit="candidates") as progress:
-        for place, trial in enumerate(scored):
-            if trial.loss is None:
-                scored[place] = dataclasses.replace(trial, **score(plan_for(trial)))
-                _result(made_from, fitting, _ranked(scored, order), unseen).save(path)
+        progress.start_at(len(scored) - len(todo))
+        plans = [plan_for(scored[place]) for place in todo]
+        for place, found in zip(todo, score(plans) if plans else (), strict=True):
+            scored[place] = dataclasses.replace(scored[place], **found)
+            _result(made_from, fitting, _ranked(scored, order), unseen).save(path)
             progress.advance()
     trials = order(scored)
     for number, stage in enumerate(rounds if refine is not None else ()):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halflap.checkpoints.shelf import Shelf
+from halflap.checkpoints.shelf import STREAMS, Shelf
 from halflap.checkpoints.streamed import ENTRY, EXIT, StreamedModel
 from halflap.compress.check import check_scores
 from halflap.compress.depth import DEPTH_METRICS, add_rows, compare_rows, scores_of
@@ -33,7 +33,7 @@ from halflap.models.streams import Stream
 from halflap.progress import Progress
 
 STREAMED_METRICS = ("activation", "weight_norm", "random")
-STREAMS, REMOVED = "streams", "removed.pt"
+REMOVED = "removed.pt"
 
 
 def collect_streamed(
@@ -94,7 +94,7 @@ class _Sweep:
     def run(self, scratch: Scratch, depth_metric: str) -> dict[str, Tensor]:
         """The watch filled, and depth scores by metric, if any."""
         assert scratch.directory is not None
-        shelf = Shelf(scratch.directory / STREAMS, self.model.config, scratch.made_from)
+        shelf = Shelf(scratch.directory / STREAMS, scratch.made_from)
         if shelf.done is None:
             self._enter(shelf)
         elif self.watch is not None:
@@ -195,7 +195,7 @@ class _Sweep:
 
     def _commit(self, shelf: Shelf) -> None:
         if self.watch is None:
-            shelf.commit({})
+            shelf.commit()
         else:
             shelf.commit({"sums": self.watch.sums, "columns": self.watch.columns})
 

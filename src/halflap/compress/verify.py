@@ -13,16 +13,20 @@ and `calibrated` the masked teacher's norms divide by the kept channels (`masked
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halflap.checkpoints.checkpoint import Checkpoint
-from halflap.checkpoints.streamed import EXIT, Part, StreamedModel, part_names
+from halflap.checkpoints.passes import Passes, carry, digest_of
+from halflap.checkpoints.shelf import Held, Shelf, shelf_in
+from halflap.checkpoints.streamed import StreamedModel
 from halflap.compress.axes import AXES, axes_of, block_of, short_name
+from halflap.compress.candidates import Source, part_of_student
 from halflap.compress.correction import norms
 from halflap.compress.kinds import Change
 from halflap.compress.masked import mask_part
@@ -30,10 +34,7 @@ from halflap.compress.plan import Kept, PruningPlan, kept_count, kept_indices
 from halflap.compress.prune import apply_plan
 from halflap.errors import HalflapError
 from halflap.models.count import count_parameters
-from halflap.models.model import HybridModel
-from halflap.models.streams import Stream
 from halflap.ops import select
-from halflap.progress import Progress
 
 NO_CHANGES: Mapping[int, Change] = {}
 WIDE_LIMIT = 300_000_000  # parameters up to which float64 is used
@@ -45,8 +46,12 @@ WIDE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 STORED_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
-def verify(student: Checkpoint, teacher: Checkpoint, plan: PruningPlan, tokens: Tensor) -> dict[str, Any]:
+def verify(
+    student: Checkpoint, teacher: Checkpoint, plan: PruningPlan, tokens: Tensor, scratch: Path | None = None
+) -> dict[str, Any]:
     """The certificate of a student, on tokens (B, T) int64; `passed` only if everything holds.
+
+    scratch: a directory where streams are kept between blocks, so that a killed comparison goes on.
 
     Raises HalflapError when plan, teacher and student do not belong together, or when the student was trained since.
     """
@@ -64,7 +69,7 @@ def verify(student: Checkpoint, teacher: Checkpoint, plan: PruningPlan, tokens: 
         )
     dtype = torch.float64 if count_parameters(teacher.config) <= WIDE_LIMIT else torch.float32
     by_axis = plans_by_axis(plan)
-    differences, scales = _compare(student, teacher, [*by_axis.values(), plan], tokens, dtype)
+    differences, scales = _compare(student, teacher, [*by_axis.values(), plan], tokens, dtype, scratch)
     axes = [
         _axis_row(size, one, error, scale, dtype)
         for (size, one), (error,), scale in zip(by_axis.items(), differences, scales, strict=False)
@@ -191,84 +196,41 @@ def _axis_row(size: str, plan: PruningPlan, error: float, scale: float, dtype: t
 # ---- models, a block at a time
 
 
-Alter = Callable[[HybridModel], None]
-
-
-class _Pass:
-    """A model's pass over the tokens, part by part."""
-
-    def __init__(self, model: StreamedModel, tokens: Tensor) -> None:
-        self.model, self.tokens = model, tokens
-        self.stream: Stream
-
-    def step(self, part: Part, alter: Alter = lambda _: None) -> None:
-        """Through the embedding or a block, whose weights are altered first."""
-        with self.model.resident(part) as whole:
-            alter(whole)
-            if isinstance(part, int):
-                self.stream = self.stream.through(part, whole.blocks[part])
-            else:
-                self.stream = Stream(*whole.enter(self.tokens))
-
-    def logits(self, alter: Alter = lambda _: None) -> Tensor:
-        """(B, T, V), from the last part."""
-        with self.model.resident(EXIT) as whole:
-            alter(whole)
-            return select.linear(whole.leave(self.stream.hidden, self.stream.context), whole.head_weight)
-
-
 @torch.inference_mode()
 def _compare(
-    student: Checkpoint, teacher: Checkpoint, plans: Sequence[PruningPlan], tokens: Tensor, dtype: torch.dtype
+    student: Checkpoint,
+    teacher: Checkpoint,
+    plans: Sequence[PruningPlan],
+    tokens: Tensor,
+    dtype: torch.dtype,
+    scratch: Path | None,
 ) -> tuple[list[list[float]], list[float]]:
     """Of each plan the largest difference of its cut teacher's logits from those of its masked teacher, and the largest
     of the latter; of the last plan, after its own, the stored student's difference too.
 
-    All plans go through a block of the teacher together, so that its tensors are read once; they, and one model's block
-    made of them, are what is in memory.
+    All go through a block of the teacher together, so that its tensors are read once; they, and one model's block made
+    of them, are what is in memory.
     """
-    read = _Remembering(teacher, dtype)
-    masked = [_Pass(StreamedModel(teacher.config, read.copies, dtype), tokens) for _ in plans]
-    cut = [_Pass(StreamedModel(plan.student, partial(read.cut, plan), dtype), tokens) for plan in plans]
-    stored = _Pass(StreamedModel.of(student, dtype), tokens)
+    source, inputs = Source(teacher, dtype), [(tokens, None)]
+    masked = [
+        Passes(f"masked-{number}", source.whole(), inputs, alter=partial(mask_part, plan))
+        for number, plan in enumerate(plans)
+    ]
+    others = [[source.cut(plan, f"cut-{number}", inputs)] for number, plan in enumerate(plans)]
+    others[-1].append(Passes("stored", StreamedModel.of(student, dtype), inputs, partial(part_of_student, plans[-1])))
+    made_from = f"{teacher.digest} {student.digest} {plans[-1].digest} {dtype} {digest_of(inputs)}"
+    shelf = shelf_in(scratch, made_from)
+    carry([*masked, *(one for each in others for one in each)], teacher.config, shelf)
     differences, scales = [], []
-    both = [[*pair] for pair in zip(masked, cut, strict=True)]
-    both[-1].append(stored)
-    parts = [part for part in part_names(teacher.config) if part != EXIT]
-    with Progress("compare with the masked teacher", len(parts) + 1, unit="parts") as progress:
-        for part in parts:
-            for plan, (one, *others) in zip(plans, both, strict=True):
-                one.step(part, partial(mask_part, plan=plan, part=part))
-                if isinstance(part, str) or part in plan.keep_blocks:
-                    for other in others:
-                        other.step(part if isinstance(part, str) else plan.keep_blocks.index(part))
-            progress.advance()
-        for plan, (one, *others) in zip(plans, both, strict=True):
-            reference = one.logits(partial(mask_part, plan=plan, part=EXIT))
-            scales.append(float(reference.abs().max()))
-            differences.append([float((other.logits() - reference).abs().max()) for other in others])
+    for one, each in zip(masked, others, strict=True):
+        reference = _logits(one, shelf)
+        scales.append(float(reference.abs().max()))
+        differences.append([float((_logits(other, shelf) - reference).abs().max()) for other in each])
+    shelf.remove()
     return differences, scales
 
 
-class _Remembering:
-    """A checkpoint's tensors, of which those of the part read last are kept as stored."""
-
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self.checkpoint, self.dtype = checkpoint, dtype
-        self.held: dict[str, Tensor] = {}
-
-    def copies(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """To be changed by whoever takes them."""
-        return ((name, tensor.clone()) for name, tensor in self._read(names))
-
-    def cut(self, plan: PruningPlan, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Parameters of the plan's student, made in the wide dtype, where factors of the gains round nothing."""
-        theirs = self._read(plan.teacher_names(names))
-        return apply_plan(plan, ((name, tensor.to(self.dtype)) for name, tensor in theirs), names)
-
-    def _read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        self.held = {name: tensor for name, tensor in self.held.items() if name in names}
-        for name in names:
-            if name not in self.held:
-                self.held[name] = self.checkpoint.read(name)
-            yield name, self.held[name]
+def _logits(passes: Passes, shelf: Shelf | Held) -> Tensor:
+    """(B, T, V), of the one input."""
+    (logits,) = (select.linear(hidden, passes.model.head_weight) for hidden in passes.hidden_states(shelf))
+    return logits

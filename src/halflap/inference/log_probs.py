@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from halflap.checkpoints.passes import Input, digest_of, hidden_states_of, served_together
 from halflap.checkpoints.streamed import AnyModel, StreamedModel
+from halflap.files import atomic_write
 from halflap.models.model import HybridModel
 
 if TYPE_CHECKING:
@@ -63,17 +65,33 @@ def score_tokens(model: HybridModel, tokens: Tensor, targets: Tensor, wanted: Te
 def score_batches(model: AnyModel, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[tuple[Scores, Tensor]]:
     """`score_tokens` of each batch (tokens, targets, wanted), and its `wanted`, in order.
 
-    A model in memory takes a batch when the one before has been used; one that is streamed takes all batches first and
-    reads its weights once for many.
+    A model in memory takes a batch when the one before has been used; one that is streamed takes all batches first,
+    reads its weights once for many and, where it has a scratch directory, goes on after an interruption.
     """
     if not isinstance(model, StreamedModel):
         for tokens, targets, wanted in batches:
             yield score_tokens(model, tokens, targets, wanted), wanted
         return
     batches = list(batches)
-    states = model.hidden_states_of([(tokens, None) for tokens, _, _ in batches])
-    for hidden, (_, targets, wanted) in zip(states, batches, strict=True):
-        yield score_hidden(model, hidden[wanted], targets[wanted]), wanted
+    for part in served_together(model, [(tokens, None) for tokens, _, _ in batches]):
+        yield from zip(_kept_scores(model, batches[part]), (wanted for _, _, wanted in batches[part]), strict=True)
+
+
+def _kept_scores(model: StreamedModel, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Scores]:
+    """Scores of the wanted targets; of a model with a scratch directory they are a file there once they are known."""
+    inputs: list[Input] = [(tokens, None) for tokens, _, _ in batches]
+    file = None
+    if model.scratch is not None:
+        asked = digest_of([*inputs, *((targets, wanted) for _, targets, wanted in batches)])
+        file = model.scratch / f"scores-{asked}.pt"
+        if file.exists():
+            return [Scores(*one) for one in torch.load(file, weights_only=True)]
+    states = zip(hidden_states_of(model, inputs), batches, strict=True)
+    found = [score_hidden(model, hidden[wanted], targets[wanted]) for hidden, (_, targets, wanted) in states]
+    if file is not None:
+        with atomic_write(file) as out:
+            torch.save([tuple(one) for one in found], out)
+    return found
 
 
 def sequence_log_probs(

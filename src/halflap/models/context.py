@@ -91,9 +91,9 @@ class SequenceContext:
         for source in [source for source in self._shared if self.readers[source] <= block]:
             del self._shared[source]
 
-    def shared_tensors(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Keys and values that later blocks read, by the block that made them."""
-        return {source: (found.keys, found.values) for source, found in self._shared.items()}
+    def shared_tensors(self) -> dict[int, tuple[Tensor, Tensor, int | None]]:
+        """Keys, values and window that later blocks read, by the block that made them; None: all is seen."""
+        return {source: (found.keys, found.values, found.window) for source, found in self._shared.items()}
 
     def share(self, source: int, key: Tensor, value: Tensor, window: int | None) -> None:
         """Put back keys and values of a pass without a cache, as `shared_tensors` gave them."""

@@ -6,16 +6,14 @@ that block or with another in its place; all are carried forward together, and o
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from halflap.models.config import ModelConfig
 from halflap.models.context import Context, SequenceContext
 
-Key = TypeVar("Key")
 BlockFunction = Callable[[Tensor, Context], Tensor]
 """A `Block`, or what stands for one: (stream (B, L, D), context) to the stream after it."""
 
@@ -44,23 +42,16 @@ class Stream:
     def state(self) -> dict[str, Any]:
         """What tokens and weights do not give: the residual stream, keys and values."""
         shared = self.context.shared_tensors()
-        return {"hidden": self.hidden, "shared": {i: (_own(key), _own(value)) for i, (key, value) in shared.items()}}
+        kept = {source: (_own(key), _own(value), window) for source, (key, value, window) in shared.items()}
+        return {"hidden": self.hidden, "shared": kept}
 
     @staticmethod
-    def from_state(state: dict[str, Any], context: SequenceContext, config: ModelConfig) -> Stream:
+    def from_state(state: dict[str, Any], context: SequenceContext) -> Stream:
         """The stream of `state`; context: of its tokens, `HybridModel.context_of`."""
         context = context.fork()
-        for source, (key, value) in state["shared"].items():
-            attention = config.blocks[source].attention
-            assert attention is not None
-            context.share(source, key, value, attention.window)
+        for source, (key, value, window) in state["shared"].items():
+            context.share(source, key, value, window)
         return Stream(state["hidden"], context)
-
-
-def carry(streams: MutableMapping[Key, Stream], index: int, block: BlockFunction) -> None:
-    """Every stream through block `index`, each put in the place of what it was."""
-    for key in list(streams):
-        streams[key] = streams[key].through(index, block)
 
 
 def _own(tensor: Tensor) -> Tensor:

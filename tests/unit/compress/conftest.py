@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -73,6 +74,18 @@ def family(request: pytest.FixtureRequest) -> str:
 def make() -> Callable[[str], HybridModel]:
     """The model of a family, anew at every call."""
     return lambda name: random_model(FAMILIES[name])
+
+
+@pytest.fixture
+def live_bytes() -> Callable[[], int]:
+    """Bytes of all tensors with storage that Python holds now."""
+
+    def weigh() -> int:
+        kinds = (torch.Tensor, torch.nn.Parameter)
+        tensors = [thing for thing in gc.get_objects() if type(thing) in kinds and not thing.is_meta]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    return weigh
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,18 @@ def plan_for(trial: Trial) -> PruningPlan:
 
 
 class Losses:
-    """Loss by hidden size, counting calls; raises after `limit` of them."""
+    """Loss by hidden size, counting plans; raises after `limit` of them."""
 
     def __init__(self, limit: int = 99) -> None:
         self.calls: list[int] = []
         self.limit = limit
 
-    def __call__(self, plan: PruningPlan) -> dict[str, float]:
-        if len(self.calls) >= self.limit:
-            raise KeyboardInterrupt
-        self.calls.append(plan.student.hidden_size)
-        return {"loss": plan.student.hidden_size / 100}
+    def __call__(self, plans: Sequence[PruningPlan]) -> Iterator[dict[str, float]]:
+        for plan in plans:
+            if len(self.calls) >= self.limit:
+                raise KeyboardInterrupt
+            self.calls.append(plan.student.hidden_size)
+            yield {"loss": plan.student.hidden_size / 100}
 
 
 class Training:

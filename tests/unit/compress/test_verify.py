@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model, write_checkpoint
+from halflap.compress import candidates
 from halflap.compress import verify as verify_module
 from halflap.compress.axes import Sizes
 from halflap.compress.metrics import collect
@@ -124,11 +125,12 @@ def test_a_wrong_gain_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     teacher = make_teacher(tmp_path / "teacher", "nemotron-h-tiny")
     plan = make_plan(teacher, "nemotron-h-tiny")
 
-    def broken(plan: PruningPlan, tensors: Any, names: Any = None) -> Any:
-        for name, tensor in apply_plan(plan, tensors, names):
+    def broken(plan: PruningPlan, tensors: Any, *how: Any) -> Any:
+        for name, tensor in apply_plan(plan, tensors, *how):
             yield name, tensor * factor if name == "blocks.0.mixer.norm.weight" else tensor
 
-    monkeypatch.setattr(verify_module, "apply_plan", broken)
+    for module in (verify_module, candidates):
+        monkeypatch.setattr(module, "apply_plan", broken)
     student = write_checkpoint(tmp_path / "student", plan.student, broken(plan, teacher.tensors()))
     certificate = verify(student, teacher, plan, TOKENS)
     assert certificate["passed"] == (factor == 1.0)
