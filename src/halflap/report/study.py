@@ -1,7 +1,9 @@
-"""study.json as the page shows it: each arm's step from another one, recall, loss over the seeds, speed against cache.
+"""study.json as the page shows it: claims and readings, each arm's step from another one, recall, loss over the seeds,
+speed against cache.
 
 Arms keep the order of their study. A step's difference, interval and p-value are those of the paired test that `study`
-made; training losses by tokens are read from the runs that each arm names.
+made; losses by tokens are read from the runs that each arm names: of training, or, where arms learn from a teacher, on
+held-out text, since what they train on are divergences.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from halflap.errors import HalflapError
 from halflap.report import strips, units
 from halflap.report.artifacts import Fact, Node, RunFiles, read_run
 from halflap.report.measures import COLORS
-from halflap.report.plots import Curve, Drawing, Frame, both, curves_plot, thinned, tick_count
+from halflap.report.plots import Curve, Drawing, Frame, both, curves_plot, thinned, tick, tick_count
 from halflap.report.svg import element, group, padded, picture
 
 SPEEDS = ("training_tokens_per_second", "prefill_tokens_per_second", "decode_tokens_per_second", "cache_bytes")
@@ -47,15 +49,31 @@ class Measure:
 
 @dataclass(frozen=True)
 class StudyArm:
-    """One arm; `loss` in nats a token, `recall` a share, `speeds` under the names of SPEEDS."""
+    """One arm; losses in nats a token, `recall` a share, `speeds` under the names of SPEEDS, `latency` in seconds.
+
+    role: whose rows of its runs' metrics are its own, where they have those of several.
+    """
 
     name: str
     color: int
     previous: str | None
     loss: Measure
+    as_cut: Measure | None
     recall: Measure | None
     speeds: dict[str, Fact | None]
+    latency: Fact | None
     runs: tuple[Path, ...]
+    role: str | None
+
+
+@dataclass(frozen=True)
+class StudyClaim:
+    """What was expected, and whether it `holds`, is `reversed` or `open`."""
+
+    says: str
+    measure: str
+    verdict: str
+    difference: Difference
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,12 @@ class StudyView:
     seeds: int
     measured: str
     arms: tuple[StudyArm, ...]
+    of_teacher: bool
+    claims: tuple[StudyClaim, ...]
+    readings: tuple[Fact, ...]
+    """Sentences."""
     loss: Markup | None
+    recovery: Markup | None
     recall: dict[str, Markup]
     recall_axis: Markup | None
     tradeoff: Markup | None
@@ -85,14 +108,18 @@ def read_study(runs: Sequence[RunFiles], problems: list[str]) -> StudyView | Non
         if not arms:
             continue
         whiskers, axis = _recall(arms)
-        first = next(iter(rows.items()))[1]
+        first, taught = next(iter(rows.items()))[1], node.get("teacher") is not None
         return StudyView(
             node.path,
             node.text("baseline") or arms[0].name,
             max(len(arm.loss.by_seed) for arm in arms),
             _measured(first),
             arms,
-            _loss(arms, problems),
+            taught,
+            _claims(node),
+            tuple(said for _, one in _members(node, "readings") if (said := one.fact("says")) is not None),
+            _loss(arms, taught, problems),
+            _recovery(arms),
             whiskers,
             axis,
             _tradeoff(arms),
@@ -109,10 +136,27 @@ def _arm(place: Path, row: Node, color: int) -> StudyArm | None:
         color,
         row.text("previous"),
         loss,
+        _measure(row, "loss_as_cut"),
         _measure(row, "recall"),
         {name: row.number(name) for name in SPEEDS},
+        row.number("latency_seconds"),
         tuple(place / str(name) for name in runs.value) if runs is not None and isinstance(runs.value, list) else (),
+        row.text("role"),
     )
+
+
+def _members(node: Node, name: str) -> list[tuple[str, Node]]:
+    inner = node.get(name)
+    return [] if inner is None else list(inner.items())
+
+
+def _claims(node: Node) -> tuple[StudyClaim, ...]:
+    found = []
+    for _, one in _members(node, "claims"):
+        says, measure, verdict, difference = (*map(one.text, ("says", "measure", "verdict")), _difference(one))
+        if says is not None and measure is not None and verdict is not None and difference is not None:
+            found.append(StudyClaim(says, measure.replace("_", " "), verdict, difference))
+    return tuple(found)
 
 
 def _measure(row: Node, name: str) -> Measure | None:
@@ -141,13 +185,14 @@ def _measured(row: Node) -> str:
 # ---- figures
 
 
-def _loss(arms: Sequence[StudyArm], problems: list[str]) -> Markup | None:
-    """Training loss by tokens: the mean over the seeds in a band from the lowest to the highest."""
-    curves = [curve for arm in arms if (curve := _band(arm, problems)) is not None]
-    return both(curves_plot(curves, "seeds", "training loss, nats a token")) if curves else None
+def _loss(arms: Sequence[StudyArm], taught: bool, problems: list[str]) -> Markup | None:
+    """Loss by tokens: the mean over the seeds in a band from the lowest to the highest."""
+    measure, words = ("held_out_loss", "held-out loss") if taught else ("loss", "training loss")
+    curves = [curve for arm in arms if (curve := _band(arm, measure, problems)) is not None]
+    return both(curves_plot(curves, "seeds", f"{words}, nats a token")) if curves else None
 
 
-def _band(arm: StudyArm, problems: list[str]) -> Curve | None:
+def _band(arm: StudyArm, measure: str, problems: list[str]) -> Curve | None:
     steps: dict[
         float, list[tuple[float, float]]
     ] = {}  # seeds pack their rows otherwise: a step's tokens differ a little
@@ -158,7 +203,9 @@ def _band(arm: StudyArm, problems: list[str]) -> Curve | None:
             problems.append(str(error))
             continue
         for row in rows:
-            step, tokens, loss = row.number("step"), row.number("tokens"), row.number("loss")
+            if row.text("arm") not in (None, arm.role):
+                continue
+            step, tokens, loss = row.number("step"), row.number("tokens"), row.number(measure)
             if step is not None and tokens is not None and loss is not None:
                 steps.setdefault(float(step), []).append((float(tokens), float(loss)))
     if len(steps) < 2:
@@ -204,21 +251,51 @@ def tradeoff_plot(points: Sequence[tuple[StudyArm, float, float]]) -> Drawing:
     def draw(width: int, height: int) -> Markup:
         span = (min(sizes) / unit / 1.3, max(sizes) / unit * 1.3)
         frame = Frame.over(width, height, (0.0, 1.08 * fastest), span, log_y=True)
-        places = [(frame.x(speed), frame.y(cache / unit)) for _, speed, cache in points]
-        taken = [(at - 6, to - 6, at + 6, to + 6) for at, to in places]
-        drawn: list[Markup] = []
-        for (arm, speed, cache), (at, to) in zip(points, places):
-            title = element("title", f"{arm.name}: {units.rate(speed)}, {units.size(cache)}")
-            parts = [title, element("circle", cx=at, cy=to, r=5)]
-            if (label := _free(arm.name, at, to, taken, frame)) is not None:
-                x, y, anchor = label
-                parts.append(element("text", arm.name, x=x, y=y, text_anchor=anchor, class_="run-name"))
-            drawn.append(group(parts, class_=f"c{arm.color}"))
+        drawn = _dots(
+            frame,
+            [
+                (arm, frame.x(speed), frame.y(cache / unit), f"{units.rate(speed)}, {units.size(cache)}")
+                for arm, speed, cache in points
+            ],
+        )
         label_text = f"Decode speed against cache of {len(points)} arms; the table below holds the values"
         axes = frame.axes("decode, tokens a second", "cache", tick_count, lambda value: units.size(unit * value))
         return picture(width, height, label_text, [axes, *drawn])
 
     return draw
+
+
+def _recovery(arms: Sequence[StudyArm]) -> Markup | None:
+    """Loss as cut against loss once trained, of the arms that were cut: a rising line where one tells the other."""
+    points = [(arm, float(arm.as_cut.mean), float(arm.loss.mean)) for arm in arms if arm.as_cut is not None]
+    if len(points) < 3:
+        return None
+
+    def draw(width: int, height: int) -> Markup:
+        across, up = padded((cut for _, cut, _ in points), 0.1), padded((loss for *_, loss in points), 0.1)
+        frame = Frame.over(width, height, across, up)
+        told = [
+            (arm, frame.x(cut), frame.y(loss), f"{units.loss(cut)} as cut, {units.loss(loss)} trained")
+            for arm, cut, loss in points
+        ]
+        label = f"Loss as cut against loss once trained of {len(points)} arms; the table above holds the values"
+        axes = frame.axes("as cut, nats a token", "trained", tick, tick)
+        return picture(width, height, label, [axes, *_dots(frame, told)])
+
+    return both(draw)
+
+
+def _dots(frame: Frame, told: Sequence[tuple[StudyArm, float, float, str]]) -> list[Markup]:
+    """(arm, place across, place down, what its title says) as points, with names where there is room."""
+    taken = [(at - 6, to - 6, at + 6, to + 6) for _, at, to, _ in told]
+    drawn: list[Markup] = []
+    for arm, at, to, says in told:
+        parts = [element("title", f"{arm.name}: {says}"), element("circle", cx=at, cy=to, r=5)]
+        if (label := _free(arm.name, at, to, taken, frame)) is not None:
+            x, y, anchor = label
+            parts.append(element("text", arm.name, x=x, y=y, text_anchor=anchor, class_="run-name"))
+        drawn.append(group(parts, class_=f"c{arm.color}"))
+    return drawn
 
 
 def _free(
