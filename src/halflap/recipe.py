@@ -114,7 +114,7 @@ class Common:
 PATHS = "paths"
 """In YAML a list with fields beside it is nested: `data: {paths: [a], field: b}` is `--data a --data.field b`."""
 
-NOT_CONTENT = ("out", "json", "quiet", "overwrite", "stream", "workers", "ray", "ray_cpus")
+NOT_CONTENT = ("out", "json", "quiet", "overwrite", "stream", "top_k_in", "workers", "ray", "ray_cpus")
 """Names that change where a run goes or how it talks, and not what it is."""
 
 # What NVIDIA's tools call it, and what we call it; the scale turns a bare number into an amount with its unit.

@@ -111,7 +111,7 @@ def _train(setting: Setting, name: str, start: HybridModel, place: Path) -> dict
         directory=place / "training",
         loss=LossSettings(loss="next_token") if name == "scratch" else recipe.loss_settings,
         log=lambda row: setting.run.log({"phase": "train", "arm": name, **row}),
-        held_out=held_out_batches(setting.corpora, recipe.fit, recipe.tokens),
+        held_out=held_out_batches(setting.corpora.held_out, recipe.fit, recipe.tokens),
         origin=tutor.origin_after(setting.plan),
     )
     numbers = {"tokens": done["tokens"] + before, "loss": done["loss"], "continues_short_distillation": bool(before)}

@@ -163,7 +163,7 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
         directory=run.path / "training",
         loss=recipe.loss_settings,
         log=lambda row: run.log({"phase": "distill", **row}),
-        held_out=held_out_batches(corpora, recipe.fit, recipe.tokens),
+        held_out=held_out_batches(corpora.held_out, recipe.fit, recipe.tokens),
         origin=_origin(directory, teacher),
         phases=phases,
     )

@@ -259,19 +259,21 @@ class DoctorRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRecipe:
-    """Compare architectures under identical settings: same text, order, tokenizer, schedule and parameter count."""
+    """Compare architectures, or ways to compress a teacher, under identical settings: same text, order and schedule."""
 
     study: StudyName = field(kw_only=False)
-    """File of a study, or a shipped one: hymba-ladder, attention-share, meta-tokens."""
+    """File of a study, or a shipped one: hymba-ladder, group-aware, ... (docs/studies)."""
     size: Literal["smoke", "small", "paper"] = "small"
     """Which of its sizes: a minute, an hour or more on two cores, the published one."""
+    teacher: Model | None = None
+    """The model that is compressed, instead of the study's."""
     text: Text = Text()
     eval_data: Files = ()
-    """Text to judge on; without it a share of the documents, by a hash of their text, is kept back."""
-    eval_tokens: Positive = 65_536
-    """Tokens to judge on at most."""
+    """Text to judge on, instead of the study's; with neither, a share of the documents, by a hash, is kept back."""
+    eval_tokens: Positive | None = None
+    """Tokens to judge on at most, instead of the study's."""
     tokenizer: File | None = None
-    """Directory with the tokenizer; without one the study trains its own on the text."""
+    """Directory with the tokenizer of shapes trained from scratch; without one the study trains its own."""
     tokens: Positive | None = None
     """Tokens each arm and seed reads, instead of the study's."""
     seeds: tuple[int, ...] = ()

@@ -154,12 +154,12 @@ def training_loader(
     return build(phases=plan.blend(text.weights or loader.rows), total_tokens=plan.tokens)
 
 
-def held_out_batches(corpora: Corpora, settings: Fit, training_tokens: int) -> list[Batch]:
-    """A fixed sample of the held-out rows, each at most once; empty when nothing was kept back."""
-    if not corpora.held_out:
+def held_out_batches(corpora: Sequence[Corpus], settings: Fit, training_tokens: int) -> list[Batch]:
+    """A fixed sample of the rows of held-out corpora, each at most once; empty when nothing was kept back."""
+    if not corpora:
         return []
     rows, length = settings.micro_batch_rows, settings.sequence_length
-    loader = Loader(corpora.held_out, sequence_length=length, micro_batch_size=rows, seed=0)
+    loader = Loader(corpora, sequence_length=length, micro_batch_size=rows, seed=0)
     available = sum(loader.rows)
     least, most = HELD_OUT_TOKENS
     tokens = min(most, max(least, round(HELD_OUT_SHARE * training_tokens)))

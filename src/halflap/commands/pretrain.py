@@ -72,7 +72,7 @@ def pretrain(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
         tokens=tokens,
         directory=run.path / "training",
         log=run.log,
-        held_out=held_out_batches(corpora, recipe.fit, tokens) or None,
+        held_out=held_out_batches(corpora.held_out, recipe.fit, tokens) or None,
         device=device,
         dtype=recipe.common.dtype,
         seed=recipe.common.seed,

@@ -197,6 +197,8 @@ class LossSettings:
     """All other tokens as one category, or the kept logits as the whole distribution."""
     top_k_from: Literal["disk", "live"] = "disk"
     """Compute the kept logits once and store them, or at every step."""
+    top_k_in: str | None = None
+    """Directory for stored logits, which runs that read the same text in the same order share; by default the run's."""
     intermediate: tuple[Literal["embedding", "blocks", "mamba_x"], ...] = ()
     """Inner states to learn too: the embedding's output, blocks' outputs, the x of Mamba."""
     intermediate_loss: Literal["mse", "cosine"] = "mse"

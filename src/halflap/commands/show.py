@@ -199,30 +199,57 @@ def generate(result: Mapping[str, Any], console: Console) -> None:
 
 
 def study(result: Mapping[str, Any], console: Console) -> None:
-    seeds = len(result["seeds"])
+    """A column for each thing that was measured of any arm."""
+    rows, seeds = result["arms"], len(result["seeds"])
     console.print(f"{result['study']}, {result['size']}: {result['asks']}", style="bold")
-    recalls = any("recall" in row for row in result["arms"])
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "arm": lambda row: row["name"],
+        "parameters": lambda row: short(row["parameters"]),
+        "as cut": lambda row: _mean(row, "loss_as_cut"),
+        "loss": lambda row: _mean(row, "loss"),
+        f"to {result['baseline']}": lambda row: _difference(row.get("loss_against_baseline")),
+        "step": lambda row: _difference(row.get("loss_against_previous")),
+        "latency": lambda row: f"{1e3 * row['latency_seconds']:.3g} ms" if "latency_seconds" in row else "",
+        "train/s": lambda row: short(row["training_tokens_per_second"]),
+        "prefill/s": lambda row: short(row["prefill_tokens_per_second"]) if "prefill_tokens_per_second" in row else "",
+        "decode/s": lambda row: short(row["decode_tokens_per_second"]) if "decode_tokens_per_second" in row else "",
+        "cache": lambda row: size(row["cache_bytes"]) if "cache_bytes" in row else "",
+        "recall": lambda row: f"{100 * row['recall']:.1f} %" if "recall" in row else "",
+    }
     table = Table(box=None, header_style="bold", pad_edge=False)
-    columns = ("arm", "parameters", "loss", f"to {result['baseline']}", "step", "train/s", "decode/s", "cache")
-    for column in (*columns, *(("recall",) if recalls else ())):
-        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
-    for row in result["arms"]:
-        spread = "" if row["loss_spread"] is None else f" ±{row['loss_spread']:.3f}"
-        differences = [_difference(row.get(f"loss_against_{other}")) for other in ("baseline", "previous")]
-        speeds = [short(row[name]) for name in ("training_tokens_per_second", "decode_tokens_per_second")]
-        cells = (f"{row['loss']:.3f}{spread}", *differences, *speeds)
-        recall = (f"{100 * row['recall']:.1f} %",) if recalls else ()
-        table.add_row(row["name"], short(row["parameters"]), *cells, size(row["cache_bytes"]), *recall)
+    shown = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    for name in (shown := {name: cells for name, cells in shown.items() if any(cells)}):
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    for cells in zip(*shown.values(), strict=True):
+        table.add_row(*cells)
     console.width = max(console.width, 125)
     console.print(table)
-    first = result["arms"][0]
-    named = [f"{row['name']} from {row['previous']}" for row in result["arms"] if row.get("previous")]
+    for claim in result["claims"]:
+        difference = _difference({name: claim[name] for name in ("difference", "p_value")})
+        console.print(f"{VERDICTS[claim['verdict']]}: {claim['says']} ({claim['measure']} {difference})")
+    for reading in result["readings"]:
+        console.print(reading["says"])
+    named = [f"{row['name']} from {row['previous']}" for row in rows if row.get("previous")]
     console.print(f"step: {', '.join(named)}; p of the differences by seed, uncorrected for their number")
+    speed = (
+        f"; decode and cache: batch {rows[0]['batch']} after {rows[0]['prompt']:,} tokens" if "batch" in rows[0] else ""
+    )
+    teacher = f"; the teacher's is {result['teacher']['loss']:.3f}" if result["teacher"] else ""
     console.print(
-        f"loss: mean over {seeds} seeds of {short(result['tokens'])} tokens, ± standard deviation; decode and cache: "
-        f"batch {first['batch']} after {first['prompt']:,} tokens; judged on {result['held_out']}"
+        f"loss: mean over {seeds} seeds of {short(result['tokens'])} tokens, ± standard deviation{teacher}{speed}; "
+        f"judged on {result['held_out']}"
     )
     console.print(f"report: {result['report']}")
+
+
+VERDICTS = {"holds": "holds", "reversed": "reversed here", "open": "not told from chance"}
+
+
+def _mean(row: Mapping[str, Any], name: str) -> str:
+    if name not in row:
+        return ""
+    spread = row[f"{name}_spread"]
+    return f"{row[name]:.3f}" + ("" if spread is None else f" ±{spread:.3f}")
 
 
 def _difference(found: Mapping[str, Any] | None) -> str:

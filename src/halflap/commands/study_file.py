@@ -3,32 +3,40 @@
     study: hymba-ladder
     asks: What does each step from a Transformer to Hymba bring?
     baseline: transformer            the arm that others are compared with
-    vocab_size: 2048                 of the tokenizer trained on the text, when none is given
     tokens: 4M                       every arm and seed reads as many, in the same order
     seeds: [0, 1, 2]
-    parameters: 5M                   what every arm comes to within 1 %, by its MLPs' width; without it the baseline's
-    base: {...}                      fields of models/stack.py that arms share
+    base: {...}                      fields that arms share
     arms:
       parallel: {pattern: H-}        fields that differ; `from: other-arm` starts from another arm, `against: other-arm`
                                      is the one its step is measured from, where not the arm above it
-    recall: {...}                    a probe that every shape is trained on besides; see evaluate/probes.py
+    data: [...], eval_data: [...]    text, where the command line names none; eval_tokens: 64k of it are judged on
     speed: {prompt: [512], output: [32], batch: [1, 8]}
     fit: {learning_rate: 0.001}      fields of train/config.py
+    claims: [...]                    what is expected, and
+    readings: {...}                  what else is made of the results; see study_readings.py
     sizes:
       smoke: {tokens: 20k}           what another size changes, anywhere in the above
 
-A shipped study is found by its name in `studies/`. No torch.
+Arms are shapes that are trained from scratch (fields: models/stack.py), of
+
+    vocab_size: 2048                 of the tokenizer trained on the text, when none is given
+    parameters: 5M                   what every arm comes to within 1 %, by its MLPs' width; without it the baseline's
+    recall: {...}                    a probe that every shape is trained on besides; see evaluate/probes.py
+
+or, with `teacher: DIR`, what `compress` makes of a teacher (fields: study_compressions.py). A shipped study is found by
+its name in `studies/`. No torch.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from halflap.amounts import parse_count
+from halflap.commands.study_compressions import Compression, read_compressions
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
@@ -38,8 +46,11 @@ from halflap.train.config import Fit
 
 SHIPPED = Path(__file__).parent / "studies"
 SIZES = ("smoke", "small", "paper")
-REQUIRED = ("study", "baseline", "vocab_size", "tokens", "seeds", "base", "arms")
-OPTIONAL = ("asks", "parameters", "recall", "speed", "fit", "sizes")
+REQUIRED = ("study", "baseline", "tokens", "seeds", "arms")
+OPTIONAL = ("asks", "base", "data", "eval_data", "eval_tokens", "speed", "fit", "claims", "readings", "sizes")
+OF_SHAPES = ("vocab_size", "base")
+"""What arms trained from scratch need besides."""
+EVAL_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
@@ -68,27 +79,48 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """That one arm has less of a measure than another, in words too."""
+
+    says: str
+    lower: str
+    higher: str
+    measure: str = "loss"
+
+
+@dataclass(frozen=True)
 class Study:
-    """One size of a study, as read."""
+    """One size of a study, as read: of shapes (`stacks`), or of what is cut from a `teacher` (`compressions`)."""
 
     name: str
     size: str
     asks: str
     baseline: str
-    vocab_size: int
     tokens: int
     seeds: tuple[int, ...]
-    parameters: int | None
-    arms: Mapping[str, Stack]
     against: Mapping[str, str]
     """Of each arm but the first, the one that its step is measured from."""
     fit: Fit
-    recall: Recall | None
-    speed: Speed
+    data: tuple[str, ...]
+    eval_data: tuple[str, ...]
+    eval_tokens: int
+    speed: Speed | None
+    claims: tuple[Claim, ...]
+    readings: Mapping[str, Mapping[str, Any]]
+    vocab_size: int = 0
+    parameters: int | None = None
+    recall: Recall | None = None
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
+    teacher: str | None = None
+    compressions: Mapping[str, Compression] = field(default_factory=dict)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(self.stacks or self.compressions)
 
     def models(self, vocab_size: int) -> dict[str, ModelConfig]:
         """The arms' shapes with the tokenizer's vocabulary, all of the same size within 1 %."""
-        shapes = {name: _in(name, lambda arm=arm: build(arm, vocab_size)) for name, arm in self.arms.items()}
+        shapes = {name: _in(name, lambda arm=arm: build(arm, vocab_size)) for name, arm in self.stacks.items()}
         target = self.parameters or count_parameters(shapes[self.baseline])
         return {name: _in(name, lambda shape=shape: with_parameters(shape, target)) for name, shape in shapes.items()}
 
@@ -116,41 +148,63 @@ def study_path(name: str) -> Path:
     raise HalflapError(f"study is {name!r}, which is neither a file nor a shipped study; {hint}")
 
 
-def read_study(name: str, size: str) -> Study:
-    """Raise HalflapError for a field that is unknown, missing or wrong, with the file's name."""
+def read_study(name: str, size: str, **given: Any) -> Study:
+    """The study with what was `given` in place of its own. Raise HalflapError for a field that is unknown, missing or
+    wrong, with the file's name."""
     path = study_path(name)
     data = read_yaml(path, "study")
     _check_names(path, data, size)
     data = _merged(data, dict(data.get("sizes", {})).get(size, {}))
-    given = {arm: dict(fields or {}) for arm, fields in data["arms"].items()}
-    against = _against(path, {arm: fields.pop("against", None) for arm, fields in given.items()})
-    whole = _arms(path, given, data["base"])
-    arms = {arm: read_stack(fields, f"{path}, arm {arm!r}") for arm, fields in whole.items()}
-    if data["baseline"] not in arms:
+    data |= {name: value for name, value in given.items() if value}
+    arms = {arm: dict(fields or {}) for arm, fields in data["arms"].items()}
+    against = _against(path, {arm: fields.pop("against", None) for arm, fields in arms.items()})
+    if data["baseline"] not in arms and arms:
         raise HalflapError(f"{path}: {unknown_name(str(data['baseline']), list(arms), 'baseline arm')}")
+    speed = {key: tuple(value) for key, value in data.get("speed", {}).items()}
     return Study(
         name=data["study"],
         size=size,
         asks=data.get("asks", ""),
         baseline=data["baseline"],
-        vocab_size=data["vocab_size"],
         tokens=parse_count(str(data["tokens"])),
         seeds=tuple(data["seeds"]),
-        parameters=parse_count(str(data["parameters"])) if data.get("parameters") else None,
-        arms=arms,
         against=against,
         fit=_section(path, "fit", Fit, data.get("fit", {})),
-        recall=_section(path, "recall", Recall, data["recall"]) if data.get("recall") else None,
-        speed=_section(path, "speed", Speed, {key: tuple(value) for key, value in data.get("speed", {}).items()}),
+        data=tuple(data.get("data", ())),
+        eval_data=tuple(data.get("eval_data", ())),
+        eval_tokens=parse_count(str(data.get("eval_tokens", EVAL_TOKENS))),
+        speed=_section(path, "speed", Speed, speed) if speed or "teacher" not in data else None,
+        claims=tuple(_section(path, "claims", Claim, claim) for claim in data.get("claims", ())),
+        readings=data.get("readings", {}),
+        **(_compressions(path, data, arms) if "teacher" in data else _shapes(path, data, arms)),
     )
 
 
+def _shapes(path: Path, data: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    whole = _arms(path, given, data["base"])
+    return {
+        "vocab_size": data["vocab_size"],
+        "parameters": parse_count(str(data["parameters"])) if data.get("parameters") else None,
+        "recall": _section(path, "recall", Recall, data["recall"]) if data.get("recall") else None,
+        "stacks": {arm: read_stack(fields, f"{path}, arm {arm!r}") for arm, fields in whole.items()},
+    }
+
+
+def _compressions(path: Path, data: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    shared = {"tokens": data["tokens"], "eval_tokens": data.get("eval_tokens", EVAL_TOKENS), "fit": data.get("fit", {})}
+    whole = _arms(path, given, _merged(shared, data.get("base", {})))
+    return {"teacher": data["teacher"], "compressions": read_compressions(path, whole, given)}
+
+
 def _check_names(path: Path, data: Mapping[str, Any], size: str) -> None:
+    own = ("teacher",) if "teacher" in data else ("vocab_size", "parameters", "recall")
+    required = REQUIRED if "teacher" in data else (*REQUIRED, *OF_SHAPES)
+    known = dict.fromkeys((*required, *OPTIONAL, *own))
     for name in data:
-        if name not in (*REQUIRED, *OPTIONAL):
-            raise HalflapError(f"{path}: {unknown_name(name, [*REQUIRED, *OPTIONAL], 'field of a study')}")
-    if missing := [name for name in REQUIRED if name not in data and name not in data.get("sizes", {}).get(size, {})]:
-        raise HalflapError(f"{path} has no {missing[0]}; a study needs {', '.join(REQUIRED)}: add it")
+        if name not in known:
+            raise HalflapError(f"{path}: {unknown_name(name, list(known), 'field of a study')}")
+    if missing := [name for name in required if name not in data and name not in data.get("sizes", {}).get(size, {})]:
+        raise HalflapError(f"{path} has no {missing[0]}; a study needs {', '.join(required)}: add it")
     if (sizes := data.get("sizes")) and size not in sizes:
         raise HalflapError(f"{path} has no size {size!r}; it has {', '.join(sizes)}: choose one with --size")
 

@@ -91,7 +91,8 @@ def distill_into(
 ) -> dict[str, Any]:
     """Train the student in place, on its teacher's outputs or on the text itself; goes on from a saved state.
 
-    Outputs that are stored go to `stored_in`, by default beside `directory`; `until` stops before the schedule's end.
+    Outputs that are stored go to `stored_in`, by default where `loss` says or beside `directory`; `until` stops before
+    the schedule's end.
     Returns what `fit` does and, where there are such, what the stored teacher costs and the map of blocks.
     """
     batches: Callable[[int], Any] = (
@@ -99,7 +100,7 @@ def distill_into(
     )
     if loss.loss != "next_token" and loss.top_k and loss.top_k_from == "disk":
         count = _steps(batches, until or tokens, loader.world) if phases is None else phases.steps
-        place = stored_in or directory.parent / "teacher-logits"
+        place = stored_in or Path(loss.top_k_in or directory.parent / "teacher-logits")
         lesson = _stored(student, teacher, batches, count, loss, place)
     else:
         model = None if loss.loss == "next_token" else teacher.load()

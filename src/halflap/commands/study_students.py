@@ -1,0 +1,250 @@
+"""Arms of a study that are cut from a teacher: each arm and seed is a run of `compress`, in `arms/ARM/seed-N`.
+
+What arms have in common is done once: the text as token shards in `corpus/`, scores of one metric and seed as a run of
+`score` in `scores/`, the teacher's judgement in `teacher.json`, its largest logits by seed in `teacher-logits/` where
+arms learn from those, and the times of its blocks in `costs.json` where an arm has a budget of time. Arms that lean on
+another arm's student come after it: budgets that are what it has, and its shape from random weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halflap.amounts import Amount
+from halflap.checkpoints.config import read_config, read_json
+from halflap.commands import compress as verbs
+from halflap.commands import scoring, students, timing
+from halflap.commands.config import StudyRecipe
+from halflap.commands.config_compress import CompressRecipe, ScoreRecipe
+from halflap.commands.corpora import Corpora
+from halflap.commands.sections import ScoreSettings, Text
+from halflap.commands.students import Teacher
+from halflap.commands.study_compressions import Compression
+from halflap.commands.study_file import Study
+from halflap.commands.study_shapes import Task, train_and_judge
+from halflap.compress.axes import check_sizes
+from halflap.compress.cost_model import Condition
+from halflap.compress.cost_table import CostTable
+from halflap.errors import HalflapError
+from halflap.models.count import count_parameters
+from halflap.parallel import fanout
+from halflap.recipe import inputs_of, settings_of
+from halflap.run import Run, open_run
+
+LOGITS = "teacher-logits"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One arm and seed in plain values: it may go to another process. `match`: budgets and whose student sets them."""
+
+    recipe: CompressRecipe
+    match: Mapping[str, Path]
+    teacher: Mapping[str, Any]
+    """The teacher's judgement."""
+
+
+def judge_teacher(run: Run, plan: Study, teacher: Teacher, corpora: Corpora) -> dict[str, Any]:
+    """The row of the teacher in tables, measured once."""
+    file = run.path / "teacher.json"
+    if not file.exists():
+        row = students.judge(teacher.load(), corpora, teacher, plan.eval_tokens)
+        run.save_json(file.name, row | {"tokens_trained": 0})
+    return read_json(file)
+
+
+def cost_table(run: Run, plan: Study, teacher: Teacher) -> tuple[CostTable, Condition] | None:
+    """The times of the teacher's blocks, where an arm needs them, and what they are times of."""
+    needing = [arm.recipe.budgets for arm in plan.compressions.values() if arm.needs_times]
+    if not needing:
+        return None
+    one = needing[0]
+    table = timing.table_for(dataclasses.replace(one, latency=Amount(1.0, "seconds", share=True)), teacher, run.path)
+    assert table is not None
+    return table, Condition(one.phase, one.context, one.batch)
+
+
+def train(
+    recipe: StudyRecipe, run: Run, plan: Study, teacher: Teacher, corpora: Corpora, **how: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """The results of every arm, one a seed. `how`: processes and cluster of parallel.fanout."""
+    for arm in plan.compressions.values():
+        check_sizes(teacher.config, arm.recipe.sizes)
+        scoring.check_settings(teacher.config, arm.recipe.score_settings)
+    row = judge_teacher(run, plan, teacher, corpora)
+    cost_table(run, plan, teacher)
+    pairs = [(seed, name) for seed in plan.seeds for name in plan.compressions]
+    cuts = {
+        (seed, name): Cut(
+            _recipe(recipe, run, plan, teacher, corpora, name, seed),
+            {budget: place_of(run, other, seed).resolve() for budget, other in plan.compressions[name].match.items()},
+            row,
+        )
+        for seed, name in pairs
+        if plan.compressions[name].control is None
+    }
+    scores = {one.common.out: one for cut in cuts.values() if (one := scoring_of(run, cut.recipe)) is not None}
+    fanout.map(measure, scores.values(), what=f"{len(scores)} scores of importance", **how)
+    cuts = {pair: _with_scores(run, cut) for pair, cut in cuts.items()}
+    first = [pair for pair, cut in cuts.items() if not cut.match]
+    fanout.map(cut_and_judge, [cuts[pair] for pair in first], what=f"{len(first)} students", **how)
+    later = [pair for pair, cut in cuts.items() if cut.match]
+    fanout.map(cut_and_judge, [cuts[pair] for pair in later], what=f"{len(later)} students", **how)
+    fresh = [pair for pair in pairs if plan.compressions[pair[1]].control == "scratch"]
+    tasks = [_from_scratch(recipe, run, plan, teacher, corpora, name, seed) for seed, name in fresh]
+    trained = dict(
+        zip(fresh, fanout.map(train_and_judge, tasks, what=f"{len(tasks)} from scratch", **how), strict=True)
+    )
+    return {
+        name: [trained.get((seed, name)) or _result(run, arm, name, seed) for seed in plan.seeds]
+        for name, arm in plan.compressions.items()
+    }
+
+
+def place_of(run: Run, arm: str, seed: int) -> Path:
+    return run.path / "arms" / arm.replace(" ", "-").replace("/", "-") / f"seed-{seed}"
+
+
+# ---- recipes
+
+
+def _recipe(
+    given: StudyRecipe, run: Run, plan: Study, teacher: Teacher, corpora: Corpora, name: str, seed: int
+) -> CompressRecipe:
+    """The arm's, with what all arms share."""
+    arm = plan.compressions[name]
+    recipe, out = arm.recipe, place_of(run, name, seed)
+    train, held_out = (
+        tuple(str(corpus.path.resolve()) for corpus in group) for group in (corpora.train, corpora.held_out)
+    )
+    beside = [one.control for one in plan.compressions.values() if one.of == name and one.control != "scratch"]
+    logits = str((run.path / LOGITS / f"seed-{seed}").resolve()) if recipe.loss_settings.top_k else None
+    costs = str((run.path / timing.COSTS).resolve()) if arm.needs_times else None
+    return dataclasses.replace(
+        recipe,
+        model=str(teacher.checkpoint.path.resolve()),
+        text=Text(data=train, weights=given.text.weights, packing=given.text.packing),
+        eval_data=held_out,
+        controls=tuple(dict.fromkeys(beside)),
+        budgets=dataclasses.replace(recipe.budgets, costs=costs),
+        loss_settings=dataclasses.replace(recipe.loss_settings, top_k_in=logits),
+        common=dataclasses.replace(given.common, out=str(out.resolve()), seed=seed, json=False, overwrite=False),
+    )
+
+
+def scoring_of(run: Run, recipe: CompressRecipe) -> ScoreRecipe | None:
+    """What measures an arm's importance; None where the arm does that itself: for each step, or a corrected teacher."""
+    if recipe.loss_settings.steps > 1 or recipe.loss_settings.teacher_correction:
+        return None
+    found = ScoreRecipe(
+        model=recipe.model,
+        text=recipe.text,
+        tokens=recipe.calibration_tokens,
+        settings=recipe.score_settings,
+        sequence_length=recipe.fit.sequence_length,
+        batch_size=recipe.fit.micro_batch_rows,
+        common=dataclasses.replace(recipe.common, out=None),
+    )
+    digest = hashlib.sha256(json.dumps(settings_of(found)).encode()).hexdigest()[:10]
+    out = run.path.resolve() / "scores" / f"{recipe.score_settings.metric}-seed-{recipe.common.seed}-{digest}"
+    return dataclasses.replace(found, common=dataclasses.replace(found.common, out=str(out)))
+
+
+def _with_scores(run: Run, cut: Cut) -> Cut:
+    scored = scoring_of(run, cut.recipe)
+    if scored is None:
+        return cut
+    file = str(Path(str(scored.common.out)) / scoring.IMPORTANCE)
+    return dataclasses.replace(
+        cut, recipe=dataclasses.replace(cut.recipe, importance=file, score_settings=ScoreSettings())
+    )
+
+
+def _matched(cut: Cut) -> CompressRecipe:
+    """The recipe, with budgets that are what another arm's student has."""
+    budgets = cut.recipe.budgets
+    for name, place in cut.match.items():
+        student = read_config(place)
+        if name == "params":
+            amount = Amount(count_parameters(student))
+        else:
+            condition = Condition(budgets.phase, budgets.context, budgets.batch)
+            amount = Amount(CostTable.load(str(budgets.costs)).seconds(student, condition), "seconds")
+        budgets = dataclasses.replace(budgets, **{name: amount})
+    return dataclasses.replace(cut.recipe, budgets=budgets)
+
+
+# ---- work
+
+
+def measure(recipe: ScoreRecipe) -> None:
+    with open_run("score", settings_of(recipe), inputs_of(recipe)) as run:
+        if run.result is None:
+            run.finish(verbs.score(recipe, run))
+
+
+def cut_and_judge(cut: Cut) -> None:
+    """A run of `compress` that finds the teacher judged; a finished one is passed over, another recipe's is refused."""
+    recipe = _matched(cut)
+    with open_run("compress", settings_of(recipe), inputs_of(recipe)) as run:
+        if run.result is None:
+            if not recipe.loss_settings.teacher_correction and not (run.path / "scores.json").exists():
+                run.save_json("scores.json", {"teacher": cut.teacher})
+            run.finish(verbs.compress(recipe, run))
+
+
+def _from_scratch(
+    given: StudyRecipe, run: Run, plan: Study, teacher: Teacher, corpora: Corpora, name: str, seed: int
+) -> Task:
+    arm = plan.compressions[name]
+    train, held_out = (tuple(corpus.path.resolve() for corpus in group) for group in (corpora.train, corpora.held_out))
+    return Task(
+        arm=name,
+        seed=seed,
+        config=read_config(place_of(run, str(arm.of), seed)),
+        place=place_of(run, name, seed).resolve(),
+        tokenizer=teacher.tokenizer_place.resolve(),
+        train=train,
+        held_out=held_out,
+        text=tuple(corpus.manifest.digest for corpus in (*corpora.train, *corpora.held_out)),
+        weights=given.text.weights,
+        packing=given.text.packing,
+        tokens=arm.recipe.tokens,
+        eval_tokens=plan.eval_tokens,
+        fit=arm.recipe.fit,
+        recall=None,
+        device=given.common.device,
+        dtype=given.common.dtype,
+        context=None,
+        followed=True,
+    )
+
+
+def _result(run: Run, arm: Compression, name: str, seed: int) -> dict[str, Any]:
+    """What tables need of a student, or of a control that was trained beside one."""
+    place = place_of(run, arm.of or name, seed)
+    found = read_json(place / "status.json")["result"]
+    role, checkpoint = arm.control or "student", place / "checkpoint"
+    row, tokens = found["student"], sum(step["student"]["tokens_trained"] for step in found.get("steps", ()))
+    if arm.control is not None:
+        row = next((one for one in found["controls"] if one["name"] == role), None)
+        checkpoint, tokens = place / "arms" / role / "checkpoint", 0
+        if row is None:
+            raise HalflapError(
+                f"arm {name!r} is the control {role} of {arm.of!r}, whose students keep all their Mamba heads, so that "
+                "there is no such control; leave the arm out, or cut heads"
+            )
+    return {
+        **row,
+        "tokens_trained": row["tokens_trained"] + tokens,
+        "training_tokens_per_second": row["tokens_trained"] / max(row["seconds"], 1e-9),
+        "run": str(place),
+        "role": role,
+        "checkpoint": str(checkpoint),
+    }
