@@ -46,7 +46,7 @@ def write(place: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", [name for name in shipped() if not read_study(name, "smoke").teacher])
 def test_shipped_studies_have_equal_arms_in_every_size(name: str, size: str) -> None:
     study = read_study(name, size)
     counts = [count_parameters(config) for config in study.models(study.vocab_size).values()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,13 +191,15 @@ def measure(recipe: ScoreRecipe) -> None:
 
 
 def cut_and_judge(cut: Cut) -> None:
-    """A run of `compress` that finds the teacher judged; a finished one is passed over, another recipe's is refused."""
+    """A run of `compress` that finds the teacher judged; one that is finished is passed over, another's is refused."""
     recipe = _matched(cut)
     with open_run("compress", settings_of(recipe), inputs_of(recipe)) as run:
         if run.result is None:
             if not recipe.loss_settings.teacher_correction and not (run.path / "scores.json").exists():
                 run.save_json("scores.json", {"teacher": cut.teacher})
             run.finish(verbs.compress(recipe, run))
+    for place in run.path.glob("**/training"):  # states to go on from, which a finished run is not
+        shutil.rmtree(place)
 
 
 def _from_scratch(

@@ -1,7 +1,9 @@
-"""study.json as the page shows it: each arm's step from another one, recall, loss over the seeds, speed against cache.
+"""study.json as the page shows it: claims and readings, each arm's step from another one, recall, loss over the seeds,
+speed against cache.
 
 Arms keep the order of their study. A step's difference, interval and p-value are those of the paired test that `study`
-made; training losses by tokens are read from the runs that each arm names.
+made; losses by tokens are read from the runs that each arm names: of training, or, where arms learn from a teacher, on
+held-out text, since what they train on are divergences.
 """
 
 from __future__ import annotations
@@ -47,15 +49,31 @@ class Measure:
 
 @dataclass(frozen=True)
 class StudyArm:
-    """One arm; `loss` in nats a token, `recall` a share, `speeds` under the names of SPEEDS."""
+    """One arm; losses in nats a token, `recall` a share, `speeds` under the names of SPEEDS, `latency` in seconds.
+
+    role: whose rows of its runs' metrics are its own, where they have those of several.
+    """
 
     name: str
     color: int
     previous: str | None
     loss: Measure
+    as_cut: Measure | None
     recall: Measure | None
     speeds: dict[str, Fact | None]
+    latency: Fact | None
     runs: tuple[Path, ...]
+    role: str | None
+
+
+@dataclass(frozen=True)
+class StudyClaim:
+    """What was expected, and whether it `holds`, is `reversed` or `open`."""
+
+    says: str
+    measure: str
+    verdict: str
+    difference: Difference
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,10 @@ class StudyView:
     seeds: int
     measured: str
     arms: tuple[StudyArm, ...]
+    of_teacher: bool
+    claims: tuple[StudyClaim, ...]
+    readings: tuple[Fact, ...]
+    """Sentences."""
     loss: Markup | None
     recall: dict[str, Markup]
     recall_axis: Markup | None
@@ -85,14 +107,17 @@ def read_study(runs: Sequence[RunFiles], problems: list[str]) -> StudyView | Non
         if not arms:
             continue
         whiskers, axis = _recall(arms)
-        first = next(iter(rows.items()))[1]
+        first, taught = next(iter(rows.items()))[1], node.get("teacher") is not None
         return StudyView(
             node.path,
             node.text("baseline") or arms[0].name,
             max(len(arm.loss.by_seed) for arm in arms),
             _measured(first),
             arms,
-            _loss(arms, problems),
+            taught,
+            _claims(node),
+            tuple(said for _, one in _members(node, "readings") if (said := one.fact("says")) is not None),
+            _loss(arms, taught, problems),
             whiskers,
             axis,
             _tradeoff(arms),
@@ -109,10 +134,27 @@ def _arm(place: Path, row: Node, color: int) -> StudyArm | None:
         color,
         row.text("previous"),
         loss,
+        _measure(row, "loss_as_cut"),
         _measure(row, "recall"),
         {name: row.number(name) for name in SPEEDS},
+        row.number("latency_seconds"),
         tuple(place / str(name) for name in runs.value) if runs is not None and isinstance(runs.value, list) else (),
+        row.text("role"),
     )
+
+
+def _members(node: Node, name: str) -> list[tuple[str, Node]]:
+    inner = node.get(name)
+    return [] if inner is None else list(inner.items())
+
+
+def _claims(node: Node) -> tuple[StudyClaim, ...]:
+    found = []
+    for _, one in _members(node, "claims"):
+        says, measure, verdict, difference = (*map(one.text, ("says", "measure", "verdict")), _difference(one))
+        if says is not None and measure is not None and verdict is not None and difference is not None:
+            found.append(StudyClaim(says, measure.replace("_", " "), verdict, difference))
+    return tuple(found)
 
 
 def _measure(row: Node, name: str) -> Measure | None:
@@ -141,13 +183,14 @@ def _measured(row: Node) -> str:
 # ---- figures
 
 
-def _loss(arms: Sequence[StudyArm], problems: list[str]) -> Markup | None:
-    """Training loss by tokens: the mean over the seeds in a band from the lowest to the highest."""
-    curves = [curve for arm in arms if (curve := _band(arm, problems)) is not None]
-    return both(curves_plot(curves, "seeds", "training loss, nats a token")) if curves else None
+def _loss(arms: Sequence[StudyArm], taught: bool, problems: list[str]) -> Markup | None:
+    """Loss by tokens: the mean over the seeds in a band from the lowest to the highest."""
+    measure, words = ("held_out_loss", "held-out loss") if taught else ("loss", "training loss")
+    curves = [curve for arm in arms if (curve := _band(arm, measure, problems)) is not None]
+    return both(curves_plot(curves, "seeds", f"{words}, nats a token")) if curves else None
 
 
-def _band(arm: StudyArm, problems: list[str]) -> Curve | None:
+def _band(arm: StudyArm, measure: str, problems: list[str]) -> Curve | None:
     steps: dict[
         float, list[tuple[float, float]]
     ] = {}  # seeds pack their rows otherwise: a step's tokens differ a little
@@ -158,7 +201,9 @@ def _band(arm: StudyArm, problems: list[str]) -> Curve | None:
             problems.append(str(error))
             continue
         for row in rows:
-            step, tokens, loss = row.number("step"), row.number("tokens"), row.number("loss")
+            if row.text("arm") not in (None, arm.role):
+                continue
+            step, tokens, loss = row.number("step"), row.number("tokens"), row.number(measure)
             if step is not None and tokens is not None and loss is not None:
                 steps.setdefault(float(step), []).append((float(tokens), float(loss)))
     if len(steps) < 2:

@@ -1,0 +1,180 @@
+"""A study whose arms are cut from a teacher: what a file may say, and a run with every kind of arm, interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halflap.checkpoints.checkpoint import save_model
+from halflap.checkpoints.config import read_config
+from halflap.commands import teaching, timing
+from halflap.commands.study_file import read_study
+from halflap.compress.cost_model import Condition
+from halflap.data.tokenizer import train_tokenizer
+from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
+from halflap.models.count import count_non_embedding_parameters
+from halflap.models.model import HybridModel, initialize
+from halflap.models.presets import preset
+
+ARMS = {
+    "heads": {"sizes": {"mamba_num_heads": 8}},
+    "blind": {"control": "group_blind", "of": "heads"},
+    "channels": {"match": {"latency": "heads"}, "space": {"mamba_head_dim": [14, 12, 10, 8, 6]}, "against": "heads"},
+    "scratch": {"control": "scratch", "of": "heads", "tokens": 600, "fit": {"learning_rate": 0.003}},
+}
+STUDY = {
+    "study": "tiny",
+    "asks": "Which?",
+    "teacher": "nowhere",
+    "baseline": "heads",
+    "tokens": 300,
+    "seeds": [0, 1],
+    "eval_tokens": 300,
+    "base": {
+        "calibration_tokens": 128, "depth_metric": "block_influence", "top_k": 16, "score_tokens": 64, "shortlist": 1,
+        "phase": "prefill", "context": 64, "space": {"max_width_cut": 0, "max_depth_cut": 0},
+    },
+    "arms": ARMS,
+    "fit": {"sequence_length": 32, "batch_size": 4, "evaluate_every": 1},
+    "claims": [{"says": "Groups kept are better", "lower": "heads", "higher": "blind", "measure": "loss_as_cut"}],
+    "readings": {
+        "tokens_to_reach": {"arm": "heads", "by": ["scratch"]},
+        "rank_correlation": {"arms": ["heads", "blind", "channels"]},
+    },
+}  # fmt: skip
+Cli = Callable[..., Any]
+
+
+def write(place: Path, **changes: Any) -> Path:
+    file = place / "study.yaml"
+    file.write_text(json.dumps(STUDY | changes))  # JSON is YAML
+    return file
+
+
+def made_up_seconds(config: ModelConfig, condition: Condition, *_: Any) -> float:
+    return 1e-3 + 1e-8 * condition.tokens * count_non_embedding_parameters(config)
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "seconds_of", made_up_seconds)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher with random weights and a tokenizer, and text."""
+    folder, generator = tmp_path_factory.mktemp("study"), random.Random(0)
+    documents = [" ".join(generator.choices(["half", "lap", "joint", "wood"], k=60)) for _ in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    train_tokenizer(documents, 280).save(folder / "tokenizer")
+    model = HybridModel(dataclasses.replace(preset("nemotron-h-tiny"), vocab_size=512))
+    initialize(model, 0)
+    save_model(model, folder / "teacher", tokenizer_from=folder / "tokenizer")
+    return folder
+
+
+def words(file: Path, place: Path, out: Path) -> tuple[object, ...]:
+    given = ("--teacher", place / "teacher", "--data", place / "text.jsonl", "--data.held-out", 0.2)
+    return ("study", file, *given, "--out", out, "--json")
+
+
+def test_arms_share_their_work_and_an_interrupted_study_ends_the_same(
+    halflap: Cli, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out, teach, calls = write(tmp_path), tmp_path / "run", teaching.distill_into, []
+
+    def interrupted(*rest: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:  # the third student, or a control, of four
+            raise KeyboardInterrupt
+        return teach(*rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teaching, "distill_into", interrupted)
+        assert halflap(*words(file, place, out)).status == 130
+    kept = {path: path.stat().st_mtime_ns for path in (*out.glob("scores/*/*.safetensors"), *out.glob("teacher.json"))}
+    result = halflap(*words(file, place, out)).json
+    assert len(kept) == 3 and all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    whole = halflap(*words(file, place, tmp_path / "whole")).json
+    assert [row["loss_by_seed"] for row in result["arms"]] == [row["loss_by_seed"] for row in whole["arms"]]
+    assert result["claims"] == whole["claims"] and result["readings"] == whole["readings"]
+
+    rows = {row["name"]: row for row in result["arms"]}
+    assert list(rows) == list(ARMS) and "loss_against_baseline" not in rows["heads"]
+    assert rows["heads"]["parameters"] == rows["blind"]["parameters"] == rows["scratch"]["parameters"]
+    assert rows["blind"]["loss_as_cut_by_seed"] != rows["heads"]["loss_as_cut_by_seed"]
+    assert "loss_as_cut" not in rows["scratch"] and rows["scratch"]["tokens_trained"] > rows["heads"]["tokens_trained"]
+    assert 0.95 <= rows["channels"]["latency_seconds"] / rows["heads"]["latency_seconds"] <= 1.0001
+    assert [one["name"] for one in result["readings"]] == ["tokens_to_reach", "rank_correlation", "matched"]
+    assert result["claims"][0]["verdict"] in ("holds", "reversed", "open")
+    run = out / "arms" / "heads" / "seed-1"
+    assert read_config(run) == read_config(out / "arms" / "scratch" / "seed-1")
+    assert not (run / "training").exists() and len(list((out / "teacher-logits").iterdir())) == 2
+
+    shown = halflap(*words(file, place, out)[:-1]).out
+    assert "Groups kept are better (loss_as_cut" in shown and "the teacher's is" in shown and "as cut" in shown
+    page = (out / "report.html").read_text()
+    assert 'id="readings"' in page and "Groups kept are better" in page and "held-out loss, nats a token" in page
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"arms": {"heads": {"prams": "50%"}}},
+            "arm 'heads': 'prams' is not a field that exists; did you mean 'params'",
+        ),
+        (
+            {"arms": {"heads": {"metric": "actvation"}}},
+            "arm 'heads': .*metric is 'actvation'.*did you mean 'activation'",
+        ),
+        ({"arms": {"heads": {"seed": 3}}}, "arm 'heads': seed is the same for all arms"),
+        ({"arms": ARMS | {"blind": {"control": "blind", "of": "heads"}}}, "a control is one of scratch, group_blind"),
+        ({"arms": ARMS | {"blind": {"control": "group_blind"}}}, "`of` another arm; give both, or neither"),
+        (
+            {"arms": ARMS | {"blind": {"control": "group_blind", "of": "heads", "params": "50%"}}},
+            "params is that of arm 'heads', whose control this is",
+        ),
+        (
+            {"arms": ARMS | {"blind": {"control": "random", "of": "chanels"}}},
+            "'chanels' is not a arm|'chanels' is not an",
+        ),
+        ({"arms": ARMS | {"channels": {"match": {"flops": "heads"}}}}, "'flops' is not a budget to match that exists"),
+        ({"claims": [{"says": "x", "lower": "heads"}]}, "claims is incomplete"),
+        ({"vocab_size": 300}, "'vocab_size' is not a field of a study"),
+    ],
+)
+def test_a_wrong_study_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(HalflapError, match=message):
+        read_study(str(write(tmp_path, **changes)), "small")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"readings": {"ranks": {}}}, "'ranks' is not a reading that exists"),
+        ({"readings": {"rank_correlation": {"chep": "loss"}}}, "did you mean 'cheap'"),
+        ({"readings": {"tokens_to_reach": {"arm": "head", "by": []}}}, "did you mean 'heads'"),
+        ({"arms": {"heads": {"sizes": {"mamba_num_heads": 10}}}, "claims": [], "readings": {}}, "multiple of 4"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(
+    halflap: Cli, place: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    said = halflap(*words(write(tmp_path, **changes), place, tmp_path / "run"))
+    assert said.status == 1 and message in said.err and not (tmp_path / "run" / "teacher.json").exists()
+
+
+def test_a_teacher_or_text_that_is_not_there_is_named(halflap: Cli, place: Path, tmp_path: Path) -> None:
+    file = write(tmp_path, data=["no.jsonl"])
+    said = halflap("study", file, "--out", tmp_path / "run")
+    assert said.status == 1 and "'no.jsonl', which is not there" in said.err and "--data" in said.err
+    said = halflap("study", file, "--data", place / "text.jsonl", "--out", tmp_path / "run")
+    assert said.status == 1 and "the study's teacher is 'nowhere'" in said.err and "--teacher" in said.err
