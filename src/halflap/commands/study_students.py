@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,36 +75,37 @@ def train(
     recipe: StudyRecipe, run: Run, plan: Study, teacher: Teacher, corpora: Corpora, **how: Any
 ) -> dict[str, list[dict[str, Any]]]:
     """The results of every arm, one a seed. `how`: processes and cluster of parallel.fanout."""
-    for arm in plan.compressions.values():
+    arms = plan.compressions
+    for arm in arms.values():
         check_sizes(teacher.config, arm.recipe.sizes)
         scoring.check_settings(teacher.config, arm.recipe.score_settings)
-    row = judge_teacher(run, plan, teacher, corpora)
+    judged = judge_teacher(run, plan, teacher, corpora)
     cost_table(run, plan, teacher)
-    pairs = [(seed, name) for seed in plan.seeds for name in plan.compressions]
+    pairs = [(seed, name) for seed in plan.seeds for name in arms]
     cuts = {
         (seed, name): Cut(
             _recipe(recipe, run, plan, teacher, corpora, name, seed),
-            {budget: place_of(run, other, seed).resolve() for budget, other in plan.compressions[name].match.items()},
-            row,
+            {budget: place_of(run, other, seed).resolve() for budget, other in arms[name].match.items()},
+            judged,
         )
         for seed, name in pairs
-        if plan.compressions[name].control is None
+        if arms[name].control is None
     }
+
+    def each(function: Callable[[Any], Any], items: Sequence[Any], words: str) -> list[Any]:
+        return fanout.map(function, items, what=f"{len(items)} {words}", **how) if items else []
+
     scores = {one.common.out: one for cut in cuts.values() if (one := scoring_of(run, cut.recipe)) is not None}
-    fanout.map(measure, scores.values(), what=f"{len(scores)} scores of importance", **how)
+    each(measure, [*scores.values()], "scores of importance")
     cuts = {pair: _with_scores(run, cut) for pair, cut in cuts.items()}
-    first = [pair for pair, cut in cuts.items() if not cut.match]
-    fanout.map(cut_and_judge, [cuts[pair] for pair in first], what=f"{len(first)} students", **how)
-    later = [pair for pair, cut in cuts.items() if cut.match]
-    fanout.map(cut_and_judge, [cuts[pair] for pair in later], what=f"{len(later)} students", **how)
-    fresh = [pair for pair in pairs if plan.compressions[pair[1]].control == "scratch"]
+    each(cut_and_judge, [cut for cut in cuts.values() if not cut.match], "students")
+    each(cut_and_judge, [cut for cut in cuts.values() if cut.match], "students like others")
+    fresh = [(seed, name) for seed, name in pairs if arms[name].control == "scratch"]
     tasks = [_from_scratch(recipe, run, plan, teacher, corpora, name, seed) for seed, name in fresh]
-    trained = dict(
-        zip(fresh, fanout.map(train_and_judge, tasks, what=f"{len(tasks)} from scratch", **how), strict=True)
-    )
+    trained = dict(zip(fresh, each(train_and_judge, tasks, "from scratch"), strict=True))
     return {
         name: [trained.get((seed, name)) or _result(run, arm, name, seed) for seed in plan.seeds]
-        for name, arm in plan.compressions.items()
+        for name, arm in arms.items()
     }
 
 

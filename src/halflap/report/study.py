@@ -20,7 +20,7 @@ from halflap.errors import HalflapError
 from halflap.report import strips, units
 from halflap.report.artifacts import Fact, Node, RunFiles, read_run
 from halflap.report.measures import COLORS
-from halflap.report.plots import Curve, Drawing, Frame, both, curves_plot, thinned, tick_count
+from halflap.report.plots import Curve, Drawing, Frame, both, curves_plot, thinned, tick, tick_count
 from halflap.report.svg import element, group, padded, picture
 
 SPEEDS = ("training_tokens_per_second", "prefill_tokens_per_second", "decode_tokens_per_second", "cache_bytes")
@@ -90,6 +90,7 @@ class StudyView:
     readings: tuple[Fact, ...]
     """Sentences."""
     loss: Markup | None
+    recovery: Markup | None
     recall: dict[str, Markup]
     recall_axis: Markup | None
     tradeoff: Markup | None
@@ -118,6 +119,7 @@ def read_study(runs: Sequence[RunFiles], problems: list[str]) -> StudyView | Non
             _claims(node),
             tuple(said for _, one in _members(node, "readings") if (said := one.fact("says")) is not None),
             _loss(arms, taught, problems),
+            _recovery(arms),
             whiskers,
             axis,
             _tradeoff(arms),
@@ -249,21 +251,51 @@ def tradeoff_plot(points: Sequence[tuple[StudyArm, float, float]]) -> Drawing:
     def draw(width: int, height: int) -> Markup:
         span = (min(sizes) / unit / 1.3, max(sizes) / unit * 1.3)
         frame = Frame.over(width, height, (0.0, 1.08 * fastest), span, log_y=True)
-        places = [(frame.x(speed), frame.y(cache / unit)) for _, speed, cache in points]
-        taken = [(at - 6, to - 6, at + 6, to + 6) for at, to in places]
-        drawn: list[Markup] = []
-        for (arm, speed, cache), (at, to) in zip(points, places):
-            title = element("title", f"{arm.name}: {units.rate(speed)}, {units.size(cache)}")
-            parts = [title, element("circle", cx=at, cy=to, r=5)]
-            if (label := _free(arm.name, at, to, taken, frame)) is not None:
-                x, y, anchor = label
-                parts.append(element("text", arm.name, x=x, y=y, text_anchor=anchor, class_="run-name"))
-            drawn.append(group(parts, class_=f"c{arm.color}"))
+        drawn = _dots(
+            frame,
+            [
+                (arm, frame.x(speed), frame.y(cache / unit), f"{units.rate(speed)}, {units.size(cache)}")
+                for arm, speed, cache in points
+            ],
+        )
         label_text = f"Decode speed against cache of {len(points)} arms; the table below holds the values"
         axes = frame.axes("decode, tokens a second", "cache", tick_count, lambda value: units.size(unit * value))
         return picture(width, height, label_text, [axes, *drawn])
 
     return draw
+
+
+def _recovery(arms: Sequence[StudyArm]) -> Markup | None:
+    """Loss as cut against loss once trained, of the arms that were cut: a rising line where one tells the other."""
+    points = [(arm, float(arm.as_cut.mean), float(arm.loss.mean)) for arm in arms if arm.as_cut is not None]
+    if len(points) < 3:
+        return None
+
+    def draw(width: int, height: int) -> Markup:
+        across, up = (padded([point[place] for point in points], 0.1) for place in (1, 2))
+        frame = Frame.over(width, height, across, up)
+        told = [
+            (arm, frame.x(cut), frame.y(loss), f"{units.loss(cut)} as cut, {units.loss(loss)} trained")
+            for arm, cut, loss in points
+        ]
+        label = f"Loss as cut against loss once trained of {len(points)} arms; the table above holds the values"
+        axes = frame.axes("as cut, nats a token", "trained", tick, tick)
+        return picture(width, height, label, [axes, *_dots(frame, told)])
+
+    return both(draw)
+
+
+def _dots(frame: Frame, told: Sequence[tuple[StudyArm, float, float, str]]) -> list[Markup]:
+    """(arm, place across, place down, what its title says) as points, with names where there is room."""
+    taken = [(at - 6, to - 6, at + 6, to + 6) for _, at, to, _ in told]
+    drawn: list[Markup] = []
+    for arm, at, to, says in told:
+        parts = [element("title", f"{arm.name}: {says}"), element("circle", cx=at, cy=to, r=5)]
+        if (label := _free(arm.name, at, to, taken, frame)) is not None:
+            x, y, anchor = label
+            parts.append(element("text", arm.name, x=x, y=y, text_anchor=anchor, class_="run-name"))
+        drawn.append(group(parts, class_=f"c{arm.color}"))
+    return drawn
 
 
 def _free(

@@ -104,6 +104,27 @@ def test_a_study_of_one_seed_or_of_an_older_form_has_a_page_too(study: Path) -> 
     assert 'id="recall"' not in page and 'class="band"' not in page
 
 
+def test_a_study_of_compression_says_what_holds_and_draws_losses_as_cut(study: Path) -> None:
+    content = json.loads((study / "study.json").read_text())
+    for place, one in enumerate(content["arms"]):
+        one |= {"loss_as_cut": 3.0 + place, "loss_as_cut_spread": 0.1, "loss_as_cut_by_seed": [3.0, 3.0], "role": "a"}
+        one |= {"latency_seconds": 0.002}
+    claim = {"says": "Attention is better", "measure": "loss_as_cut", "verdict": "holds", "difference": -0.5}
+    content |= {"teacher": {"loss": 1.5}, "claims": [claim | {"interval": [-0.7, -0.3], "p_value": 0.01}]}
+    content |= {"readings": [{"name": "matched", "says": "mamba has 97 % of it"}]}
+    write(study / "study.json", content)
+    file = study / "arms" / "0" / "seed-0" / "metrics.jsonl"
+    rows = [{"step": s, "tokens": 100 * s, "held_out_loss": 2.5, "arm": arm} for s in (1, 2) for arm in ("a", "b")]
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    page = page_of(study)
+    found = words(page[page.index('id="readings"') : page.index('id="steps"')])
+    assert "Attention is better loss as cut holds −0.500 −0.700 to −0.300, p 0.01" in found
+    assert "Mamba has 97 % of it." in found
+    assert "As cut and trained" in page and "held-out loss, nats a token" in page and "3.000 ± 0.100" in words(page)
+    view = read_study([read_run(study)], [])
+    assert view is not None and view.recovery is not None and len(view.claims) == 1 and view.loss is not None
+
+
 TASKS = {
     "piqa": {"acc": 0.6, "acc_stderr": 0.05, "acc_interval": [0.5, 0.7], "items": 100},
     "wikitext": {"word_perplexity": 31.5},
