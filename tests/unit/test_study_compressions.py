@@ -144,9 +144,10 @@ def test_arms_share_their_work_and_an_interrupted_study_ends_the_same(
         ),
         (
             {"arms": ARMS | {"blind": {"control": "random", "of": "chanels"}}},
-            "'chanels' is not a arm|'chanels' is not an",
+            "leans on 'chanels', which is no other arm .* those are heads: name",
         ),
         ({"arms": ARMS | {"channels": {"match": {"flops": "heads"}}}}, "'flops' is not a budget to match that exists"),
+        ({"arms": ARMS | {"whole": {}}}, "arm 'whole': nothing says how small"),
         ({"claims": [{"says": "x", "lower": "heads"}]}, "claims is incomplete"),
         ({"vocab_size": 300}, "'vocab_size' is not a field of a study"),
     ],
@@ -159,6 +160,7 @@ def test_a_wrong_study_is_refused(tmp_path: Path, changes: dict[str, Any], messa
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"claims": [STUDY["claims"][0] | {"measure": "los"}]}, "did you mean 'loss'"),  # type: ignore[index]
         ({"readings": {"ranks": {}}}, "'ranks' is not a reading that exists"),
         ({"readings": {"rank_correlation": {"chep": "loss"}}}, "did you mean 'cheap'"),
         ({"readings": {"tokens_to_reach": {"arm": "head", "by": []}}}, "did you mean 'heads'"),

@@ -17,6 +17,8 @@ from typing import Any
 
 from halflap.binding import bind
 from halflap.commands.config_compress import CompressRecipe
+from halflap.compress.axes import Sizes
+from halflap.compress.costs import BUDGETS
 from halflap.errors import HalflapError, RecipeError
 from halflap.recipe import normalise, unknown_name
 
@@ -64,8 +66,10 @@ def read_compressions(
         plain = [other for other, one in found.items() if other != name and not one.leans_on]
         for other in arm.leans_on:
             if other not in plain:
-                what = f"arm with a student of its own for arm {name!r} to lean on"
-                raise HalflapError(f"{path}: {unknown_name(str(other), plain, what)}")
+                raise HalflapError(
+                    f"{path}: arm {name!r} leans on {other!r}, which is no other arm with a student of its own; "
+                    f"those are {', '.join(plain) or 'none'}: name one of them"
+                )
     return found
 
 
@@ -90,4 +94,8 @@ def _read(where: str, whole: Mapping[str, Any], own: Mapping[str, Any]) -> Compr
     except RecipeError as error:
         raise HalflapError(f"{where}: {error}") from None
     assert call is not None  # help was not asked for
-    return Compression(call.recipe, control, of, match or {})
+    recipe: CompressRecipe = call.recipe
+    budgets = [name for name in BUDGETS if getattr(recipe.budgets, name) is not None]
+    if not (control or match or budgets or recipe.sizes != Sizes()):
+        raise HalflapError(f"{where}: nothing says how small the student shall be; give sizes, a budget or `match`")
+    return Compression(recipe, control, of, match or {})

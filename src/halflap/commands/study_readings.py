@@ -27,12 +27,17 @@ from halflap.errors import HalflapError
 from halflap.evaluate.paired import paired
 from halflap.recipe import unknown_name
 
+MEASURES = ("loss", "loss_as_cut", "bits_per_byte", "perplexity", "recall", "latency_seconds")
+"""What a row has a value a seed of, where it was measured."""
+
 Rows = Mapping[str, Mapping[str, Any]]
 
 
 def check(plan: Study) -> None:
     """Raise HalflapError for a claim or reading of arms, or by a name, that does not exist: before hours of work."""
     asked = [arm for claim in plan.claims for arm in (claim.lower, claim.higher)]
+    if unknown := [claim.measure for claim in plan.claims if claim.measure not in MEASURES]:
+        raise HalflapError(f"study {plan.name}: {unknown_name(unknown[0], list(MEASURES), 'measure')}")
     for name, fields in plan.readings.items():
         if name not in READINGS:
             raise HalflapError(f"study {plan.name}: {unknown_name(name, list(READINGS), 'reading')}")

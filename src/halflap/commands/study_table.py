@@ -15,6 +15,7 @@ from halflap.checkpoints.checkpoint import load_model
 from halflap.checkpoints.config import read_config, read_json
 from halflap.commands.evaluate import measure_speed
 from halflap.commands.study_file import Speed, Study
+from halflap.commands.study_readings import MEASURES
 from halflap.compress.cost_model import Condition
 from halflap.compress.cost_table import CostTable
 from halflap.evaluate.paired import paired
@@ -24,7 +25,6 @@ from halflap.report.arms import Arm, Arms
 from halflap.run import Run
 
 STATE_BITS = {"kv_bits": 32, "ssm_bits": 32, "conv_bits": 32}  # speed is measured in float32
-MEASURES = ("loss", "loss_as_cut", "bits_per_byte", "perplexity", "recall", "latency_seconds")
 SPEEDS = ("prompt", "output", "batch", "prefill_tokens_per_second", "decode_tokens_per_second", "cache_bytes")
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
