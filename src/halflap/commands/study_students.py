@@ -126,7 +126,9 @@ def _recipe(
         tuple(str(corpus.path.resolve()) for corpus in group) for group in (corpora.train, corpora.held_out)
     )
     beside = [one.control for one in plan.compressions.values() if one.of == name and one.control != "scratch"]
-    logits = str((run.path / LOGITS / f"seed-{seed}").resolve()) if recipe.loss_settings.top_k else None
+    loss, fit = recipe.loss_settings, recipe.fit
+    same = f"seed-{seed}-top-{loss.top_k}-of-{fit.batch_size}x{fit.sequence_length}"
+    logits = str((run.path / LOGITS / same).resolve()) if loss.top_k and not loss.teacher_correction else None
     costs = str((run.path / timing.COSTS).resolve()) if arm.needs_times else None
     return dataclasses.replace(
         recipe,
@@ -135,7 +137,7 @@ def _recipe(
         eval_data=held_out,
         controls=tuple(dict.fromkeys(beside)),
         budgets=dataclasses.replace(recipe.budgets, costs=costs),
-        loss_settings=dataclasses.replace(recipe.loss_settings, top_k_in=logits),
+        loss_settings=dataclasses.replace(loss, top_k_in=logits),
         common=dataclasses.replace(given.common, out=str(out.resolve()), seed=seed, json=False, overwrite=False),
     )
 
