@@ -28,6 +28,9 @@ COMPRESSIONS = [name for name in shipped() if "\nteacher:" in (SHIPPED / f"{name
 GRIDS = {"homogeneous": choices, "minipuzzle": choices_by_type}
 
 
+plan_of = cache(read_study)
+
+
 @cache
 def teacher_of(plan_teacher: str) -> ModelConfig:
     return read_config(ROOT / plan_teacher) if (ROOT / plan_teacher).is_dir() else preset(plan_teacher)
@@ -58,7 +61,7 @@ def parameters(sizes: Sizes, teacher: ModelConfig) -> int:
 @pytest.mark.parametrize("size", ["small", "paper"])
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_every_arm_can_be_had(name: str, size: str) -> None:
-    plan = read_study(name, size)
+    plan = plan_of(name, size)
     study_readings.check(plan)
     teacher = teacher_of(str(plan.teacher))
     cut = {arm: sizes_of(one, teacher) for arm, one in plan.compressions.items() if not one.leans_on}
@@ -73,7 +76,7 @@ def test_every_arm_can_be_had(name: str, size: str) -> None:
 
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_sizes_ask_for_the_same(name: str) -> None:
-    plans: list[Study] = [read_study(name, size) for size in SIZES]
+    plans: list[Study] = [plan_of(name, size) for size in SIZES]
     assert len({plan.arms for plan in plans}) == 1 and len(plans[1].seeds) >= 3
     for plan in plans:
         assert plan.asks and all((ROOT / path).exists() for path in (*plan.data, *plan.eval_data))
