@@ -133,8 +133,8 @@ def rank_correlation(
     each = [[_by_seed(rows, name, measure) for name in names] for measure in (cheap, dear)]
     seeds = list(zip(*(zip(*values) for values in each)))
     coefficients = {
-        "spearman": [float(stats.spearmanr(a, b).statistic) for a, b in seeds],
-        "kendall": [float(stats.kendalltau(a, b).statistic) for a, b in seeds],
+        "spearman": [float(stats.spearmanr(a, b)[0]) for a, b in seeds],
+        "kendall": [float(stats.kendalltau(a, b)[0]) for a, b in seeds],
     }
     means = [[statistics.fmean(values) for values in measure] for measure in each]
     chosen = min(range(len(names)), key=lambda place: means[0][place])

@@ -272,7 +272,7 @@ def _recovery(arms: Sequence[StudyArm]) -> Markup | None:
         return None
 
     def draw(width: int, height: int) -> Markup:
-        across, up = (padded([point[place] for point in points], 0.1) for place in (1, 2))
+        across, up = padded((cut for _, cut, _ in points), 0.1), padded((loss for *_, loss in points), 0.1)
         frame = Frame.over(width, height, across, up)
         told = [
             (arm, frame.x(cut), frame.y(loss), f"{units.loss(cut)} as cut, {units.loss(loss)} trained")
