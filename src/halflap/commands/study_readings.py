@@ -132,10 +132,8 @@ def rank_correlation(
     names = list(arms or rows)
     each = [[_by_seed(rows, name, measure) for name in names] for measure in (cheap, dear)]
     seeds = list(zip(*(zip(*values) for values in each)))
-    coefficients = {
-        "spearman": [float(stats.spearmanr(a, b)[0]) for a, b in seeds],
-        "kendall": [float(stats.kendalltau(a, b)[0]) for a, b in seeds],
-    }
+    correlate: dict[str, Callable[..., Any]] = {"spearman": stats.spearmanr, "kendall": stats.kendalltau}
+    coefficients = {name: [float(of(a, b).statistic) for a, b in seeds] for name, of in correlate.items()}
     means = [[statistics.fmean(values) for values in measure] for measure in each]
     chosen = min(range(len(names)), key=lambda place: means[0][place])
     place, regret = sorted(means[1]).index(means[1][chosen]) + 1, means[1][chosen] - min(means[1])
