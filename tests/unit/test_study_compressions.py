@@ -135,7 +135,7 @@ def test_arms_share_their_work_and_an_interrupted_study_ends_the_same(
             {"arms": {"heads": {"metric": "actvation"}}},
             "arm 'heads': .*metric is 'actvation'.*did you mean 'activation'",
         ),
-        ({"arms": {"heads": {"seed": 3}}}, "arm 'heads': seed is the same for all arms"),
+        ({"arms": {"heads": {"seed": 3}}}, "arm 'heads': seed is not for one arm to set"),
         ({"arms": ARMS | {"blind": {"control": "blind", "of": "heads"}}}, "a control is one of scratch, group_blind"),
         ({"arms": ARMS | {"blind": {"control": "group_blind"}}}, "`of` another arm; give both, or neither"),
         (

@@ -200,7 +200,7 @@ def _train(setting: Setting) -> dict[str, Any]:
     slices = {value: Slice(plan) for value, plan in setting.plans(source.checkpoint).items()}
     parts: dict[str, Callable[[HybridModel], Any]] = {WHOLE: whole, **slices}
     rows, dtype = recipe.fit.batch_size, resolve_dtype(source.dtype, source.device)
-    held_out = held_out_batches(setting.corpora, recipe.fit, recipe.tokens)
+    held_out = held_out_batches(setting.corpora.held_out, recipe.fit, recipe.tokens)
 
     def judged(model: Any) -> dict[str, float]:
         found = {

@@ -24,9 +24,9 @@ from halflap.recipe import normalise, unknown_name
 
 STUDYS_OWN = (
     *("model", "data", "data.field", "data.weights", "data.packing", "data.held_out", "eval_data", "importance"),
-    *("costs", "controls", "top_k_in", "out", "seed", "device", "dtype", "json", "quiet", "overwrite"),
+    *("costs", "controls", "elastic", "top_k_in", "out", "seed", "device", "dtype", "json", "quiet", "overwrite"),
 )
-"""Settings of `compress` that are the same for all arms, or follow from how they hang together."""
+"""Settings of `compress` that are the same for all arms, follow from how they hang together, or make several students."""
 CONTROLS = ("scratch", "group_blind", "random")
 MATCHED = ("params", "latency")
 
@@ -88,7 +88,7 @@ def _read(where: str, whole: Mapping[str, Any], own: Mapping[str, Any]) -> Compr
         raise HalflapError(f"{where}: {unknown_name(unknown[0], list(MATCHED), 'budget to match')}")
     settings, _ = normalise(CompressRecipe, fields, where)
     if taken := [name for name in settings if name in STUDYS_OWN]:
-        raise HalflapError(f"{where}: {taken[0]} is the same for all arms, or comes from the study; leave it out")
+        raise HalflapError(f"{where}: {taken[0]} is not for one arm to set; leave it out")
     try:
         call = bind({"compress": CompressRecipe}, ["compress"], settings | {"model": "teacher"})
     except RecipeError as error:
