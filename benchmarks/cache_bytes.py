@@ -3,8 +3,8 @@
 Figures: 16 bits for everything, MB of 10^6 bytes, tails of 4 columns, windows without the newest token; each is counted
 again and must agree in the digits it is given with. Held: what the tensors of a cache for S tokens hold must be what
 `count` says, when made and, for shorter S, after prefills that are shorter and longer than the window, in one piece and
-in two; of the full shape (with weights of zero) and of a small model. We hold SSM states in float32, tails of 3 columns
-and one token more than the window. The script fails where anything differs.
+in two; of both full shapes (with random weights) and of a small model. We hold SSM states in float32, tails of 3
+columns and one token more than the window. The script fails where anything differs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from common import Report, arguments, hymba_and_transformer
+from common import Report, arguments, hymba_and_transformer, shaped_model
 from halflap.models.cache import Cache
 from halflap.models.config import AttentionConfig, HybridConfig, ModelConfig
 from halflap.models.count import cache_bytes, cache_parts
@@ -113,16 +113,6 @@ def figures(report: Report) -> bool:
     return good
 
 
-def empty_model(config: ModelConfig) -> HybridModel:
-    """In bfloat16, every weight zero: what a cache holds does not depend on them."""
-    with torch.device("meta"):
-        model = HybridModel(config).to(torch.bfloat16).eval()
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    return model
-
-
 @torch.no_grad()
 def after_prefill(model: HybridModel, context: int, pieces: int) -> int:
     """Bytes of the cache's tensors once it has read `context` tokens, in so many pieces."""
@@ -133,7 +123,7 @@ def after_prefill(model: HybridModel, context: int, pieces: int) -> int:
 
 
 def weighed(report: Report, name: str, config: ModelConfig, contexts: list[int], prefills: list[int]) -> bool:
-    model, good = empty_model(config), True
+    model, good = shaped_model(config), True
     for context in sorted({*contexts, *prefills}):
         found = {"when_made": Cache.create(config, 1, context, torch.bfloat16).nbytes()}
         if context in prefills:
@@ -154,6 +144,7 @@ def main() -> None:
     small = hymba_and_transformer("tiny", window=64, meta=8, vocab=512)["hymba"]
     good = figures(report)
     good &= weighed(report, "hymba-1.5b", HYMBA, chosen.contexts, chosen.prefills)
+    good &= weighed(report, "Llama-3.2-3B", LLAMA_3B, chosen.contexts, chosen.prefills)
     good &= weighed(report, "4 layers, window 64", small, [2000], [20, 64, 65, 66, 300])
     report.write()
     if not good:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -25,16 +26,20 @@ from typing import Any
 import torch
 
 from halflap import environment
-from halflap.checkpoints.checkpoint import save_model
+from halflap.checkpoints.checkpoint import Checkpoint, fill_model, save_model
+from halflap.files import write_json
 from halflap.models.config import Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel, initialize
 from halflap.models.presets import hymba, llama, preset
+from halflap.models.quantization import Quantization
+from halflap.models.quantized import pack_tensors
 from halflap.models.stack import with_parameters
 from halflap.ops import select
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2
+LONGEST = 1 << 17  # positions of models whose contexts are long
 SIZES = {"55m": "nemotron-h-55m", "205m": "nemotron-h-205m"}
 
 
@@ -103,12 +108,17 @@ def commit() -> str:
 
 
 def interleave(sides: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call; the sides take turns. A side's `prepare`, if it has one, runs untimed before each turn."""
+    """Seconds of each call; the sides take turns. A side's `prepare`, if it has one, runs untimed before each turn.
+
+    A side that measures itself, as a peer in a process of its own does, returns its seconds as a float.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-warm_up, repeats):
         for name, run in sides.items():
             getattr(run, "prepare", lambda: None)()
-            taken = seconds(run)
+            start = time.perf_counter()
+            own = run()
+            taken = own if isinstance(own, float) else time.perf_counter() - start
             if turn >= 0:
                 times[name].append(taken)
     return times
@@ -136,6 +146,13 @@ def both_models(size: str, dtype: torch.dtype = torch.float32) -> tuple[HybridMo
     return ours.to(dtype).eval(), theirs
 
 
+def packed_model(directory: str | Path, quantization: Quantization, dtype: torch.dtype = torch.float32) -> HybridModel:
+    """A checkpoint with its weights packed; what stays whole, and the arithmetic around it, has `dtype`."""
+    opened = Checkpoint.open(directory)
+    packed = pack_tensors(opened.tensors(), opened.config, quantization)
+    return fill_model(opened.config, packed, dtype, quantization=quantization)
+
+
 def stock_model(directory: str, dtype: torch.dtype) -> Any:
     import transformers
 
@@ -146,17 +163,22 @@ def stock_model(directory: str, dtype: torch.dtype) -> Any:
 def hymba_and_transformer(size: str = "", **changes: Any) -> dict[str, ModelConfig]:
     """A Hymba of 55 M parameters, and a Transformer with the same heads and (by its MLPs' width, to 1 %) parameters.
 
-    size "tiny" gives both at toy size; changes go to `presets.hymba`.
+    size "tiny" gives both at toy size; changes go to `presets.hymba`. size "1.5b" gives the published pair: Hymba 1.5B
+    and the shape of Llama 3.2 3B.
     """
+    if size == "1.5b":
+        stock = llama(28, hidden=3072, mlp=8192, attention=(24, 8, 128), vocab=128256, theta=500000.0, tied=True)
+        pair = {"hymba": preset("hymba-1.5b"), "transformer": stock}
+        return {name: dataclasses.replace(config, max_position_embeddings=LONGEST) for name, config in pair.items()}
     layers, hidden, mlp, heads, key_heads = (4, 64, 64, 2, 1) if size == "tiny" else (12, 512, 1344, 8, 4)
     ours = hymba(
         layers, hidden=hidden, mlp=mlp, heads=(heads, key_heads),
-        **{"vocab": 8192, "original_context": None, "context": 65536} | changes,
+        **{"vocab": 8192, "original_context": None, "context": LONGEST} | changes,
     )  # fmt: skip
     attention = (heads, key_heads, hidden // heads)
     stock = llama(layers * 4 // 3, hidden=hidden, mlp=mlp, attention=attention, vocab=ours.vocab_size, tied=True)
     equal = with_parameters(stock, count_parameters(ours))
-    return {"hymba": ours, "transformer": dataclasses.replace(equal, max_position_embeddings=65536)}
+    return {"hymba": ours, "transformer": dataclasses.replace(equal, max_position_embeddings=LONGEST)}
 
 
 def shape_of(config: ModelConfig) -> dict[str, Any]:
@@ -183,6 +205,16 @@ def random_model(config: ModelConfig, seed: int = 0) -> HybridModel:
     return model
 
 
+def shaped_model(config: ModelConfig) -> HybridModel:
+    """In bfloat16 and never wider, for models that would not fit else: small random weights, gains of 1."""
+    with torch.device("meta"):
+        model = HybridModel(config).to(torch.bfloat16).eval()
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.uniform_(-0.02, 0.02) if parameter.ndim > 1 else parameter.data.fill_(1)
+    return model
+
+
 def random_tokens(model: HybridModel, batch: int, time: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, model.config.vocab_size, (batch, time), generator=generator)
@@ -206,6 +238,18 @@ def run_apart(script: str, *arguments: str, threads: int = THREADS) -> dict[str,
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)} failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def cell(work: Path, asked: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row: what was asked for, and what `make` returns or what it returned before at the same commit.
+
+    Rows are kept in files of `work`, so that an interrupted benchmark goes on; delete a file to measure its row again.
+    """
+    name = hashlib.sha256(json.dumps([asked, commit()], default=str).encode()).hexdigest()[:16]
+    file = work / f"{name}.json"
+    if not file.exists():
+        write_json(file, {**asked, **make()})
+    return json.loads(file.read_text())
 
 
 class Report:

@@ -7,26 +7,17 @@ the share of prompt tokens that the prefix cache held, which shows whether conve
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import http.client
 import json
-import os
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import SIZES, Report, arguments, interleave, random_model, spread
-from halflap.checkpoints.checkpoint import save_model
-from halflap.data.tokenizer import train_tokenizer
-from halflap.models.presets import preset
+from common import Report, arguments, interleave, spread
+from served import serving, write_model
 
 TEXT = "attention looks back at every word and a state remembers what it was told of each"
 WORDS = TEXT.split()
@@ -39,29 +30,6 @@ class Turn(NamedTuple):
     prompt: int
     cached: int
     completion: int
-
-
-def write_model(size: str, directory: Path) -> None:
-    tokenizer = train_tokenizer([TEXT] * 8, 400, progress=False)
-    vocabulary = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
-    config = dataclasses.replace(preset(SIZES.get(size, size)), max_position_embeddings=4096, **vocabulary)
-    save_model(random_model(config), directory)
-    tokenizer.save(directory)
-
-
-@contextlib.contextmanager
-def server(directory: Path, *words: str, threads: int) -> Iterator[int]:
-    """A port where `halflap serve` answers."""
-    command = [sys.executable, "-m", "halflap", "serve", str(directory), "--port", "0", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
-    assert process.stderr is not None
-    try:
-        lines = iter(process.stderr)
-        yield next(int(found[1]) for line in lines if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line)))
-    finally:
-        process.terminate()
-        process.communicate()
 
 
 def reply(port: int, messages: list[dict[str, str]], tokens: int) -> tuple[str, Turn]:
@@ -123,11 +91,11 @@ def main() -> None:
         write_model(chosen.size, directory)
         memory = ("--prefix-cache", "512MiB")
         with (
-            server(directory, *memory, threads=chosen.threads) as alone,
-            server(directory, *memory, "--replicas", str(chosen.replicas), threads=chosen.threads) as shared,
+            serving(directory, *memory, threads=chosen.threads) as alone,
+            serving(directory, *memory, "--replicas", str(chosen.replicas), threads=chosen.threads) as shared,
         ):
             for clients in chosen.clients:
-                ports = {"one_process": alone, "replicas": shared}
+                ports = {"one_process": alone.port, "replicas": shared.port}
                 sides = {name: Side(port, clients, chosen) for name, port in ports.items()}
                 times = interleave(sides, chosen.repeats)
                 for name, side in sides.items():

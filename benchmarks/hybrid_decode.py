@@ -5,6 +5,11 @@ Both run the same bare greedy loop. Weights are random and the cache is filled w
 read, since prefill of a million tokens would take hours: a step's work does not depend on what the cache holds. Each
 turn starts at the same length. What would take more than three quarters of the free memory is not run, and said. Goal:
 the paper's curve, a throughput ratio that grows with context, and memory flat but for the global layers.
+
+Then the same in a fixed memory: at each context up to 64k both run the largest batch (at most --most) with which
+weights and caches take no more than --memory, one after the other. `--size 1.5b` is Hymba 1.5B and the shape of Llama
+3.2 3B, the paper's pair (8k tokens there); their weights take 3.1 and 6.4 GB, so give --memory 10GiB, and shorter
+--memory-contexts where time is short.
 """
 
 from __future__ import annotations
@@ -17,7 +22,8 @@ from typing import Any
 import psutil
 import torch
 
-from common import Report, arguments, hymba_and_transformer, interleave, random_model, shape_of, spread
+from common import Report, arguments, hymba_and_transformer, interleave, shape_of, shaped_model, spread
+from halflap.amounts import parse_amount
 from halflap.models.cache import Cache, fields, parts
 from halflap.models.config import ModelConfig
 from halflap.models.count import cache_bytes
@@ -78,8 +84,39 @@ def row(models: dict[str, HybridModel], batch: int, context: int, steps: int, re
     return {**rates, "ratio": rates["hymba"]["median"] / rates["transformer"]["median"], **held}
 
 
+def largest_batch(model: HybridModel, context: int, memory: float, most: int) -> int:
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return max(0, min(most, int((memory - weights) // cache_bytes(model.config, context))))
+
+
+def memory_row(models: dict[str, HybridModel], context: int, chosen: Any) -> dict[str, Any]:
+    """Rates of each model at the largest batch that fits; one cache is there at a time."""
+    memory = parse_amount(chosen.memory, "bytes", share=False).value
+    batches = {
+        name: largest_batch(model, context + chosen.steps, memory, chosen.most) for name, model in models.items()
+    }
+    found: dict[str, Any] = {f"{name}_batch": batch for name, batch in batches.items()}
+    sides = {name: from_fresh(model, batches[name], context, chosen.steps) for name, model in models.items()}
+    times = interleave({name: side for name, side in sides.items() if batches[name]}, chosen.repeats)
+    rates = {name: spread(taken, batches[name] * chosen.steps) for name, taken in times.items()}
+    if len(rates) == len(models):
+        found["ratio"] = rates["hymba"]["median"] / rates["transformer"]["median"]
+    return {**rates, **found}
+
+
+def from_fresh(model: HybridModel, batch: int, context: int, steps: int) -> Callable[[], None]:
+    """Decode with a cache that is made before each turn and given up after it."""
+    waiting: list[Callable[[], None]] = []
+
+    def run() -> None:
+        waiting.pop()()
+
+    run.prepare = lambda: waiting.append(decode(model, filled_cache(model, batch, context, steps), steps))  # type: ignore[attr-defined]
+    return run
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Throughput ratio over context, a line a batch, as SVG."""
+    """Throughput ratio over context, a line a batch and one for the fixed memory, as SVG."""
     measured = [row for row in rows if "ratio" in row]
     steps = [math.log2(row["context"] / 1024) for row in measured]
     x = Scale(min(steps) - 0.2, max(steps) + 0.2, 48, 580)
@@ -88,14 +125,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     lines = [Frame(x, y, 700, 340).axes(*titles, lambda step: f"{2**step:g}", "{:g}".format)]
     lines.append(element("line", x1=x.start, x2=x.end, y1=y(1), y2=y(1), class_="axis", stroke_dasharray="4 3"))
     curves = {
-        row["batch"]: [(x(step), y(r["ratio"])) for r, step in zip(measured, steps) if r["batch"] == row["batch"]]
-        for row in measured
+        name: [(x(step), y(row["ratio"])) for row, step in zip(measured, steps) if line_of(row) == name]
+        for name in map(line_of, measured)
     }
     below = -math.inf
-    for color, (batch, points) in zip(COLORS, sorted(curves.items(), key=lambda pair: pair[1][-1][1])):
+    for color, (title, points) in zip(COLORS, sorted(curves.items(), key=lambda pair: pair[1][-1][1])):
         below = max(points[-1][1] + 4, below + 16)  # names do not touch
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        name = element("text", f"batch {batch}", x=x.end + 8, y=below, style=f"fill:{color}")
+        name = element("text", title, x=x.end + 8, y=below, style=f"fill:{color}")
         lines += [element("polyline", points=line, class_="curve", stroke=color), name]
     label = "Decoding throughput of a Hymba over that of a Transformer of its size, by context and batch"
     drawing = str(picture(700, 340, label, [element("style", STYLE), *lines]))
@@ -103,17 +140,22 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     print(f"written to {path}")
 
 
+def line_of(row: dict[str, Any]) -> str:
+    return f"batch {row['batch']}" if "batch" in row else f"in {row['memory']}"
+
+
 def main() -> None:
-    quick = {"contexts": [64, 256, 1024], "batches": [1, 2], "steps": 2, "size": "tiny"}
+    quick = {"contexts": [64, 256, 1024], "batches": [1, 2], "steps": 2, "size": "tiny", "memory": "2MiB"}
+    quick |= {"memory_contexts": [64, 256]}
+    doubling = [1024 * 2**n for n in range(7)]
     chosen = arguments(
-        __doc__, quick, steps=16, size="55m", batches=[1, 4, 16, 32], contexts=[1024 * 2**n for n in range(6)]
-    )
+        __doc__, quick, steps=16, size="55m", batches=[1, 4, 16, 32], contexts=doubling[:6], memory="4GiB", most=256,
+        memory_contexts=doubling,
+    )  # fmt: skip
     report = Report("hybrid_decode", chosen.out, chosen.threads)
     changes = {"window": 64, "meta": 8} if chosen.size == "tiny" else {}
-    models = {
-        name: random_model(config).to(torch.bfloat16).eval()
-        for name, config in hymba_and_transformer(chosen.size, **changes).items()
-    }
+    pair = hymba_and_transformer(chosen.size, **changes)
+    models = {name: shaped_model(config) for name, config in pair.items()}
     configs = {name: model.config for name, model in models.items()}
     for name, config in configs.items():
         report.add(model=name, **shape_of(config))
@@ -126,6 +168,9 @@ def main() -> None:
             else:
                 found |= row(models, batch, context, chosen.steps, chosen.repeats)
             report.add(batch=batch, context=context, dtype="bfloat16", steps=chosen.steps, **found)
+    for context in chosen.memory_contexts:
+        found = memory_row(models, context, chosen)
+        report.add(memory=chosen.memory, context=context, dtype="bfloat16", steps=chosen.steps, **found)
     report.write()
     draw(report.rows, chosen.out / "hybrid_decode.svg")
 
