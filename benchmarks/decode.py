@@ -22,7 +22,7 @@ from halflap.models.quantization import Quantization
 
 
 def our_decode(model: HybridModel, prompt: torch.Tensor, steps: int) -> Callable[[], None]:
-    dtype = model.head_weight.dtype
+    dtype = model.dtype
     with torch.inference_mode():
         start = Cache.create(model.config, len(prompt), prompt.shape[1] + steps, dtype)
         model(prompt, cache=start)

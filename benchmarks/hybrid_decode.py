@@ -42,7 +42,7 @@ text { font: 13px system-ui, sans-serif; fill: #333 }
 @torch.inference_mode()
 def filled_cache(model: HybridModel, batch: int, context: int, steps: int) -> Cache:
     """As after reading `context` tokens a row, with room for `steps` more; noise but for the meta tokens."""
-    dtype = model.head_weight.dtype
+    dtype = model.dtype
     cache = Cache.create(model.config, batch, context + steps, dtype)
     generator = torch.Generator().manual_seed(0)
     for state in parts(cache):

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from common import Report, arguments, both_models, interleave, random_tokens, spread
 from halflap.models.cache import Cache
@@ -22,8 +21,8 @@ from halflap.models.model import HybridModel
 def our_prefill(model: HybridModel, tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
     def prefill() -> torch.Tensor:
         with torch.inference_mode():
-            cache = Cache.create(model.config, *tokens.shape, model.head_weight.dtype)
-            return F.linear(model.hidden_states(tokens, cache=cache)[:, -1], model.head_weight)
+            cache = Cache.create(model.config, *tokens.shape, model.dtype)
+            return model.logits(model.hidden_states(tokens, cache=cache)[:, -1])
 
     return prefill
 
