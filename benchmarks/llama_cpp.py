@@ -130,7 +130,8 @@ class Pair:
         """The model as llama.cpp reads it, with weights of that type."""
         if kind in FLOATS:
             dtype = FLOATS[kind]
-            return Path(halflap.export(self.checkpoint(), format="gguf", dtype=dtype, out=self.folder / kind)["path"])
+            source, out = str(self.checkpoint()), str(self.folder / kind)
+            return Path(halflap.export(source, format="gguf", dtype=dtype, out=out)["path"])
         made = self.folder / f"{kind}.gguf"
         if not made.exists():
             part = made.with_suffix(".part")

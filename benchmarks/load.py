@@ -34,7 +34,6 @@ class Reply:
     arrivals: list[float] = field(default_factory=list)  # of pieces of text
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    ended: float = 0.0
     error: str | None = None
 
     @property
@@ -98,7 +97,6 @@ async def ask(port: int, body: Mapping[str, Any], *, most: int | None = None, pa
             writer.close()
     except (OSError, ValueError, IndexError) as error:
         reply.error = f"{type(error).__name__}: {error}"
-    reply.ended = time.perf_counter()
     if reply.error is None and (reply.status != 200 or not done):
         reply.error = f"status {reply.status}" if reply.status != 200 else "the stream broke off"
     return reply

@@ -56,8 +56,10 @@ def serving(directory: Path, *words: str, threads: int) -> contextlib.AbstractCo
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], ready: str, environment: Mapping[str, str]) -> Iterator[Served]:
-    """A server's process, from when its log matches `ready`, whose group is the port, until it has ended."""
+def started(
+    command: Sequence[str], ready: str, environment: Mapping[str, str], port: int | None = None
+) -> Iterator[Served]:
+    """A server, from when its log matches `ready` until it has ended; without `port`, the port is the match's group."""
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
@@ -67,7 +69,7 @@ def started(command: Sequence[str], ready: str, environment: Mapping[str, str]) 
                 if process.poll() is not None:
                     raise RuntimeError(f"{' '.join(command)} did not start: {Path(log.name).read_text()[-4000:]}")
                 time.sleep(0.2)
-            yield Served(int(found[1]), process.pid)
+            yield Served(port or int(found[1]), process.pid)
         finally:
             process.terminate()
             process.wait()

@@ -3,8 +3,9 @@
     python benchmarks/server_load.py [--model DIR] [--size 55m] [--minutes 5] [--soak MINUTES]
 
 Clients (benchmarks/load.py) are a second process on the same cores. `share_of_engine` is the server's tokens a second
-over those of an engine of the same settings that is asked the same in a process of its own, both counted by the engine
-from the end of the warm-up to the last request's start. Goal: no error, and at least 0.9.
+over those of an engine of the same settings that is asked the same in a process of its own, for half the time before
+the server runs and for half of it after; both are counted by the engine from the end of the warm-up to the start of the
+last request. Goal: no error, and at least 0.9.
 
 --soak replaces this by a long run in which a quarter of the clients hang up, read slowly or send nonsense. After a
 warm-up of the same kind, and again at the end, the server is left alone and what it then holds is compared: replies
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -80,17 +82,16 @@ def words(chosen: Any) -> list[str]:
 
 def under_load(directory: Path, chosen: Any) -> tuple[dict[str, Any], bool]:
     seconds, warm_up = 60 * chosen.minutes, 60 * chosen.warm_up
+    alone = [engine_rate(directory, chosen)]
     with serving(directory, *words(chosen), threads=chosen.threads) as server:
         plan = plan_of(directory, chosen, port=server.port, seconds=warm_up + seconds)
         looks: list[dict[str, float]] = []
         found = clients(plan, server, looks, chosen.sample)
     measured = [look for look in looks if warm_up <= look["seconds"] <= warm_up + seconds]
     rate = rate_of(measured)
-    plan |= {"settings": {"max_batch": chosen.max_batch, "prefix_cache": PREFIX_CACHE}, "directory": str(directory)}
-    plan |= {"warm_up": warm_up, "threads": chosen.threads}
-    alone = run_apart("server_load.py", "--engine", json.dumps(plan), threads=chosen.threads)["tokens_per_second"]
-    row = {"clients": chosen.clients, "max_batch": chosen.max_batch, "tokens_per_second": rate}
-    row |= {"engine_tokens_per_second": alone, "share_of_engine": rate / alone, **found}
+    alone.append(engine_rate(directory, chosen))
+    row: dict[str, Any] = {"clients": chosen.clients, "max_batch": chosen.max_batch, "tokens_per_second": rate}
+    row |= {"engine_tokens_per_second": alone, "share_of_engine": rate / statistics.mean(alone), **found}
     row["server"] = {name: [look[name] for look in looks] for name in ("seconds", "rss_mb", "threads", "files")}
     return row, not found["errors"]
 
@@ -132,6 +133,14 @@ def rate_of(looks: list[dict[str, float]]) -> float:
 
 
 # --- the engine alone ------------------------------------------------------------------------------------------------
+
+
+def engine_rate(directory: Path, chosen: Any) -> float:
+    """Tokens a second, of a process of its own."""
+    warm_up = 60 * chosen.warm_up
+    plan = plan_of(directory, chosen, seconds=warm_up + 30 * chosen.minutes, warm_up=warm_up, threads=chosen.threads)
+    plan |= {"settings": {"max_batch": chosen.max_batch, "prefix_cache": PREFIX_CACHE}, "directory": str(directory)}
+    return run_apart("server_load.py", "--engine", json.dumps(plan), threads=chosen.threads)["tokens_per_second"]
 
 
 async def engine_alone(plan: dict[str, Any]) -> dict[str, float]:

@@ -34,7 +34,7 @@ from halflap.inference.requests import EngineSettings, Request
 from served import Served, serving, started, write_model
 
 MOST = 16  # sequences at once, on both sides
-READY = r"(?s)http://[\w.\[\]:]+:(\d+).*Application startup complete"
+READY = "Application startup complete"
 Ask = Callable[[list[list[int]], int], float]
 
 
@@ -67,7 +67,7 @@ def require_vllm(python: str) -> None:
 
 
 def rows(size: str, directory: Path, dtype: str, chosen: Any) -> list[dict[str, Any]]:
-    asked = {"size": size, "dtype": dtype, "threads": chosen.threads}
+    asked = {"size": size, "dtype": dtype, "threads": chosen.threads, "repeats": chosen.repeats}
     found = []
     with Engines(directory, dtype, chosen) as engines:
         for batch in chosen.batches:
@@ -170,10 +170,10 @@ def servers(directory: Path, dtype: str, chosen: Any) -> dict[str, Any]:
     context = str(chosen.prompts[1] + chosen.tokens[1])
     limits = ["--max-batch", str(MOST), "--max-context", context, "--queue", str(chosen.requests)]
     words = ["--served-model-name", directory.name, "--max-model-len", context, "--max-num-seqs", str(MOST)]
-    words += ["--dtype", dtype, "--no-enable-prefix-caching", "--port", str(free_port())]
+    words += ["--dtype", dtype, "--no-enable-prefix-caching", "--port", str(port := free_port())]
     vllm = [chosen.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), *words]
     ours = serving(directory, "--prefix-cache", "off", "--dtype", dtype, *limits, threads=chosen.threads)
-    with ours as halflap, started(vllm, READY, environment(chosen.threads)) as theirs:
+    with ours as halflap, started(vllm, READY, environment(chosen.threads), port) as theirs:
         sides = {"halflap": Side(halflap, directory, chosen), "vllm": Side(theirs, directory, chosen)}
         times = interleave(sides, chosen.repeats)
     found: dict[str, Any] = {name: spread(times[name], side.tokens) for name, side in sides.items()}
