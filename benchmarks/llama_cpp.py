@@ -121,7 +121,7 @@ class Pair:
         if self.size == "smollm2" and Path(self.chosen.smollm2).is_dir():
             return Path(self.chosen.smollm2)
         if self.size == "smollm2":
-            halflap.import_(self.chosen.smollm2, out=str(directory))
+            halflap.import_(self.chosen.smollm2, out=str(directory), quiet=True)
         elif not directory.exists():
             save_model(our_model(self.size), directory)
         return directory
@@ -131,7 +131,7 @@ class Pair:
         if kind in FLOATS:
             dtype = FLOATS[kind]
             source, out = str(self.checkpoint()), str(self.folder / kind)
-            return Path(halflap.export(source, format="gguf", dtype=dtype, out=out)["path"])
+            return Path(halflap.export(source, format="gguf", dtype=dtype, out=out, quiet=True)["path"])
         made = self.folder / f"{kind}.gguf"
         if not made.exists():
             part = made.with_suffix(".part")
