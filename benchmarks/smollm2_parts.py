@@ -131,7 +131,7 @@ def judged(model: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     scores = halflap.evaluate(
         str(model),
         data=[str(wikitext(chosen))],
-        join=True,
+        **{"data.join": True},
         tasks=["lambada_local"],
         context=CONTEXT,
         dtype=chosen.dtype,

@@ -143,7 +143,7 @@ def _together(teacher: ModelConfig, space: SearchSpace, grid: SizeLists) -> np.n
     return found
 
 
-def _sizes_at(grid: SizeLists, place: Iterable[int]) -> dict[str, int]:
+def _sizes_at(grid: SizeLists, place: Iterable[np.intp]) -> dict[str, int]:
     return {name: values[index] for (name, values), index in zip(grid.items(), place, strict=True)}
 
 
