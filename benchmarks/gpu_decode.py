@@ -4,7 +4,7 @@ python benchmarks/gpu_decode.py            two or three minutes; the status is 1
 python benchmarks/gpu_decode.py --check    the comparisons alone
 
 Each kernel is compared, at the sizes of an 8 B Nemotron-H, with its plain form in float64; then both are timed in
-bfloat16. Then a model of random weights reads a prompt and decodes: plain, with the kernels, and with the kernels in a graph.
+bfloat16. Then a model of random weights reads a prompt and decodes: plain, with the kernels, with them in a graph.
 """
 
 from __future__ import annotations
