@@ -41,7 +41,9 @@ def _convolved(newest, window, weight, bias, at, inside, width, WIDTH: tl.conste
 def _moved(newest, window, at, inside, width, WIDTH: tl.constexpr):
     """Each input of channels `at` to the place of the one before it."""
     for tap in tl.static_range(WIDTH - 2):
-        tl.store(window + tap * width + at, tl.load(window + (tap + 1) * width + at, mask=inside), mask=inside)
+        later = tl.load(window + (tap + 1) * width + at, mask=inside)
+        tl.debug_barrier()  # read by all threads before any of them overwrites it, now or in the next turn
+        tl.store(window + tap * width + at, later, mask=inside)
     arrived = tl.load(newest + at, mask=inside)
     tl.store(window + (WIDTH - 2) * width + at, arrived.to(window.dtype.element_ty), mask=inside)
 

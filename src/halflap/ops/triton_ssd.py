@@ -97,6 +97,7 @@ def _pass(states, total, runs, initial, final, time, chunks, heads, size, CHUNK:
     for chunk in range(chunks):
         place = states + ((row * chunks + chunk) * heads + head) * size + at
         added = tl.load(place, mask=inside, other=0.0)
+        tl.debug_barrier()  # read by all threads before any of them overwrites it
         tl.store(place, state, mask=inside)
         through = tl.exp(tl.load(total + ((row * heads + head) * chunks + chunk) * CHUNK + CHUNK - 1))
         if runs is not None:
