@@ -68,15 +68,33 @@ def call_all(dtype: Any) -> None:
     import torch
 
     from halflap.models.config import Mamba2Config
-    from halflap.ops import triton_conv, triton_mamba2, triton_quantized, triton_selective_scan
+    from halflap.ops import triton_conv, triton_quantized, triton_selective_scan
 
     def make(*shape: int, kind: Any = dtype) -> Any:
         return torch.zeros(shape, dtype=kind)
 
-    c = Mamba2Config(num_heads=16, head_dim=64, num_groups=2, state_size=128)
+    for size in (64, 128, 256):
+        call_mamba2(make, Mamba2Config(num_heads=16, head_dim=64, num_groups=2, state_size=size))
+    with torch.no_grad():
+        triton_conv.conv_silu(make(2, 300, 64), make(64, 3), None)
+        rows, B = make(2, 96), make(2, 16)
+        rate, held = make(96, 16, kind=torch.float32), make(2, 96, 16, kind=torch.float32)
+        triton_selective_scan.selective_step(rows, rows, rate, B, B, make(96), held, dt_bias=make(96), gate=rows)
+        triton_selective_scan.selective_step(rows, rows, rate, B, B, None, held)
+        for bits in (4, 8):
+            packed, scale = make(96, 1024 * bits // 32, kind=torch.int32), make(96, 16, kind=torch.bfloat16)
+            for count in (1, 3, 16, 64, 100):
+                triton_quantized.linear(make(count, 1024), packed, scale, bits, 64)
+
+
+def call_mamba2(make: Any, c: Any) -> None:
+    import torch
+
+    from halflap.ops import triton_mamba2
+
     heads = [make(c.num_heads) for _ in range(3)]
     conv = (make(c.conv_size, 1, 4), make(c.conv_size))
-    states = (make(2, 3, c.conv_size), make(2, 16, 64, 128, kind=torch.float32))
+    states = (make(2, 3, c.conv_size), make(2, c.num_heads, c.head_dim, c.state_size, kind=torch.float32))
     width = c.inner_size + c.conv_size + c.num_heads
     runs, lengths = make(2, 300, kind=torch.int64), make(2, kind=torch.int64)
     with torch.no_grad():
@@ -87,15 +105,6 @@ def call_all(dtype: Any) -> None:
             whole, *conv, *heads, make(c.inner_size), c,
             conv_state=states[0], ssm_state=states[1], runs=runs, lengths=lengths,
         )  # fmt: skip
-        triton_conv.conv_silu(make(2, 300, 64), make(64, 3), None)
-        rows, B = make(2, 96), make(2, 16)
-        rate, held = make(96, 16, kind=torch.float32), make(2, 96, 16, kind=torch.float32)
-        triton_selective_scan.selective_step(rows, rows, rate, B, B, make(96), held, dt_bias=make(96), gate=rows)
-        triton_selective_scan.selective_step(rows, rows, rate, B, B, None, held)
-        for bits in (4, 8):
-            packed, scale = make(96, 1024 * bits // 32, kind=torch.int32), make(96, 16, kind=torch.bfloat16)
-            for count in (1, 3, 16, 64, 100):
-                triton_quantized.linear(make(count, 1024), packed, scale, bits, 64)
 
 
 if __name__ == "__main__":

@@ -138,9 +138,10 @@ def _of_some(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group_size: in
     count, outputs = len(x), len(packed)
     y = x.new_empty(count, outputs)
     block_m = block(count, 16)
+    block_w = block(packed.shape[1], 16, 32 if x.itemsize == 2 else 16)
     _some_rows[(tiles(outputs, 32), tiles(count, block_m))](
         x, packed, scale, y, count, *_sizes(x, packed, scale, group_size),
-        BITS=bits, BLOCK_M=block_m, BLOCK_R=32, BLOCK_W=block(packed.shape[1], 16, 32), PRECISION=precision(),
+        BITS=bits, BLOCK_M=block_m, BLOCK_R=32, BLOCK_W=block_w, PRECISION=precision(), num_stages=2,
     )  # fmt: skip
     return y
 

@@ -20,7 +20,7 @@ from halflap.models.config import Mamba2Config
 from halflap.ops.triton_common import block, precision, tiles, time_step
 
 CHUNK = 128  # tokens between two states that are kept; any number gives the same function
-TILE = 64
+TILE, TILE_BYTES = 64, 256 * 64  # tokens of a product; of their B in a tile, so that shared memory suffices
 MOST_STATES = 256  # of a channel; a tile of outputs holds all
 
 
@@ -169,7 +169,7 @@ def scan(
     runs: Tensor | None = None,
     lengths: Tensor | None = None,
     chunk: int = CHUNK,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (B, T, H P) in the dtype of `mixed` and the final state (B, H, P, N) in float32.
 
@@ -193,6 +193,7 @@ def scan(
     )  # fmt: skip
     sizes = (time, chunks, heads, channels, c.num_groups, size)
     block_p, part_n, whole_n = block(channels, 16, 64), block(size, 16, 64), block(size, 16)
+    tile = tile or max(16, min(TILE, TILE_BYTES // (whole_n * mixed.itemsize)))
     how = {"CHUNK": chunk, "TILE": tile, "BLOCK_P": block_p, "PRECISION": precision(), "num_stages": 2}
     _states[(batch * chunks, heads, tiles(channels, block_p) * tiles(size, part_n))](
         mixed, step, total, rest, numbers, states, *sizes, BLOCK_N=part_n, **how
