@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
 """What the Triton kernels share: the dtypes they take, checks, small functions in kernels, gradients by the plain form.
 
 The forms of ops/triton_*.py are called with CUDA tensors (select.py); with TRITON_INTERPRET=1, set before the first
@@ -12,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -30,9 +32,9 @@ def counts(tensor: Tensor | None, *shape: int) -> bool:
     return tensor is None or (not tensor.dtype.is_floating_point and tensor.shape == shape)
 
 
-def rows(tensor: Tensor | None) -> Tensor | None:
+def rows(tensor: Tensor) -> Tensor:
     """Dense in the last dimension."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def block(size: int, least: int = 1, most: int = 1 << 20) -> int:

@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
 """Depthwise causal convolution with SiLU as one Triton kernel: `ops.conv.conv_silu` on a GPU.
 
 A program has a block of tokens and channels and reads each input once for every tap, from the cache but the first time.
@@ -9,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from halflap.ops import conv
@@ -81,7 +83,6 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | No
     """silu(causal convolution) (B, T, C) in the dtype of x, whose rows may be slices of longer ones."""
     (batch, time, channels), width = x.shape, weight.shape[1]
     x, y = rows(x), torch.empty(batch, time, channels, dtype=x.dtype, device=x.device)
-    assert x is not None
     held, numbers = (None if a is None else a.contiguous() for a in (state, runs))
     span = block(time, most=BLOCK_TIME)
     _conv_silu[(tiles(channels, BLOCK_CHANNELS), tiles(time, span), batch)](

@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
 """Linear maps by packed weights in Triton: `ops.quantized.linear` on a GPU, for inference only.
 
 One to four rows of activations are multiplied with the numbers in the words, and scaled a word at a time; up to
@@ -10,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from halflap.ops.triton_common import block, fits, precision, tiles

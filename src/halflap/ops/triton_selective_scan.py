@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
 """Mamba-1's step in Triton: `ops.selective_scan.selective_step` on a GPU, a program for some channels of each row."""
 
 from __future__ import annotations
@@ -5,8 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from halflap.ops.triton_common import block, fits, rows, silu, softplus, tiles
@@ -70,7 +72,7 @@ def selective_step(
         and state.is_contiguous()
     ):
         return NotImplemented
-    dense = [rows(x) for x in (u, dt, B, C, gate)]
+    dense = [None if x is None else rows(x) for x in (u, dt, B, C, gate)]
     y = torch.empty(batch, channels, dtype=u.dtype, device=u.device)
     block_n = block(size)
     block_i = block(channels, most=max(1, STATES_AT_ONCE // block_n))

@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
 """Mamba-2's scan over a sequence in four Triton kernels (Dao & Gu 2024, section 6): `ops.ssd.ssd_chunked` on a GPU.
 
 totals    time steps, and the logarithms of the decay from the start of a chunk of Q tokens to each of them
@@ -12,8 +14,8 @@ two of them is then as exact as the sum of the terms between, without float64 in
 from __future__ import annotations
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from halflap.models.config import Mamba2Config
