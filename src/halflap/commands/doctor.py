@@ -32,6 +32,8 @@ def doctor(recipe: DoctorRecipe, run: Run) -> dict[str, Any]:
     ]
     if kernels["reason"]:
         missing.append(f"C++ kernels, several times faster on a CPU: {kernels['reason']}")
+    if reason := kernels.get("gpu", {}).get("reason"):
+        missing.append(f"Triton kernels, faster on a GPU: {reason}")
     return {"versions": environment.versions(), "kernels": kernels, "device": _device(), "missing": missing}
 
 

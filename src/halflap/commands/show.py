@@ -170,7 +170,8 @@ def bench(result: Mapping[str, Any], console: Console) -> None:
     console.width = max(console.width, 100)
     console.print(table)
     hardware, dtype = result["hardware"], result["rows"][0]["dtype"]
-    kernels = ", ".join(f"{op} {kind}" for op, kind in result["kernels"]["ops"].items())
+    chosen = result["kernels"]["gpu"] if "gpu" in hardware else result["kernels"]
+    kernels = ", ".join(f"{op} {kind}" for op, kind in chosen["ops"].items())
     console.print(f"{hardware.get('gpu') or hardware['processor']}, {hardware['threads']} threads, {dtype}; {kernels}")
     console.print(
         f"tokens a second of the batch, time to the first token and of a step: medians of {result['repeats']}"

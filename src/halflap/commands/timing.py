@@ -42,7 +42,7 @@ def machine(device: torch.device, dtype: str) -> dict[str, Any]:
         "name": torch.cuda.get_device_name(device) if cuda else environment.processor(),
         "threads": None if cuda else torch.get_num_threads(),
         "dtype": dtype,
-        "kernels": "/".join(sorted(set(select.describe()["ops"].values()))),
+        "kernels": "/".join(sorted(set(select.names(device.type).values()))),
         "torch": torch.__version__,
     }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halflap.models.cache import Held, KeyValueState
 from halflap.models.config import RopeConfig
-from halflap.models.rope import inverse_frequencies, rotary_tables
+from halflap.models.rope import rotary_tables, speeds
 from halflap.ops.attention import cached_mask, packed_mask, within_window
 
 Mask = Callable[[], Tensor | None]
@@ -200,7 +200,10 @@ class SequenceContext:
         """cos and sin (B, 1, T, rotary) of this pass, made once for all blocks with the same rotary embedding."""
         key = (rope, head_dim, dtype)
         if key not in self._rotary:
-            self._rotary[key] = rotary_tables(self.positions, inverse_frequencies(rope, head_dim), dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            self._rotary[key] = rotary_tables(
+                self.positions, speeds(rope, head_dim, self.positions.device, wide), dtype
+            )
         return self._rotary[key]
 
 

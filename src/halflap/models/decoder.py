@@ -5,7 +5,7 @@ logits = decode(tokens, cache=cache)  # what model(tokens, cache=cache) gives, s
 
 The program is made once, of the weights that the model has then; what it cannot run (several tokens, gradients, other
 types and devices, modules that are not this package's) the model itself runs. Between blocks it keeps float32, so with
-bfloat16 weights it rounds less often than the model does.
+bfloat16 weights it rounds less often than the model does. On a GPU a CUDA graph can take its place (graphs.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from halflap.models.attention import AttentionMixer
 from halflap.models.cache import BlockState, Cache, ConvSSMState, HybridState, KeyValueState
 from halflap.models.config import AttentionConfig, Mamba1Config, Mamba2Config
+from halflap.models.graphs import Graphs, chosen
 from halflap.models.hybrid import HybridMixer
 from halflap.models.linear import Linear, LinearMixer
 from halflap.models.mamba1 import Mamba1Inner, Mamba1Mixer
@@ -43,11 +44,14 @@ class Decoder:
     def __init__(self, model: HybridModel) -> None:
         self.model = model
         self._program = compiled(model) if select.native_is_on() else None
+        self._graphs = Graphs(model) if chosen(model) else None
         self._workspace = torch.empty(0)
 
     def __call__(self, tokens: Tensor, cache: Cache | Sequence[Cache]) -> Tensor:
         """Logits (B, T, V) of tokens (B, T), which continue the rows of one cache or of several."""
         caches = [cache] if isinstance(cache, Cache) else cache
+        if self._graphs is not None and len(caches) == 1 and self._graphs.takes(tokens, caches[0]):
+            return self._graphs(tokens, caches[0])
         if self._program is None or not _runs(tokens, caches):
             return self.model(tokens, cache=cache)
         return self._step(self._program, tokens, caches)
@@ -116,7 +120,7 @@ class _Unknown(Exception):
 
 def compiled(model: HybridModel) -> Program | None:
     """From embedded tokens in the first columns of the workspace to logits in the output; None where it cannot be."""
-    if model.dtype not in DTYPES or model.device.type != "cpu":
+    if type(model) is not HybridModel or model.dtype not in DTYPES or model.device.type != "cpu":
         return None
     writer = _Writer(model)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0, 1)
     return speed * (blend + (1 - blend) / scaling.factor)
+
+
+@cache
+def speeds(rope: RopeConfig, head_dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`inverse_frequencies` on a device, made once: a pass recorded as a CUDA graph may copy nothing from the host."""
+    with torch.inference_mode(False):
+        return inverse_frequencies(rope, head_dim).to(device, dtype)
 
 
 def rotary_tables(positions: Tensor, speed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

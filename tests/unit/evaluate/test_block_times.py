@@ -11,6 +11,8 @@ import torch
 from halflap.compress.cost_model import Condition
 from halflap.evaluate import block_times
 from halflap.evaluate.block_times import seconds_of, stacks
+from halflap.models.cache import Cache
+from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel, initialize
 from halflap.models.presets import hymba
 
@@ -46,14 +48,14 @@ def test_the_median_of_passes_on_the_clock(tiny_config: Any, monkeypatch: pytest
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_step_is_the_last_token_of_the_context(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = model_of(HYMBA), []
-    forward = HybridModel.forward
+    decode = Decoder.__call__
 
-    def watched(self: HybridModel, tokens: torch.Tensor, **given: Any) -> torch.Tensor:
-        logits = forward(self, tokens, **given)
-        seen.append((given["cache"].used, given["cache"].lengths.tolist()))
+    def watched(self: Decoder, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+        logits = decode(self, tokens, cache)
+        seen.append((cache.used, cache.lengths.tolist()))
         return logits
 
-    monkeypatch.setattr(HybridModel, "forward", watched)
+    monkeypatch.setattr(Decoder, "__call__", watched)
     monkeypatch.setattr(block_times, "SECONDS", 0.0)
     monkeypatch.setattr(block_times, "LONG", 1e9)
     assert seconds_of(model, Condition("decode", 24, batch)) > 0
