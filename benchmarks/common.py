@@ -277,18 +277,6 @@ def cell(work: Path, asked: Mapping[str, Any], make: Callable[[], dict[str, Any]
     return json.loads(file.read_text())
 
 
-def cell(work: Path, asked: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A row: what was asked for, and what `make` returns or what it returned before at the same commit.
-
-    Rows are kept in files of `work`, so that an interrupted benchmark goes on; delete a file to measure its row again.
-    """
-    name = hashlib.sha256(json.dumps([asked, commit()], default=str).encode()).hexdigest()[:16]
-    file = work / f"{name}.json"
-    if not file.exists():
-        write_json(file, {**asked, **make()})
-    return json.loads(file.read_text())
-
-
 class Report:
     """Collects rows, prints them as a table and writes `results/<name>.json`."""
 

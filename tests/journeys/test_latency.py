@@ -185,7 +185,7 @@ def test_a_sweep_finds_the_best_of_each_value(halflap: Callable[..., Any], place
         (("--sweep", "latency", "20"), "sweep: '20' is not an amount that fits here: write a time with its unit"),
         (
             ("--sweep", "params", "60%", "--params", "50%"),
-            "--sweep has values of params, which is also given as --params",
+            "values of params, which is also given as --params",
         ),
     ],
 )

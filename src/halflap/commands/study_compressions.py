@@ -26,7 +26,7 @@ STUDYS_OWN = (
     *("model", "data", "data.field", "data.weights", "data.packing", "data.held_out", "eval_data", "importance"),
     *("costs", "controls", "elastic", "top_k_in", "out", "seed", "device", "dtype", "json", "quiet", "overwrite"),
 )
-"""Settings of `compress` that are the same for all arms, follow from how they hang together, or make several students."""
+"""Settings of `compress` that arms share, that follow from how arms belong together, or that make several students."""
 CONTROLS = ("scratch", "group_blind", "random")
 MATCHED = ("params", "latency")
 
