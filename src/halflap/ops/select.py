@@ -49,7 +49,7 @@ class Op:
     refused: int = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        device = args[0].device
+        device = next(iter((*args, *kwargs.values()))).device
         if device.type == "cuda":
             result = self._on_gpu(device, *args, **kwargs)
         else:
