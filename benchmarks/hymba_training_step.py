@@ -1,9 +1,9 @@
 """A training step of a 55 M Hymba on one row of 2048 tokens against our own Transformer of the same size.
 
-Both do forward, backward and AdamW, in float32 and in bfloat16 mixed precision. Goal: the Hymba trains at least 0.6
-times as many tokens a second. The second rows say where a step's time goes, as shares of it (spans.py): products of the
-projections into and out of mixers, of time steps and of MLPs, scan, convolution, attention, norms, gate of the MLP,
-language head with loss, optimiser, and the rest.
+Both do forward, backward and AdamW, in float32 and in bfloat16 mixed precision (`--dtypes`). Goal: the Hymba trains
+at least 0.6 times as many tokens a second. The second rows say where a step's time goes, as shares of it (spans.py):
+products of the projections into and out of mixers, of time steps and of MLPs, scan, convolution, attention, norms,
+gate of the MLP, language head with loss, optimiser, and the rest.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def shares(model: HybridModel, tokens: torch.Tensor, dtype: torch.dtype, repeats
 
 
 def main() -> None:
-    chosen = arguments(__doc__, {"tokens": 64, "size": "tiny"}, tokens=2048, size="55m")
+    chosen = arguments(__doc__, {"tokens": 64, "size": "tiny"}, tokens=2048, size="55m", dtypes=["float32", "bfloat16"])
     report = Report("hymba_training_step", chosen.out, chosen.threads)
     windows = {"window": 256, "meta": 32} if chosen.size != "tiny" else {"window": 16, "meta": 4, "vocab": 512}
     configs = hymba_and_transformer(chosen.size, **windows)
     for name, config in configs.items():
         report.add(model=name, **shape_of(config))
-    for dtype in (torch.float32, torch.bfloat16):
-        dtype_name = str(dtype).removeprefix("torch.")
+    for dtype_name in chosen.dtypes:
+        dtype = getattr(torch, dtype_name)
         models = {name: random_model(config) for name, config in configs.items()}
         tokens = random_tokens(models["hymba"], 1, chosen.tokens + 1)
         sides = {name: our_step(model, tokens, dtype) for name, model in models.items()}
