@@ -88,6 +88,16 @@ def test_export_pads_only_when_asked_and_measures_the_difference(halflap: Cli, u
     assert json.loads(Path("stock/config.json").read_text())["model_type"] in ("nemotron_h", "llama", "nemotron")
 
 
+def test_packing_does_not_ask_for_a_stock_class(halflap: Cli, uneven_checkpoint: Path) -> None:
+    """An unequal student is packed as it is, copied, and written plain again; stock forms still refuse it."""
+    packed = halflap("export", uneven_checkpoint, "--quantize", "int8", "--out", "eight", "--json").json
+    assert not packed["padded"] and "halflap runs it" in packed["remark"]
+    assert halflap("export", "eight", "--out", "copy", "--json").json["max_abs_error"] == 0
+    plain = halflap("export", "eight", "--quantize", "off", "--out", "plain", "--json").json
+    assert plain["max_abs_error"] == 0 and load_model("plain").config == load_model(uneven_checkpoint).config
+    assert "--pad-to-stock" in halflap("export", "plain", "--out", "stock").err
+
+
 def changed(config: ModelConfig, kind: type, **sizes: Any) -> ModelConfig:
     """The second block of a kind with other sizes."""
     place = [i for i, block in enumerate(config.blocks) if isinstance(block, kind)][1]

@@ -77,16 +77,18 @@ def export(recipe: ExportRecipe, run: Run) -> dict[str, Any]:
         "padded": source.config != before,
         "max_abs_error": error,
         "logit_scale": scale,
-        "remark": _remark(source, recipe.format),
+        "remark": _remark(source, recipe),
     }
     if source.quantization is not None:
         result |= {"weights": source.quantization.said(), "bytes": written.nbytes}
     return result
 
 
-def _remark(source: Source, form: str) -> str | None:
+def _remark(source: Source, recipe: ExportRecipe) -> str | None:
     """What a user must know of a product that is not all it could be."""
-    remarks = []
+    remarks, form = [], recipe.format
+    if reason := FORMS[form].cannot_write(source.config):
+        remarks.append(f"{FORMS[form].what} cannot hold this model, because {reason}; halflap runs it as it is")
     if widened := widened_norms(source.checkpoint.config, source.config):
         remarks.append(
             f"the gated norms of {widened} Mamba blocks were padded and are equal but for their eps, of which stock "
@@ -101,7 +103,9 @@ def _source(recipe: ExportRecipe) -> Source:
     opened, form = Checkpoint.open(recipe.model, packed=True), FORMS[recipe.format]
     quantization = _quantization(recipe, opened)
     config, read = opened.config, opened.read_plain
-    if reason := form.cannot_write(config):
+    repacked = recipe.quantize is not None or quantization is not None  # asked for as it is, whoever opens it
+    reason = form.cannot_write(config)
+    if reason and (recipe.pad_to_stock or not repacked):
         if not recipe.pad_to_stock:
             help = "--pad-to-stock pads unequal widths with zeros, and " if _padding_helps(config, form) else ""
             raise HalflapError(

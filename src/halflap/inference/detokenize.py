@@ -27,7 +27,9 @@ class TextStream:
     def __init__(self, tokenizer: Decodes, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids = list(prompt[-CONTEXT:])
-        self._certain = len(self._decode()[0])  # characters of the decoded window already taken over
+        certain, pending = self._decode()
+        self._certain = len(certain)  # characters of the decoded window already taken over
+        self._broken = len(pending)  # those that the prompt may have left broken: its own unless they become whole
         self._text = ""
         self._shown = 0
         self.stopped = False
@@ -41,7 +43,7 @@ class TextStream:
         """Take one token; returns the text that is now certain and safe to show."""
         self._ids.append(token)
         certain, pending = self._decode()
-        self._take(certain[self._certain :])
+        self._take(self._fresh(certain))
         self._certain = max(self._certain, len(certain))
         if not pending and len(self._ids) > WINDOW:
             self._ids = self._ids[-CONTEXT:]
@@ -52,8 +54,17 @@ class TextStream:
         """The rest: unfinished characters as replacement characters, and text held back for a stop string."""
         if not self.stopped:
             certain, pending = self._decode()
-            self._take((certain + pending)[self._certain :])
+            self._take(self._fresh(certain + pending))
         return self._show(0)
+
+    def _fresh(self, window: str) -> str:
+        """What the window's text has beyond what was taken over."""
+        fresh = window[self._certain :]
+        own = len(fresh) - len(fresh.lstrip(REPLACEMENT))
+        dropped = min(self._broken, own)
+        if fresh:
+            self._broken = self._broken - dropped if dropped == len(fresh) else 0
+        return fresh[dropped:]
 
     def _decode(self) -> tuple[str, str]:
         """The window's text, and the trailing replacement characters that are not certain yet."""

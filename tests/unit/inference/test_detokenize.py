@@ -59,3 +59,10 @@ def test_stop_strings_never_show(text: str, stop: list[str]) -> None:
 def test_a_character_split_by_the_prompt_is_shown_whole() -> None:
     whole = "🙂!".encode()
     assert "".join(stream(list(whole[2:]), list(whole[:2]))[0]) == "🙂!"
+
+
+@settings(deadline=None, max_examples=100)
+@given(prompt=st.sampled_from(["a", "日", "🙂"]), cut=st.integers(1, 3), text=st.text("ab🙂", max_size=80))
+def test_a_character_that_the_prompt_left_broken_is_not_the_replys(prompt: str, cut: int, text: str) -> None:
+    pieces, result = stream(list(text.encode()), list((prompt + "🙂").encode()[:-cut]))
+    assert "".join(pieces) == result.text == text
