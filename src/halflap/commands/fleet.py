@@ -76,9 +76,14 @@ def _ours(recipe: ServeRecipe, folder: Path) -> Fleet:
         changed |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if len(devices) > 1:
             changed["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-        words = (sys.executable, "-m", "halflap", "serve", "--config", str(file))
+        words = (*_python(), "-m", "halflap", "serve", "--config", str(file))
         launches.append(Launch(f"replica {number}", words, socket, changed))
     return Fleet(launches, plan.max_context, (CHAT, COMPLETIONS, SCORE))
+
+
+def _python() -> tuple[str, ...]:
+    """This Python, which imports from the current folder only if this process does."""
+    return (sys.executable,) if {"", os.getcwd()} & set(sys.path) else (sys.executable, "-P")
 
 
 def _vllm(recipe: ServeRecipe, folder: Path, *, dry: bool = False) -> Fleet:

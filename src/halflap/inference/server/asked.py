@@ -73,11 +73,12 @@ def chat(body: ChatBody, prompts: Prompts, settings: ServerSettings) -> Asked:
     described = [tool.model_dump(exclude_none=True) for tool in tools]
     ids = prompts.conversation([message.plain() for message in body.messages], described)
     most = body.max_completion_tokens or body.max_tokens
+    called = "max_tokens" if body.max_tokens and not body.max_completion_tokens else "max_completion_tokens"
     if body.top_logprobs is not None and not body.logprobs:
         raise _bad("top_logprobs", "top_logprobs needs logprobs: true; add it, or leave top_logprobs out")
     request = Request(
         ids,
-        _fitting(len(ids), most, settings, "max_completion_tokens"),
+        _fitting(len(ids), most, settings, called),
         sampling(body),
         stops(body) + prompts.stop,
         bool(body.ignore_eos),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from halflap.inference.server.bodies import MOST_TOP, Body, SamplingBody, Text
 
@@ -43,6 +43,12 @@ class MessageBody(Body):
     annotations: list[Any] | None = Field(None, description="Accepted, likewise.")
     audio: None = None
     function_call: None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> MessageBody:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of {self.role} has a content, which may be empty")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """The message as templates know it: content is text, the arguments of calls are objects."""

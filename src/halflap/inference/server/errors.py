@@ -94,6 +94,8 @@ def _said(error: Any) -> str:
 def _place(loc: tuple[int | str, ...]) -> str:
     """messages[0].content; what pydantic calls the members of unions, no names of fields, is left out."""
     text = ""
+    if loc[:1] == ("response_format",):  # its members are called by their `type`
+        loc = loc[:1] + loc[2:]
     for part in loc:
         if isinstance(part, int):
             text += f"[{part}]"

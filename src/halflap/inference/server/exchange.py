@@ -12,7 +12,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -25,7 +25,7 @@ PATIENCE = 10.0  # seconds for the last events to be read
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The whole body. Raises ApiError for one that is too large or not JSON by its type."""
+    """The whole body. Raises ApiError for one too large or not JSON by its type, HungUp for a client that goes."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"Content-Type is {kind!r}; it must be application/json: set the header", code="media_type")
@@ -34,11 +34,14 @@ async def read_body(request: Request, most: int) -> bytes:
     if length.isdecimal() and int(length) > most:
         raise too_large
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise too_large
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise too_large
+            parts.append(part)
+    except ClientDisconnect:
+        raise HungUp from None
     return b"".join(parts)
 
 

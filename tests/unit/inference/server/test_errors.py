@@ -72,6 +72,27 @@ def test_bodies_that_are_no_json_object(client: Any, raw: bytes) -> None:
     assert client.post(PATH, json=BODY).status_code == 200
 
 
+HI = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "place"),
+    [
+        ("messages", [{"role": "user"}], "messages[0]"),
+        ("messages", [HI, {"role": "tool", "tool_call_id": "a", "content": None}], "messages[1]"),
+        ("response_format", {"type": "json_schema"}, "response_format.json_schema"),
+        ("response_format", {"type": "text", "more": 1}, "response_format.more"),
+        ("max_tokens", 10**6, "max_tokens"),
+        ("max_completion_tokens", 10**6, "max_completion_tokens"),
+    ],
+)
+def test_a_wrong_value_of_a_chat_is_named_as_it_was_written(client: Any, field: str, value: Any, place: str) -> None:
+    body = {"messages": [HI], field: value}
+    assert refused(client.post("/v1/chat/completions", json=body), 400)["param"] == place
+    spoken = {"messages": [HI, {"role": "assistant", "content": None}], "max_tokens": 1}
+    assert client.post("/v1/chat/completions", json=spoken).status_code == 200
+
+
 def test_paths_methods_and_types(client: Any) -> None:
     refused(client.get("/v2/nothing"), 404)
     assert "POST" in refused(client.get(PATH), 405)["message"]
@@ -201,6 +222,23 @@ def test_a_client_that_hangs_up_frees_its_place(make_service: Any, stream: bool)
     assert engine.streams[0].cancelled
     text = service.metrics.text().decode()
     assert 'status="499"' in text and "halflap_requests_active 0.0" in text
+
+
+def test_a_client_that_goes_before_its_body_has_come_is_no_failure(make_service: Any) -> None:
+    from halflap.inference.server.app import application
+
+    service = make_service()
+    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b'{"pro', "more_body": True}]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop()
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    asyncio.run(application(service)(POSTED, receive, send))  # pyright: ignore[reportArgumentType]
+    text = service.metrics.text().decode()
+    assert 'status="499"' in text and 'status="500"' not in text
 
 
 def test_a_reader_that_stops_reading_holds_up_nobody(make_service: Any) -> None:
