@@ -25,7 +25,7 @@ from halflap.inference.front.metrics import FrontMetrics
 from halflap.inference.front.replica import Replica
 from halflap.inference.server.config import ServerSettings
 from halflap.inference.server.errors import TYPES, ApiError
-from halflap.inference.server.exchange import EventStream, until_hang_up, within
+from halflap.inference.server.exchange import EventStream, until_hang_up
 from halflap.inference.server.gate import Gate
 from halflap.inference.server.openapi import document
 from halflap.inference.server.site import site
@@ -102,7 +102,7 @@ class Front(Gate):
         stack.callback(self.leave)
         stack.callback(lambda: self.metrics.whole.observe(time.monotonic() - began))
         try:
-            async with within(self.settings.seconds):
+            async with self.within():
                 reply = await until_hang_up(request.receive, stack.enter_async_context(self._asked(path, asked)))
                 if not reply.headers.get("content-type", "").startswith("text/event-stream"):
                     content = await until_hang_up(request.receive, _whole(reply))
@@ -111,8 +111,8 @@ class Front(Gate):
         except BaseException:
             await stack.aclose()
             raise
-        left = max(0.001, self.settings.seconds - (time.monotonic() - began))
-        return _Stream(stack, self._timed(events(reply), began), left, lambda status: self.count(path, status))
+        limit = self.within(max(0.001, self.settings.seconds - (time.monotonic() - began)))
+        return _Stream(stack, self._timed(events(reply), began), limit, lambda status: self.count(path, status))
 
     @contextlib.asynccontextmanager
     async def _asked(self, path: str, asked: Asked) -> AsyncIterator[httpx2.Response]:
@@ -178,10 +178,10 @@ class _Stream(EventStream):
         self,
         stack: contextlib.AsyncExitStack,
         texts: AsyncGenerator[str, None],
-        seconds: float,
+        limit: contextlib.AbstractAsyncContextManager[None],
         ended: Callable[[int], None],
     ) -> None:
-        super().__init__(texts, seconds, ended)
+        super().__init__(texts, limit, ended)
         self._stack = stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -91,17 +91,6 @@ async def pieces(streams: Sequence[Stream], n: int) -> AsyncIterator[tuple[int, 
             task.cancel()
 
 
-@contextlib.asynccontextmanager
-async def within(seconds: float) -> AsyncIterator[None]:
-    """Raise ApiError when what is inside takes longer."""
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError:
-        message = f"the reply was not finished in {seconds:g} seconds; ask for less, or later"
-        raise ApiError(504, message, code="timeout") from None
-
-
 async def encoded(events: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[str, None]:
     """Each object as JSON."""
     async for event in events:
@@ -111,12 +100,17 @@ async def encoded(events: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[str, 
 class EventStream(Response):
     """Server-sent events, each the JSON of an object, then `[DONE]`; `ended` hears the status, 499 for a hang-up.
 
-    An ApiError on the way, too little time included, is sent as an event of its own, as the status has gone out.
+    An ApiError on the way, or of `limit`, in which all is sent, is an event of its own, as the status has gone out.
     """
 
-    def __init__(self, events: AsyncGenerator[str, None], seconds: float, ended: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[str, None],
+        limit: contextlib.AbstractAsyncContextManager[None],
+        ended: Callable[[int], None],
+    ) -> None:
         self.status_code, self.background = 200, None
-        self._events, self._seconds, self._ended = events, seconds, ended
+        self._events, self._limit, self._ended = events, limit, ended
         self._status = 499  # until the last byte has gone out
         self.init_headers({"content-type": "text/event-stream", "cache-control": "no-store", "x-accel-buffering": "no"})
 
@@ -132,7 +126,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         status = 200
         try:
-            async with within(self._seconds), contextlib.aclosing(self._events) as events:
+            async with self._limit, contextlib.aclosing(self._events) as events:
                 async for event in events:
                     await self._event(send, event)
         except ApiError as error:

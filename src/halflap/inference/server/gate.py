@@ -6,10 +6,11 @@ Checks come in the order of their cost: stopping, key, type and size of the body
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from prometheus_client import Counter, Gauge
 from starlette.requests import Request
@@ -20,11 +21,12 @@ from halflap.inference.server.errors import ApiError, HungUp
 from halflap.inference.server.exchange import EventStream, read_body
 
 LOG = logging.getLogger(__name__)
+STOPPED = "the server stopped before the reply was finished; ask another, or later"
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Gate:
-    """The limits that requests are taken under. `stopping` refuses what is new.
+    """The limits that requests are taken under. `stopping` refuses what is new, `end()` ends what runs.
 
     requests counts them by path and status, active those being answered.
     """
@@ -35,6 +37,8 @@ class Gate:
         self.stopping = False
         self._requests, self._active_gauge = requests, active
         self._active = 0
+        self._over = False
+        self._limits: set[asyncio.Timeout] = set()
         self._keys = [key.encode() for key in settings.keys]
 
     def guarded(self, path: str, endpoint: Endpoint) -> Endpoint:
@@ -79,11 +83,32 @@ class Gate:
 
     async def raw_body(self, request: Request) -> bytes:
         """The body as it came. Raises ApiError for one that is too large, too slow or not JSON by its type."""
+        late = ApiError(408, "the body did not arrive in time; send it again", code="timeout")
+        async with self.within(late=late):
+            return await read_body(request, self.settings.body_bytes)
+
+    @contextlib.asynccontextmanager
+    async def within(self, seconds: float | None = None, *, late: ApiError | None = None) -> AsyncIterator[None]:
+        """Raise `late` when what is inside takes longer (a request's time when not given); ApiError after `end()`."""
         try:
-            async with asyncio.timeout(self.settings.seconds):
-                return await read_body(request, self.settings.body_bytes)
+            async with asyncio.timeout(0 if self._over else seconds or self.settings.seconds) as limit:
+                self._limits.add(limit)
+                try:
+                    yield
+                finally:
+                    self._limits.discard(limit)
         except TimeoutError:
-            raise ApiError(408, "the body did not arrive in time; send it again", code="timeout") from None
+            raise (ApiError(503, STOPPED) if self._over else late or self._late()) from None
+
+    def end(self) -> None:
+        """End every request with an error; from the event loop alone."""
+        self._over = True
+        for limit in self._limits:
+            limit.reschedule(asyncio.get_running_loop().time())
+
+    def _late(self) -> ApiError:
+        message = f"the reply was not finished in {self.settings.seconds:g} seconds; ask for less, or later"
+        return ApiError(504, message, code="timeout")
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.settings.name):

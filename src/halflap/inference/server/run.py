@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import math
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +20,14 @@ from halflap.inference.server.gate import Gate
 from halflap.inference.server.service import Service
 
 BACKLOG = 2048
+LAST_WORDS = 3  # seconds after the grace in which errors may go out
 
 
 class Server(uvicorn.Server):
-    """Refuses what is new from the first signal on; lets the rest finish within the grace, or until a second one."""
+    """Refuses what is new from the first signal on; lets the rest finish within the grace, or until a second one.
+
+    What the grace does not suffice for ends with an error that says so.
+    """
 
     def __init__(self, app: Starlette, gate: Gate) -> None:
         config = uvicorn.Config(
@@ -31,7 +37,7 @@ class Server(uvicorn.Server):
             backlog=BACKLOG,
             server_header=False,
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=max(1, round(gate.settings.grace)),
+            timeout_graceful_shutdown=max(1, math.ceil(gate.settings.grace)) + LAST_WORDS,
             lifespan="off",
             h11_max_incomplete_event_size=64 << 10,
         )
@@ -41,6 +47,13 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._gate.stopping = True
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        over = asyncio.get_running_loop().call_later(self._gate.settings.grace, self._gate.end)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            over.cancel()
 
 
 def listen(host: str, port: int) -> socket.socket:

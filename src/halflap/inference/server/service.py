@@ -16,8 +16,8 @@ from halflap.inference import requests as engine_requests
 from halflap.inference.server.asked import Asked
 from halflap.inference.server.config import ServerSettings
 from halflap.inference.server.errors import ApiError, invalid
-from halflap.inference.server.exchange import EventStream, encoded, pieces, until_hang_up, within
-from halflap.inference.server.gate import Gate
+from halflap.inference.server.exchange import EventStream, encoded, pieces, until_hang_up
+from halflap.inference.server.gate import STOPPED, Gate
 from halflap.inference.server.metrics import Metrics
 from halflap.inference.server.objects import Replies, usage_object
 from halflap.inference.server.prompts import Prompts
@@ -83,9 +83,9 @@ class Service(Gate):
 
         events = self._events(asked, streams, replies, began)
         if asked.stream:
-            return EventStream(encoded(events), self.settings.seconds, ended)
+            return EventStream(encoded(events), self.within(), ended)
         try:
-            async with within(self.settings.seconds):
+            async with self.within():
                 await until_hang_up(request.receive, _drained(events))
         finally:
             ended(200)
@@ -117,7 +117,7 @@ class Service(Gate):
                 reasons = [stream.error for stream in streams if stream.error]
                 raise ApiError(500, reasons[0] if reasons else "the engine failed; send the request again")
             if piece.finish_reason == "cancelled":
-                raise ApiError(503, "the server stopped before the reply was finished; ask another, or later")
+                raise ApiError(503, STOPPED)
             for chunk in replies.add(choice, piece):
                 yield chunk
         if asked.include_usage:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +24,21 @@ POSTED = {
     "query_string": b"",
     "headers": [(b"content-type", b"application/json")],
 }  # of one request, as an ASGI server puts it
+
+
+async def posted(app: Any, body: dict[str, Any], during: Callable[[], Awaitable[None]]) -> tuple[int, str]:
+    """Status and text of what an application answers; `during` runs beside it, and the client stays."""
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop() if messages else await asyncio.Event().wait()  # type: ignore[func-returns-value]
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await asyncio.wait_for(asyncio.gather(app(POSTED, receive, send), during()), 5)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent).decode()
 
 
 class Held:
@@ -154,6 +169,24 @@ def test_too_slow(make_client: Any, events: Any) -> None:
     chunks = events(client.post(PATH, json={**BODY, "stream": True}))
     assert chunks[0]["choices"][0]["text"] == "a" and chunks[-1]["error"]["code"] == "timeout"
     assert all(stream.cancelled for stream in engine.streams)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_end_of_the_grace_is_told(make_service: Any, stream: bool) -> None:
+    from halflap.inference.server.app import application
+
+    engine = Held()
+    service = make_service(engine=engine)
+
+    async def end() -> None:
+        while not engine.streams:
+            await asyncio.sleep(0.01)
+        service.end()
+
+    status, text = asyncio.run(posted(application(service), {**BODY, "stream": stream}, end))
+    assert status == (200 if stream else 503) and "the server stopped before the reply was finished" in text
+    assert not stream or text.endswith("data: [DONE]\n\n")
+    assert engine.streams[0].cancelled and "halflap_requests_active 0.0" in service.metrics.text().decode()
 
 
 def test_failures_of_the_engine_are_told(make_client: Any, events: Any) -> None:
