@@ -111,6 +111,7 @@ def test_a_conversation_that_is_too_long_is_said(
         (("--prefix-cache", "900TiB"), 1, "the prefix cache"),
         (("--cache-memory", "12"), 2, "bytes with their unit"),
         (("--prot", "1"), 2, "--port"),
+        (("--queue", "-5"), 2, "at least 0"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -122,6 +123,20 @@ def test_mistakes_are_one_sentence(
         else halflap("serve", directory, *words)
     )
     assert result.status == status and said in result.err and result.err.count("\n") == 1
+
+
+def test_a_context_beyond_the_positions_is_refused(halflap: Cli, directory: Path, tmp_path: Path) -> None:
+    """Else every reply without a length of its own would be asked for more than the model can do."""
+    import dataclasses
+
+    from halflap.checkpoints.checkpoint import save_model
+    from halflap.models.model import HybridModel
+    from halflap.models.presets import preset
+
+    save_model(HybridModel(dataclasses.replace(preset("llama-tiny"), vocab_size=280)), tmp_path / "llama")
+    (tmp_path / "llama" / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    result = halflap("serve", tmp_path / "llama", "--port", "0", "--max-context", "1000000")
+    assert result.status == 1 and "--max-context needs 1000000 positions" in result.err
 
 
 def test_a_model_that_does_not_fit_is_refused_with_numbers() -> None:

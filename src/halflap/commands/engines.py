@@ -15,6 +15,7 @@ from halflap.commands.sections import Decoding
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError, RecipeError
 from halflap.inference.engine import Engine
+from halflap.inference.generate import require_positions
 from halflap.inference.requests import EngineSettings
 from halflap.models.config import ModelConfig
 from halflap.models.count import cache_bytes
@@ -51,6 +52,7 @@ def plan_engine(path: str | Path, decoding: Decoding, common: Common, replicas: 
     tokenizer = Tokenizer.load(directory)
     tokenizer.check_matches(config.vocab_size)
     context = decoding.max_context or config.max_position_embeddings
+    require_positions(config, context, "--max-context needs")
     prefix = _prefix_bytes(decoding.prefix_cache)
     device = choose_device(common.device)
     dtype = choose_dtype(common.dtype, device)

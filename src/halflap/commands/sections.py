@@ -323,6 +323,9 @@ class Listening:
     grace: Duration = Amount(30.0, "seconds")
     """Time that running requests get when the server is told to stop."""
 
+    def __post_init__(self) -> None:
+        _require("queue", self.queue, self.queue >= 0, "at least 0")
+
 
 @flat(VLLM)
 @dataclass(frozen=True, kw_only=True)

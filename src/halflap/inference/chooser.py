@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from halflap.inference.requests import SamplingParams
-from halflap.inference.sampling import draw_with, filtered, noise, penalise
-
-SEEDS = 1 << 63
+from halflap.inference.sampling import SEEDS, draw_with, filtered, noise, penalise
 
 
 class Matcher(Protocol):

@@ -7,7 +7,7 @@ get alone. Finished rows leave the batch, and only the last position's logits ar
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -199,6 +199,10 @@ def _encode_prompt(index: int, prompt: object, config: ModelConfig, tokenizer: T
     if isinstance(prompt, str):
         if tokenizer is None:
             raise HalflapError(f"prompt {index} is text and the model has no tokenizer; give token ids, or a tokenizer")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise HalflapError(f"prompt {index} is no text ({error}); give whole characters, or token ids") from None
         ids = with_prefix(tokenizer, tokenizer.encode(prompt))
     else:
         ids = _checked_ids(index, prompt, config.vocab_size)
@@ -234,7 +238,9 @@ def _checked_ids(index: int, prompt: object, vocab_size: int) -> list[int]:
 
 
 def _checked_stop(stop: Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:
-    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    texts = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise HalflapError(f"a stop string is {wrong[0]!r}; it must be a text: change it")
     if texts and tokenizer is None:
         raise HalflapError("stop strings need a tokenizer and the model has none; give one, or stop by token count")
     if "" in texts:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from halflap.inference.requests import SamplingParams
 
+SEEDS = 1 << 63  # of generators
 SMALLEST = 1e-38  # of exponential numbers, whose logarithm is taken
 
 
 def row_generators(params: SamplingParams, rows: int) -> list[torch.Generator]:
     """One CPU generator a row: row i draws as a single prompt with seed `seed + i` would."""
-    return [torch.Generator().manual_seed(params.seed + row) for row in range(rows)]
+    return [torch.Generator().manual_seed((params.seed + row) % SEEDS) for row in range(rows)]
 
 
 def choose(

@@ -139,11 +139,21 @@ def test_an_empty_prompt_starts_from_the_beginning_token(tokenizer: Tokenizer) -
         ([[1]], {"temperature": -1.0}, "temperature is -1"),
         ([[1]], {"top_p": 0.0}, "top_p is 0"),
         ([[1]], {"stop": ["x"]}, "stop strings need a tokenizer"),
+        ([[1]], {"stop": [5]}, "a stop string is 5"),
+        ([[1]], {"stop": 5}, "a stop string is 5"),
     ],
 )
 def test_wrong_requests_say_what_is_allowed(prompts: list, options: dict, message: str) -> None:
     with pytest.raises(HalflapError, match=message):
         generate(tiny("nemotron_h"), prompts, **options)
+
+
+def test_half_a_surrogate_is_no_text_and_any_seed_is_one(tokenizer: Tokenizer) -> None:
+    model = tiny("nemotron_h")
+    with pytest.raises(HalflapError, match="prompt 1 is no text"):
+        generate(model, ["the", "\ud800"], 1, tokenizer=tokenizer)
+    one, same = (generate(model, [[1]], 3, temperature=1.0, seed=seed) for seed in (-1, (1 << 63) - 1))
+    assert one == same and generate(model, [[1]], 3, temperature=1.0, seed=1 << 80)
 
 
 def test_rotary_positions_end(tokenizer: Tokenizer) -> None:
