@@ -138,6 +138,15 @@ def test_a_llama_may_carry_its_rotary_table_and_a_tied_head(tmp_path):
     assert same(dict(Checkpoint.open(tmp_path).tensors()), tensors)
 
 
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path):
+    config = dataclasses.replace(preset("nemotron-4-tiny"), tie_word_embeddings=True)
+    tensors = random_tensors(config)
+    write_checkpoint(tmp_path, config, tensors.items())
+    put(tmp_path, on_disk(tmp_path) | {"lm_head.weight": tensors["embedding.weight"] + 1})
+    with pytest.raises(HalflapError, match=r"lm_head\.weight that differs from its embedding"):
+        Checkpoint.open(tmp_path)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_error_lists_missing_unknown_and_wrongly_shaped_tensors(tmp_path, name):
     config = preset(name)

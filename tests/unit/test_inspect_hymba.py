@@ -15,6 +15,11 @@ def test_inspect_as_json(halflap):
         "without_states": 78.602,
         "everything": 81.879,
     }
+    more = halflap("inspect", "hymba-1.5b", "--context", "1000", "8192", "--json").json["cache_as_published"][
+        "by_context"
+    ]
+    everything = {context: round(sums["everything"] / 1e6, 3) for context, sums in more.items()}
+    assert everything == {"1000": 40.914, "8000": 81.879, "8192": 82.985}
     assert found["cache_bytes"]["8000"] == sum(found["cache_parts"]["8000"].values())
 
 

@@ -200,6 +200,11 @@ def test_training_flops_by_hand() -> None:
 # ---- configs
 
 
+@pytest.mark.parametrize("key", ["partial_rotary_factor", "rotary_percent", "rope_percent", "rope_percentage"])
+def test_every_spelling_of_the_turned_part(key: str) -> None:
+    assert read_config({key: 0.25}).blocks[0].rope == RopeConfig(fraction=0.25)  # type: ignore[union-attr]
+
+
 def test_an_empty_config_is_the_15b() -> None:
     config = read_config({})
     assert config.blocks[0].num_key_value_heads == 48  # type: ignore[union-attr]
@@ -229,7 +234,11 @@ def test_configs_survive_the_round_trip(name: str) -> None:
         ({"num_key_value_heads": 7}, "not divisible by num_key_value_heads=7"),
         ({"sliding_window": 512}, "sliding_window=512, which halflap's Nemotron does not support"),
         ({"quantization_config": {"bits": 8}}, "quantized weights are not read"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers=0; each must be a whole number of at least 1"),
+        ({"norm_eps": -1}, "norm_eps=-1; it must be a number above 0"),
+        ({"eos_token_id": [3, "x"]}, r"eos_token_id=\[3, 'x'\]; a token's id is a whole number"),
+        ({"rope_theta": 0}, "rope_theta=0; it must be a number above 0"),
+        ({"rope_parameters": "x"}, "rope_parameters='x'; it must be an object"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0; it must be a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_run_is_refused(data: dict[str, Any], said: str) -> None:

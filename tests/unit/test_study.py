@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halflap.commands.study_file import SIZES, read_study, shipped
-from halflap.errors import HalflapError
+from halflap.commands.study_file import SIZES, Speed, read_study, shipped
+from halflap.errors import HalflapError, RecipeError
 from halflap.evaluate.paired import paired
 from halflap.models.count import count_parameters
 from halflap.models.stack import build, read_stack, with_parameters
@@ -134,3 +134,49 @@ def test_a_study_is_run_found_again_and_gone_on_with(halflap: Callable[..., Any]
 def test_a_study_by_a_wrong_name_names_the_nearest(halflap: Callable[..., Any], tmp_path: Path) -> None:
     outcome = halflap("study", "hymba-lader", "--data", TEXT, "--out", tmp_path / "x")
     assert outcome.status == 1 and "did you mean 'hymba-ladder'" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seeds": []}, r"seeds is \[\]; at least one, and each once"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; at least one, and each once"),
+        ({"seeds": "x"}, "seeds is 'x'; it must be a list of whole numbers"),
+        ({"speed": {"prompt": []}}, r"speed.prompt is \[\]; it must be a list of whole numbers above 0"),
+        ({"arms": ["attention"]}, "study.yaml has a value of the wrong kind"),
+        ({"arms": {"attention": {"pattern": 5}}}, "arm 'attention' has a value of the wrong kind"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused_as_a_wrong_recipe(tmp_path: Path, changes: Any, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        read_study(str(write(tmp_path, **changes)), "small").models(300)
+
+
+def test_text_may_be_one_path(tmp_path: Path) -> None:
+    assert read_study(str(write(tmp_path, data="text.txt")), "small").data == ("text.txt",)
+
+
+def test_the_usual_speed_is_as_long_as_the_shapes_reach(tmp_path: Path) -> None:
+    file = write(tmp_path, speed={})
+    assert read_study(str(file), "small").speed == Speed(prompt=(96,), output=(32,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"speed": {"prompt": [120], "output": [16]}}, "arm 'attention': speed's longest prompt and output needs 136"),
+        ({"fit": {"sequence_length": 256}}, "arm 'attention': fit.sequence_length needs 256 positions"),
+        (
+            {"recall": {**STUDY["recall"], "length": 512, "vocab_size": 128}},
+            "arm 'attention': recall.length needs 512 positions",
+        ),  # type: ignore[dict-item]
+        ({"recall": {**STUDY["recall"], "probe": "probe_mqra"}}, "did you mean 'probe_mqar'"),  # type: ignore[dict-item]
+    ],
+)
+def test_what_no_arm_can_do_is_refused_before_any_is_trained(
+    halflap: Callable[..., Any], tmp_path: Path, changes: Any, said: str
+) -> None:
+    blocks = BLOCKS | {"*": BLOCKS["*"] | {"rope": {}}}
+    file = write(tmp_path, base=BASE | {"blocks": blocks}, **changes)
+    outcome = halflap("study", str(file), "--data", str(TEXT), "--out", str(tmp_path / "run"))
+    assert outcome.status == 1 and said in outcome.err and not (tmp_path / "run" / "arms").exists()

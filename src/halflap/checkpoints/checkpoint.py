@@ -99,7 +99,7 @@ class Checkpoint:
             ignored=ignored,
         )
         ordered = {ours: entries[found[ours]] for ours in wanted}
-        if config.tie_word_embeddings and family.tied_head_is_checked and "lm_head.weight" in entries:
+        if config.tie_word_embeddings and "lm_head.weight" in entries:
             _check_tied_head(directory, entries["lm_head.weight"], ordered["embedding.weight"])
         for name, entry in ordered.items():
             code, allowed = entry.spec.code, wanted[name][0]

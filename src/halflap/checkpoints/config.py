@@ -119,6 +119,8 @@ def _read_stock(directory: Path) -> ModelConfig | None:
         return FAMILIES[kind].read_config(data)
     except HalflapError as error:
         raise HalflapError(f"{file}: {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise HalflapError(f"{file} has a value of the wrong kind ({error}): correct it") from error
 
 
 def _difference(a: ModelConfig, b: ModelConfig) -> str:

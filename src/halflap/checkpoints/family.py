@@ -5,7 +5,8 @@ Also the small helpers with which families read a Hugging Face `config.json`, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +24,27 @@ from halflap.models.config import (
 
 Json = Mapping[str, Any]
 
+# Keys that transformers writes into every config and that change no forward pass.
+EVERY_CONFIG = (
+    *("use_cache", "model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version"),
+    *("torchscript", "quantization_config", "return_dict", "output_attentions", "output_hidden_states"),
+    *("use_bfloat16", "id2label", "tf_legacy_loss", "pruned_heads", "chunk_size_feed_forward", "label2id"),
+    *("is_encoder_decoder", "is_decoder", "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder"),
+    *("tokenizer_class", "sep_token_id", "decoder_start_token_id", "task_specific_params", "problem_type"),
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),
+    *("diversity_penalty", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "output_scores"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
+    *("return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
+    *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "finetuning_task", "prefix"),
+)
+
 
 @dataclass(frozen=True)
 class Family:
     """One architecture of Hugging Face.
 
     cannot_write(config) is the reason why no stock config.json can express a config, or None; depth_unit is the
-    number of consecutive blocks that are one layer there; prefixes lists the canonical tensor prefix first. A head that
-    a file has although it is tied is left aside, or with tied_head_is_checked must be the embedding.
+    number of consecutive blocks that are one layer there; prefixes lists the canonical tensor prefix first.
     """
 
     name: str
@@ -42,7 +56,6 @@ class Family:
     depth_unit: int = 1
     prefixes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    tied_head_is_checked: bool = False
 
 
 def pick(data: Json, default: Any, *keys: str) -> Any:
@@ -82,6 +95,34 @@ def read_float(value: Any) -> float:
         raise HalflapError(f"config.json has {value!r} where a number is needed: correct it") from None
 
 
+def read_positive(data: Json, default: float, *keys: str) -> float:
+    """The finite number above 0 under whichever of `keys` is there, or the default. Raises HalflapError, by name."""
+    value = pick(data, default, *keys)
+    number = read_float(value)
+    if not 0 < number < math.inf:
+        name = next((key for key in keys if data.get(key) is not None), keys[0])
+        raise HalflapError(f"config.json has {name}={value!r}; it must be a number above 0: correct it")
+    return number
+
+
+def check_kinds(data: Json, kinds: Mapping[str, type]) -> None:
+    """Raise HalflapError when a key of `kinds` has a value that is neither null nor of its kind."""
+    words = {int: "a whole number", bool: "true or false", list: "a list", Mapping: "an object"}
+    for key, kind in kinds.items():
+        value = data.get(key)
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise HalflapError(f"config.json has {key}={value!r}; it must be {words[kind]}: correct it")
+
+
+def check_sizes(data: Json, keys: Sequence[str]) -> None:
+    """Raise HalflapError when one of `keys` is not a whole number of at least 1."""
+    for key in keys:
+        if not isinstance(data[key], int) or isinstance(data[key], bool) or data[key] < 1:
+            raise HalflapError(
+                f"config.json has {key}={data[key]!r}; it must be a whole number of at least 1: correct it"
+            )
+
+
 def layer_sizes(data: Json, hidden: int, heads: int, layers: int) -> tuple[int, int, int]:
     """hidden_size, num_attention_heads and num_hidden_layers of a Transformer, or these defaults.
 
@@ -89,17 +130,20 @@ def layer_sizes(data: Json, hidden: int, heads: int, layers: int) -> tuple[int, 
     """
     defaults = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": layers}
     sizes = {key: pick(data, default, key) for key, default in defaults.items()}
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes.values()):
-        raise HalflapError(
-            f"config.json has {', '.join(f'{key}={value!r}' for key, value in sizes.items())}; "
-            "each must be a whole number of at least 1: correct it"
-        )
+    check_sizes(sizes, tuple(sizes))
     return sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_hidden_layers"]
 
 
 def token_ids(data: Json, defaults: Mapping[str, int | None]) -> dict[str, Any]:
-    """bos, eos and pad token ids; an absent key takes the class default, an explicit null stays None."""
+    """bos, eos and pad token ids; an absent key takes the class default, an explicit null stays None.
+
+    Raises HalflapError for what is neither a whole number nor, of the end, a list of them.
+    """
     ids = {key: data.get(key, default) for key, default in defaults.items()}
+    for key, value in ids.items():
+        listed = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if any(not isinstance(number, int) for number in listed if value is not None):
+            raise HalflapError(f"config.json has {key}={value!r}; a token's id is a whole number: correct it")
     if isinstance(ids.get("eos_token_id"), list):
         ids["eos_token_id"] = tuple(ids["eos_token_id"])
     return ids

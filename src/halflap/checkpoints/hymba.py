@@ -13,7 +13,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from halflap.checkpoints.family import Family, Json, only, pick, read_float, refuse, token_ids, write_token_ids
+from halflap.checkpoints.family import (
+    EVERY_CONFIG,
+    Family,
+    Json,
+    check_kinds,
+    check_sizes,
+    only,
+    pick,
+    read_float,
+    read_positive,
+    refuse,
+    token_ids,
+    write_token_ids,
+)
 from halflap.checkpoints.names import NameRow
 from halflap.errors import HalflapError
 from halflap.models.config import (
@@ -51,21 +64,16 @@ READ = (
     *("mamba_inner_layernorms", "conv_dim", "layer_type", "rope", "rope_theta", "orig_max_position_embeddings"),
     *("rms_norm_eps", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
-WITHOUT_EFFECT = (  # on a forward pass: how training and the released engine go about it, and transformers' own keys
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("num_memory_tokens", "attn_hidden_size", "kq_head_dim", "v_head_dim"), int),
+    **dict.fromkeys(("mamba_conv_bias", "mamba_inner_layernorms", "rope", "tie_word_embeddings"), bool),
+    **dict.fromkeys(("global_attn_idx", "kv_reuse_group", "layer_type"), list),
+}
+WITHOUT_EFFECT = (  # on a forward pass: how training and the released engine go about it
     *("seq_length", "attention_dropout", "router_aux_loss_coef", "output_router_logits", "attn_implementation"),
-    *("attn_implementation_new", "calc_logits_for_entire_prompt", "use_mamba_kernels", "use_cache", "model_type"),
-    *("num_logits_to_keep", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "torchscript"),
-    *("quantization_config", "return_dict", "output_attentions", "output_hidden_states", "use_bfloat16", "id2label"),
-    *("tf_legacy_loss", "pruned_heads", "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "label2id"),
-    *("cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "finetuning_task", "prefix"),
-    *("tokenizer_class", "sep_token_id", "decoder_start_token_id", "task_specific_params", "problem_type"),
-    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),
-    *("diversity_penalty", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "output_scores"),
-    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
-    *("return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
-    *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+    *("attn_implementation_new", "calc_logits_for_entire_prompt", "use_mamba_kernels", "num_logits_to_keep"),
 )
-KNOWN = {*ALLOWED, *NEEDED, *READ, *WITHOUT_EFFECT}
+KNOWN = {*ALLOWED, *NEEDED, *READ, *WITHOUT_EFFECT, *EVERY_CONFIG}
 
 
 def read_config(data: Json) -> ModelConfig:
@@ -81,7 +89,7 @@ def read_config(data: Json) -> ModelConfig:
         value_head_dim=_divided(inner, heads, "mamba_expand * hidden_size", "num_attention_heads"),
     )
     _check_derived(data, attention, inner)
-    rank, epsilon = data["mamba_dt_rank"], read_float(pick(data, 1e-6, "rms_norm_eps"))
+    rank, epsilon = data["mamba_dt_rank"], read_positive(data, 1e-6, "rms_norm_eps")
     ssm = Mamba1Config(
         inner_size=inner,
         state_size=data["mamba_d_state"],
@@ -111,10 +119,12 @@ def _layers(
     data: Json, attention: AttentionConfig, ssm: Mamba1Config, mlp: MLPConfig, count: int, epsilon: float
 ) -> tuple[BlockConfig, ...]:
     window = data.get("sliding_window")
-    whole = set(range(count)) if window is None else set(data["global_attn_idx"])
-    if wrong := sorted(layer for layer in whole if layer not in range(count)):
-        raise HalflapError(f"global_attn_idx in config.json names layer {wrong[0]} of {count}: correct it")
     groups = pick(data, [], "kv_reuse_group")
+    if window is None and groups:
+        raise HalflapError("config.json has a kv_reuse_group and no sliding_window; only windowed layers share: add it")
+    if wrong := [layer for layer in data["global_attn_idx"] if layer not in range(count)]:
+        raise HalflapError(f"global_attn_idx in config.json names layer {wrong[0]!r} of {count}: correct it")
+    whole = set(range(count)) if window is None else set(data["global_attn_idx"])
     _check_groups(groups, whole, count)
     shared = sources(groups)
     blocks: list[BlockConfig] = []
@@ -138,20 +148,17 @@ def _check_keys(data: Json) -> None:
     for key in NEEDED:
         if data.get(key) is None:
             raise HalflapError(f"config.json of a Hymba does not say {key}, and there is no safe default: add it")
-    for key in SIZES:
-        if not isinstance(data[key], int) or isinstance(data[key], bool) or data[key] < 1:
-            raise HalflapError(
-                f"config.json has {key}={data[key]!r}; it must be a whole number of at least 1: correct it"
-            )
+    check_kinds(data, KINDS)
+    check_sizes(data, SIZES)
     if not isinstance(data["mamba_expand"], int | float) or data["mamba_expand"] * data["hidden_size"] < 1:
         raise HalflapError(
             f"config.json has mamba_expand={data['mamba_expand']!r}; it must be a number that makes of hidden_size "
             "the SSM's channels: correct it"
         )
-    if kinds := sorted({str(kind) for kind in pick(data, [], "layer_type")} - {"h"}):
+    listed = pick(data, ["h"] * data["num_hidden_layers"], "layer_type")
+    if wrong := [kind for kind in listed if kind != "h"] or listed[data["num_hidden_layers"] :]:
         raise HalflapError(
-            f"config.json has a layer of type {kinds[0]!r}; allowed is 'h', attention and SSM heads side by side: "
-            "use a checkpoint without it"
+            f"config.json has a layer of type {wrong[0]!r}; allowed is 'h' for each of num_hidden_layers: correct it"
         )
 
 
@@ -217,12 +224,16 @@ def _check_derived(data: Json, attention: AttentionConfig, inner: int) -> None:
 def _read_rope(data: Json) -> RopeConfig | None:
     if not pick(data, True, "rope"):
         return None
-    theta = read_float(pick(data, 10000.0, "rope_theta"))
+    theta = read_positive(data, 10000.0, "rope_theta")
     if pick(data, "default", "rope_type") == "default":
         return RopeConfig(theta)
     if data.get("orig_max_position_embeddings") is None:
         raise HalflapError("config.json has rope_type 'ntk' and no orig_max_position_embeddings: add it")
-    return RopeConfig(theta, scaling=NTKScaling(data["orig_max_position_embeddings"], data["max_position_embeddings"]))
+    check_sizes(data, ("orig_max_position_embeddings",))
+    original, longest = data["orig_max_position_embeddings"], data["max_position_embeddings"]
+    if original > longest:
+        raise HalflapError(f"config.json has orig_max_position_embeddings={original} above {longest}: correct it")
+    return RopeConfig(theta, scaling=NTKScaling(original, longest))
 
 
 def cannot_write(config: ModelConfig) -> str | None:
@@ -385,5 +396,4 @@ HYMBA = Family(
         NameRow("lm_head.weight", "head.weight"),
     ),
     depth_unit=2,
-    tied_head_is_checked=True,
 )

@@ -7,15 +7,18 @@ Both spellings of its settings are read: `rope_theta` with `rope_scaling`, and t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from halflap.checkpoints.family import (
     Family,
     Json,
     beyond_transformer,
+    check_kinds,
     layer_sizes,
     pick,
     read_float,
+    read_positive,
     refuse,
     token_ids,
     write_transformer,
@@ -49,7 +52,7 @@ def read_config(data: Json) -> ModelConfig:
         vocab_size=pick(data, 32000, "vocab_size"),
         hidden_size=hidden,
         blocks=(attention, mlp) * layers,
-        norm_eps=read_float(pick(data, 1e-6, "rms_norm_eps")),
+        norm_eps=read_positive(data, 1e-6, "rms_norm_eps"),
         tie_word_embeddings=pick(data, False, "tie_word_embeddings"),
         max_position_embeddings=pick(data, 2048, "max_position_embeddings"),
         initializer_range=read_float(pick(data, 0.02, "initializer_range")),
@@ -59,8 +62,9 @@ def read_config(data: Json) -> ModelConfig:
 
 def read_rope(data: Json) -> RopeConfig:
     """The rotary embedding of either spelling; only the plain and the Llama 3.1 kind are known."""
+    check_kinds(data, {"rope_scaling": Mapping, "rope_parameters": Mapping})
     settings = dict(data.get("rope_scaling") or {}) | dict(data.get("rope_parameters") or {})
-    theta = read_float(settings.get("rope_theta", data.get("rope_theta") or 10000.0))
+    theta = read_positive({"rope_theta": data.get("rope_theta")} | settings, 10000.0, "rope_theta")
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta=theta)

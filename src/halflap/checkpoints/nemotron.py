@@ -18,6 +18,7 @@ from halflap.checkpoints.family import (
     layer_sizes,
     pick,
     read_float,
+    read_positive,
     refuse,
     token_ids,
     write_transformer,
@@ -29,6 +30,7 @@ from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, RopeC
 
 ALLOWED: dict[str, tuple[Any, ...]] = {"sliding_window": ()}
 HALF = 0.5
+PERCENT = ("rotary_percent", "rope_percent", "rope_percentage")  # the part of a head that turns, in older files
 
 
 def read_config(data: Json) -> ModelConfig:
@@ -58,7 +60,7 @@ def read_config(data: Json) -> ModelConfig:
         hidden_size=hidden,
         blocks=(attention, mlp) * layers,
         norm="layer1p",
-        norm_eps=read_float(pick(data, 1e-5, "norm_eps", "layer_norm_eps")),
+        norm_eps=read_positive(data, 1e-5, "norm_eps", "layer_norm_eps"),
         tie_word_embeddings=pick(data, False, "tie_word_embeddings"),
         max_position_embeddings=pick(data, 4096, "max_position_embeddings"),
         initializer_range=read_float(pick(data, 0.0134, "initializer_range")),
@@ -78,15 +80,16 @@ def _head_dim(data: Json, hidden: int, heads: int) -> int:
 
 def _read_rope(data: Json, head_dim: Any) -> RopeConfig:
     """The rotary embedding of either spelling, of a part of each head."""
+    plain = read_rope(data)
     nested = {f"rope_parameters.{key}": value for key, value in (data.get("rope_parameters") or {}).items()}
-    keys = ("partial_rotary_factor", "rope_parameters.partial_rotary_factor", "rotary_percent")
+    keys = ("partial_rotary_factor", "rope_parameters.partial_rotary_factor", *PERCENT)
     fraction = read_float(pick({**data, **nested}, HALF, *keys))
     if isinstance(head_dim, int) and not (0 < fraction <= 1 and turned_channels(head_dim, fraction) % 2 == 0):
         raise HalflapError(
             f"config.json has partial_rotary_factor={fraction:g} of head_dim={head_dim}, which turns "
             f"{turned_channels(head_dim, fraction)} channels; it must be an even number from 2 to head_dim: correct it"
         )
-    return dataclasses.replace(read_rope(data), fraction=fraction)
+    return dataclasses.replace(plain, fraction=fraction)
 
 
 def turned_channels(head_dim: int, fraction: float) -> int:

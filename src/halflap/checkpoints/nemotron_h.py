@@ -23,6 +23,7 @@ from halflap.checkpoints.family import (
     only,
     pick,
     read_float,
+    read_positive,
     refuse,
     token_ids,
     write_token_ids,
@@ -58,7 +59,7 @@ def read_config(data: Json) -> ModelConfig:
     """
     refuse(data, "Nemotron-H", ALLOWED)
     heads = pick(data, 32, "num_attention_heads")
-    epsilon = read_float(pick(data, 1e-5, "layer_norm_epsilon"))
+    epsilon = read_positive(data, 1e-5, "layer_norm_epsilon")
     low, high = pick(data, UNCLAMPED, "time_step_limit", "mamba_dt_limit")
     blocks = {
         "M": Mamba2Config(

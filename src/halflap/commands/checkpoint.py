@@ -50,7 +50,7 @@ def inspect(recipe: InspectRecipe, run: Run) -> dict[str, Any]:
         "flops": flops,
         "cache_bytes": {str(n): cache_bytes(config, n, batch, kv_bits=recipe.cache_bits) for n in contexts},
         "cache_parts": {str(n): cache_parts(config, n, batch, kv_bits=recipe.cache_bits) for n in contexts},
-        "cache_as_published": published_cache(config) if config.num_meta_tokens else None,
+        "cache_as_published": published_cache(config, contexts) if config.num_meta_tokens else None,
         "key_value_sources": {
             str(index): block.attention.key_value_source
             for index, block in enumerate(config.blocks)

@@ -24,6 +24,8 @@ from halflap.commands.study_students import place_of
 from halflap.commands.study_table import Results, rows_of, write_arms
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
+from halflap.evaluate.probes import probe_batch
+from halflap.inference.generate import require_positions
 from halflap.models.config import ModelConfig
 from halflap.parallel import fanout
 from halflap.report.page import build as build_report
@@ -121,11 +123,25 @@ def _shapes(recipe: StudyRecipe, run: Run, plan: Study, **how: Any) -> tuple[Res
     tokenizer = choose_tokenizer(recipe.tokenizer, recipe.text, run.path, plan.vocab_size)
     tokenizer.save(run.path / "tokenizer")
     models = plan.models(tokenizer.vocab_size)
+    _check_demands(plan, models)
     corpora = _corpora(recipe, run, plan, tokenizer)
     tasks = _tasks(recipe, run, plan, models, corpora)
     what = f"{len(models)} arms, {len(plan.seeds)} seeds"
     found = fanout.map(train_and_judge, tasks, what=what, **how)
     return {arm: found[place :: len(models)] for place, arm in enumerate(models)}, corpora.held_out_is
+
+
+def _check_demands(plan: Study, models: Mapping[str, ModelConfig]) -> None:
+    """Raise HalflapError, before anything is trained, for a probe that cannot be or an arm with too few positions."""
+    needed = {"fit.sequence_length": plan.fit.sequence_length}
+    if (recall := plan.recall) is not None:
+        probe_batch(recall.probe, 0, 0, recall.length, recall.vocab_size)
+        needed["recall.length"] = recall.length
+    if plan.speed is not None:
+        needed["speed's longest prompt and output"] = max(plan.speed.prompt) + max(plan.speed.output)
+    for arm, config in models.items():
+        for name, length in needed.items():
+            require_positions(config, length, f"arm {arm!r}: {name} needs")
 
 
 def _tasks(

@@ -30,14 +30,14 @@ its name in `studies/`. No torch.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from halflap.amounts import parse_count
 from halflap.commands.study_compressions import Compression, read_compressions
-from halflap.errors import HalflapError
+from halflap.errors import HalflapError, RecipeError
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.stack import Stack, build, read_stack, with_parameters
@@ -130,6 +130,8 @@ def _in(arm: str, make: Any) -> Any:
         return make()
     except HalflapError as error:
         raise HalflapError(f"arm {arm!r}: {error}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RecipeError(f"arm {arm!r} has a value of the wrong kind ({error}): correct it") from error
 
 
 def shipped() -> list[str]:
@@ -149,9 +151,18 @@ def study_path(name: str) -> Path:
 
 
 def read_study(name: str, size: str, **given: Any) -> Study:
-    """The study with what was `given` in place of its own. Raise HalflapError for a field that is unknown, missing or
+    """The study with what was `given` in place of its own. Raise RecipeError for a field that is unknown, missing or
     wrong, with the file's name."""
     path = study_path(name)
+    try:
+        return _read(path, size, given)
+    except HalflapError as error:
+        raise RecipeError(str(error)) from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RecipeError(f"{path} has a value of the wrong kind ({error}): correct it") from error
+
+
+def _read(path: Path, size: str, given: Mapping[str, Any]) -> Study:
     data = read_yaml(path, "study")
     _check_names(path, data, size)
     data = _merged(data, dict(data.get("sizes", {})).get(size, {}))
@@ -160,24 +171,51 @@ def read_study(name: str, size: str, **given: Any) -> Study:
     against = _against(path, {arm: fields.pop("against", None) for arm, fields in arms.items()})
     if data["baseline"] not in arms and arms:
         raise HalflapError(f"{path}: {unknown_name(str(data['baseline']), list(arms), 'baseline arm')}")
-    speed = {key: tuple(value) for key, value in data.get("speed", {}).items()}
+    models = _compressions(path, data, arms) if "teacher" in data else _shapes(path, data, arms)
     return Study(
         name=data["study"],
         size=size,
         asks=data.get("asks", ""),
         baseline=data["baseline"],
         tokens=parse_count(str(data["tokens"])),
-        seeds=tuple(data["seeds"]),
+        seeds=_seeds(path, data["seeds"]),
         against=against,
         fit=_section(path, "fit", Fit, data.get("fit", {})),
-        data=tuple(data.get("data", ())),
-        eval_data=tuple(data.get("eval_data", ())),
+        data=_paths(data.get("data", ())),
+        eval_data=_paths(data.get("eval_data", ())),
         eval_tokens=parse_count(str(data.get("eval_tokens", EVAL_TOKENS))),
-        speed=_section(path, "speed", Speed, speed) if speed or "teacher" not in data else None,
+        speed=_speed(path, data.get("speed", {}), models.get("stacks", {})),
         claims=tuple(_section(path, "claims", Claim, claim) for claim in data.get("claims", ())),
-        readings=data.get("readings", {}),
-        **(_compressions(path, data, arms) if "teacher" in data else _shapes(path, data, arms)),
+        readings=dict(data.get("readings", {})),
+        **models,
     )
+
+
+def _paths(given: str | Sequence[str]) -> tuple[str, ...]:
+    """One path, or a list of them."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _seeds(path: Path, seeds: Any) -> tuple[int, ...]:
+    if not isinstance(seeds, list | tuple) or not all(isinstance(seed, int) for seed in seeds):
+        raise HalflapError(f"{path}: seeds is {seeds!r}; it must be a list of whole numbers: correct it")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise HalflapError(f"{path}: seeds is {list(seeds)}; at least one, and each once: correct the list")
+    return tuple(seeds)
+
+
+def _speed(path: Path, given: Mapping[str, Any], stacks: Mapping[str, Stack]) -> Speed | None:
+    """The grid given; else, of shapes, the usual one as far as the shortest of them reaches."""
+    usual = _section(path, "speed", Speed, {key: tuple(value) for key, value in given.items()})
+    for name, values in vars(usual).items():
+        if not values or not all(isinstance(value, int) and value > 0 for value in values):
+            raise HalflapError(f"{path}: speed.{name} is {list(values)}; it must be a list of whole numbers above 0")
+    if given or not stacks:
+        return usual if given else None
+    shortest = min(
+        stack.extra.get("max_position_embeddings", ModelConfig.max_position_embeddings) for stack in stacks.values()
+    )
+    return Speed(prompt=(max(1, min(*usual.prompt, shortest - max(usual.output))),))
 
 
 def _shapes(path: Path, data: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -46,9 +46,11 @@ class SearchSpace:
     num_mlp_blocks: tuple[int, ...] = ()
     """Numbers of MLP blocks that stay (minipuzzle)."""
     max_width_cut: float | None = None
-    """Largest share of an axis that automatic choices cut; 0.4 when not given, of method puzzle 0.9."""
+    """Largest share of an axis that automatic choices cut; 0.4 when not given, or more where no student is below the
+    budget otherwise; of method puzzle 0.9."""
     max_depth_cut: float | None = None
-    """Largest share of the blocks that automatic choices drop; 0.2 when not given, of method puzzle 0.5."""
+    """Largest share of the blocks that automatic choices drop; 0.2 when not given, or more where no student is below
+    the budget otherwise; of method puzzle 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("max_width_cut", "max_depth_cut"):
@@ -67,6 +69,8 @@ class SearchSpace:
 
 LARGEST_CUTS = 0.4, 0.2
 """Of width and depth, where all blocks, or all of a type, are cut alike."""
+WIDER_CUTS = (0.6, 0.4), (0.8, 0.6)
+"""The same, in turn, for budgets that those cannot meet."""
 
 # Axes that automatic choices leave whole: attention is 8 % of a Nemotron-H and whole in all published students, and
 # cutting the state size is untried. On the query heads of hybrid blocks hang the channels of their SSM.

@@ -7,6 +7,8 @@ worth looking at only if no axis can go up a step, since a student that another 
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,7 +19,7 @@ import numpy as np
 
 from halflap.compress.axes import Sizes, block_types, largest_sizes
 from halflap.compress.costs import Budget, Costs, with_throughput
-from halflap.compress.grid import LARGEST_CUTS, STEPS, Grid, SearchSpace, SizeLists, choices, left_whole
+from halflap.compress.grid import LARGEST_CUTS, STEPS, WIDER_CUTS, Grid, SearchSpace, SizeLists, choices, left_whole
 from halflap.compress.kinds import BLOCK_COUNTS
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
@@ -59,7 +61,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fitting:
-    """Candidates that fit, the likeliest of every depth first; `remark` says so when none comes near a ceiling."""
+    """Candidates that fit, the likeliest of every depth first.
+
+    `remark` says so when none comes near a ceiling, and when it took larger cuts than usual.
+    """
 
     candidates: tuple[Candidate, ...]
     tried: int
@@ -88,25 +93,43 @@ def fitting(
         )
     cost = Costs(teacher, budget, drop_order)
     whole = largest_sizes(teacher) | {name: len(blocks) for name, blocks in block_types(teacher).items()}
-    for least in STEPS:
-        grid = grid_of(teacher, space, drop_order is not None, least)
-        together = _together(teacher, space, grid)
+    spaces = _wider(space)
+    for reach, least in itertools.product(spaces, STEPS):
+        grid = grid_of(teacher, reach, drop_order is not None, least)
+        together = _together(teacher, reach, grid)
         spent = {name: cost.over(name, grid) for name in ceilings}
         below = together & np.all([spent[name] <= limit for name, limit in ceilings.items()], axis=0)
-        if not below.any() and least == STEPS[-1]:
-            _refuse(grid, together, spent, ceilings, budget, teacher, whole)
+        if not below.any():
+            if least == STEPS[-1] and reach is spaces[-1]:
+                _refuse(grid, together, spent, ceilings, budget, teacher, whole)
+            continue
         largest = _maximal(below)
         close = largest & np.any([spent[name] >= WITHIN * limit for name, limit in ceilings.items()], axis=0)
-        if close.any():
+        if close.any() or least == STEPS[-1]:
             break
-    remark = None if close.any() else _not_close(grid, largest, spent, ceilings, budget, whole)
+    remarks = [] if close.any() else [_not_close(grid, largest, spent, ceilings, budget, whole)]
+    if reach is not space:
+        width, depth = reach.largest_cuts(*LARGEST_CUTS)
+        remarks.append(
+            f"cuts of up to {width:.0%} of a width and {depth:.0%} of the blocks were tried to meet the budget"
+        )
     chosen = np.nonzero(close if close.any() else largest)
     spent |= {name: cost.over(name, grid) for name in cost.names if name not in spent}
     found = [
         _candidate(_sizes_at(grid, place), {name: float(spent[name][place]) for name in cost.names}, budget, whole)
         for place in zip(*chosen, strict=True)
     ]
-    return Fitting(_by_turns(teacher, found), int(together.sum()), remark)
+    return Fitting(_by_turns(teacher, found), int(together.sum()), "; ".join(remarks) or None)
+
+
+def _wider(space: SearchSpace) -> list[SearchSpace]:
+    """The space, and, where largest cuts were not given, the same with larger ones: for budgets out of its reach."""
+    spaces = [space]
+    for cuts in WIDER_CUTS:
+        width, depth = space.largest_cuts(*cuts)
+        if (wider := dataclasses.replace(space, max_width_cut=width, max_depth_cut=depth)) != spaces[-1]:
+            spaces.append(wider)
+    return spaces
 
 
 def _by_turns(teacher: ModelConfig, candidates: list[Candidate]) -> tuple[Candidate, ...]:

@@ -7,6 +7,7 @@ bytes are those of one sequence's state times the batch. Pure data: no torch. No
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from halflap.models.config import AttentionConfig, BlockConfig, Mamba1Config, Mamba2Config, ModelConfig
@@ -143,21 +144,25 @@ def cache_parts(
     return {name: batch * value / 8 for name, value in bits.items()}
 
 
-def published_cache(config: ModelConfig) -> dict[str, Any]:
+def published_cache(config: ModelConfig, contexts: Sequence[int] = ()) -> dict[str, Any]:
     """The cache in the setting of Hymba's published figures: 8,000 tokens, 16 bits for everything, tails of 4 columns.
 
-    Of which parts their 79 MB for the 1.5B are the sum is not said; all but the SSM states (`without_states`) give it.
+    `by_context` has the same sums at other contexts. Of which parts their 79 MB for the 1.5B are the sum is not said;
+    all but the SSM states (`without_states`) give it.
     """
-    context = 8000
+    sums = {str(context): _published_sums(config, context) for context in (8000, *contexts)}
+    return {"context": 8000, "dtype": "float16", "bytes": sums["8000"], "by_context": sums}
+
+
+def _published_sums(config: ModelConfig, context: int) -> dict[str, float]:
     parts = cache_parts(config, context, ssm_bits=16, conv_columns=4, window_slots=0)
     tokens = parts["whole"] + parts["windowed"]
-    sums = {
+    return {
         "keys_and_values": tokens,
         "with_meta_tokens": tokens + parts["meta"],
         "without_states": tokens + parts["meta"] + parts["convolution"],
         "everything": sum(parts.values()),
     }
-    return {"context": context, "dtype": "float16", "bytes": sums}
 
 
 def memory_bytes(

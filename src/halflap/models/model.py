@@ -245,7 +245,6 @@ class HybridModel(nn.Module):
             held=cache.held,
         )
 
-    @torch.no_grad()
     def meta_state(self, dtype: torch.dtype, device: torch.device | str) -> Cache:
         """What the meta tokens leave in the cache of every sequence; computed once for weights and dtype.
 
@@ -256,7 +255,7 @@ class HybridModel(nn.Module):
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (dtype, str(device), autocast, tuple(map(_version, self.parameters())))
         if self._meta_state is None or self._meta_state[0] != key:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():  # in this order: leaving inference turns gradients on
                 state = Cache.for_meta_tokens(self.config, dtype, device)
                 rows = self.meta_tokens[None]
                 self._run(rows, self._cached_context(_steps(rows), state, None), [state])
