@@ -7,6 +7,7 @@ worth looking at only if no axis can go up a step, since a student that another 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,12 +18,17 @@ import numpy as np
 
 from halflap.compress.axes import Sizes, block_types, largest_sizes
 from halflap.compress.costs import Budget, Costs, with_throughput
-from halflap.compress.grid import LARGEST_CUTS, STEPS, Grid, SearchSpace, SizeLists, choices, left_whole
+from halflap.compress.grid import LARGEST_CUTS, STEPS, Grid, SearchSpace, SizeLists, choices, left_whole, widening
 from halflap.compress.kinds import BLOCK_COUNTS
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
 
 WITHIN = 0.95  # a student comes within 5 % below its ceiling where the space allows
+WIDENED = (
+    f"no student within the usual cuts ({100 * LARGEST_CUTS[0]:g} % of a width, {100 * LARGEST_CUTS[1]:g} % of the "
+    "blocks, attention heads whole) meets the budgets, so larger cuts were allowed; --space.max-width-cut and "
+    "--space.max-depth-cut limit them"
+)
 
 
 # How much a cut of each size hurts (order of Taghibakhshi et al. 2025: depth, Mamba heads, then FFN and hidden;
@@ -59,7 +65,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fitting:
-    """Candidates that fit, the likeliest of every depth first; `remark` says so when none comes near a ceiling."""
+    """Candidates that fit, the likeliest of every depth first.
+
+    `remark` says so when none comes near a ceiling, or when it took larger cuts than automatic choices usually make.
+    """
 
     candidates: tuple[Candidate, ...]
     tried: int
@@ -75,6 +84,7 @@ def fitting(
 ) -> Fitting:
     """Candidates below every ceiling that no axis could exceed by a step, and within 5 % of a ceiling if any is.
 
+    Where the space holds no such candidate, wider ones are tried (`grid.widening`).
     `drop_order` lists blocks, the least important first; without it automatic choices keep every block. `grid_of` says
     what is varied: one size an axis (`choices`) or numbers of blocks of each type (`choices_by_type`).
     Raises HalflapError without a budget, and for one that cannot be met, with the smallest that can.
@@ -88,25 +98,28 @@ def fitting(
         )
     cost = Costs(teacher, budget, drop_order)
     whole = largest_sizes(teacher) | {name: len(blocks) for name, blocks in block_types(teacher).items()}
-    for least in STEPS:
-        grid = grid_of(teacher, space, drop_order is not None, least)
-        together = _together(teacher, space, grid)
+    spaces = widening(teacher, space)
+    for tried, least in itertools.product(spaces, STEPS):
+        grid = grid_of(teacher, tried, drop_order is not None, least)
+        together = _together(teacher, tried, grid)
         spent = {name: cost.over(name, grid) for name in ceilings}
         below = together & np.all([spent[name] <= limit for name, limit in ceilings.items()], axis=0)
-        if not below.any() and least == STEPS[-1]:
-            _refuse(grid, together, spent, ceilings, budget, teacher, whole)
         largest = _maximal(below)
         close = largest & np.any([spent[name] >= WITHIN * limit for name, limit in ceilings.items()], axis=0)
-        if close.any():
+        if close.any() or (below.any() and least == STEPS[-1]):
             break
-    remark = None if close.any() else _not_close(grid, largest, spent, ceilings, budget, whole)
+    else:
+        _refuse(grid, together, spent, ceilings, budget, teacher, whole)
+    remarks = [WIDENED] if tried != space else []
+    if not close.any():
+        remarks.append(_not_close(grid, largest, spent, ceilings, budget, whole))
     chosen = np.nonzero(close if close.any() else largest)
     spent |= {name: cost.over(name, grid) for name in cost.names if name not in spent}
     found = [
         _candidate(_sizes_at(grid, place), {name: float(spent[name][place]) for name in cost.names}, budget, whole)
         for place in zip(*chosen, strict=True)
     ]
-    return Fitting(_by_turns(teacher, found), int(together.sum()), remark)
+    return Fitting(_by_turns(teacher, found), int(together.sum()), "; ".join(remarks) or None)
 
 
 def _by_turns(teacher: ModelConfig, candidates: list[Candidate]) -> tuple[Candidate, ...]:
