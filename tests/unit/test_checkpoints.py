@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halflap.checkpoints import nemotron_h
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model, write_checkpoint
-from halflap.checkpoints.config import lineage_step
+from halflap.checkpoints.config import file_names, lineage_step
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, RopeConfig
 from halflap.models.layout import layout, shape
@@ -136,6 +137,20 @@ def test_a_llama_may_carry_its_rotary_table_and_a_tied_head(tmp_path):
     }
     put(tmp_path, on_disk(tmp_path) | extra)
     assert same(dict(Checkpoint.open(tmp_path).tensors()), tensors)
+
+
+def test_a_nemotron_h_with_a_head_of_its_own_is_not_tied(tmp_path):
+    """transformers' class writes both whatever the config says of tying."""
+    config = dataclasses.replace(preset("nemotron-h-tiny"), tie_word_embeddings=True)
+    tensors = random_tensors(config)
+    names = file_names(config, own=False)
+    stock = {names[name]: tensor for name, tensor in tensors.items()}
+    (tmp_path / "config.json").write_text(json.dumps(nemotron_h.write_config(config) | {"model_type": "nemotron_h"}))
+    put(tmp_path, stock | {"lm_head.weight": tensors["embedding.weight"].clone()})
+    assert same(dict(Checkpoint.open(tmp_path).tensors()), tensors)
+    put(tmp_path, stock | {"lm_head.weight": tensors["embedding.weight"] + 1})
+    with pytest.raises(HalflapError, match="set that to false"):
+        Checkpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -98,10 +98,16 @@ def layer_sizes(data: Json, hidden: int, heads: int, layers: int) -> tuple[int, 
 
 
 def token_ids(data: Json, defaults: Mapping[str, int | None]) -> dict[str, Any]:
-    """bos, eos and pad token ids; an absent key takes the class default, an explicit null stays None."""
-    ids = {key: data.get(key, default) for key, default in defaults.items()}
+    """bos, eos and pad token ids; an absent key takes the class default, an explicit null stays None.
+
+    Raises HalflapError for what is no token id.
+    """
+    ids: dict[str, Any] = {key: data.get(key, default) for key, default in defaults.items()}
     if isinstance(ids.get("eos_token_id"), list):
         ids["eos_token_id"] = tuple(ids["eos_token_id"])
+    for key, value in ids.items():
+        if not all(one is None or type(one) is int for one in (value if isinstance(value, tuple) else (value,))):
+            raise HalflapError(f"config.json has {key}={value!r}; a token id is a whole number or null: correct it")
     return ids
 
 

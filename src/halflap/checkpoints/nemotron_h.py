@@ -247,4 +247,5 @@ NEMOTRON_H = Family(
     ),
     prefixes=("backbone.", "model."),
     ignored=(r"^mtp\.", r"\.rotary_emb\.inv_freq$"),
+    tied_head_is_checked=True,  # transformers' class has a head of its own whatever its config says
 )
