@@ -20,6 +20,9 @@ from halflap.amounts import Amount
 from halflap.errors import HalflapError, RecipeError
 from halflap.recipe import COMMON, SWITCH, flat, leaves, normalise, read_yaml, unknown_name
 
+LAYERS = "num_layers"
+"""The alias whose number depends on the model."""
+
 
 @flat(COMMON)
 @dataclass(frozen=True, kw_only=True)
@@ -132,14 +135,28 @@ def _fill(
     given = dict(given)
     if (named := given.pop("verb", verb)) != verb:
         raise RecipeError(f"{source}: this recipe is for `halflap {named}`; give it to that verb, not to {verb}")
+    known = leaves(recipe)
+    if isinstance(given.get(LAYERS), int) and "model" in known:
+        named = [token.value for token in by_path[known["model"].path].tokens] or [given.get("model")]
+        given[LAYERS] *= _blocks_of_a_layer(named[0])
     settings, said = normalise(recipe, given, source)
     remarks += said
-    known = leaves(recipe)
     for name, value in settings.items():
         argument = by_path[known[name].path]
         if not argument.tokens:
             for token in _tokens(f"{source}: {name}" if source else name, value):
                 argument.append(token)
+
+
+def _blocks_of_a_layer(model: Any) -> int:
+    """How many of our blocks other tools count as one layer of the model that is named: two of Llama's."""
+    from halflap.checkpoints.config import read_config
+    from halflap.compress.axes import depth_units
+
+    try:
+        return len(depth_units(read_config(model))[0])
+    except (HalflapError, OSError, TypeError):
+        return 1  # what is wrong with the model is said where it is opened
 
 
 def _tokens(keyword: str, value: Any) -> list[Token]:

@@ -1,8 +1,9 @@
 """What a run reads, by digest: one entry a file or folder, the sha256 of its content.
 
-A folder's digest is that of its sorted (relative name, file digest) pairs; of a run directory of ours its
-`checkpoint/` counts. Digests of large files are remembered by (path, size, time of change) in HALFLAP_CACHE (default
-~/.cache/halflap), so that naming a 16 GB checkpoint twice reads it once. No torch.
+A folder's digest is that of its sorted (relative name, file digest) pairs; of a run directory of ours its `checkpoint/`
+counts, and of a checkpoint what lies in it and not in folders below, which may hold runs. Digests of large files are
+remembered by (path, size, time of change) in HALFLAP_CACHE (default ~/.cache/halflap), so that naming a 16 GB
+checkpoint twice reads it once. No torch.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ def checkpoint_of(path: Path) -> Path:
     return inner if inner.is_dir() else path
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint itself, ours or a foreign one."""
+    return any((path / name).is_file() for name in ("config.json", "halflap.json"))
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file, or of a folder's files (of a run directory, of its checkpoint's); 0 for what does not exist."""
     path = checkpoint_of(path)
@@ -65,7 +71,7 @@ def _entry(path: Path, remembered: _Remembered) -> dict[str, Any]:
 
 def _files(folder: Path) -> Iterator[Path]:
     for directory, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [] if is_checkpoint(folder) else [name for name in folders if not name.startswith(".")]
         yield from (Path(directory) / name for name in names if not name.startswith("."))
 
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 from halflap import environment
 from halflap.errors import HalflapError
 from halflap.files import atomic_write, write_json
-from halflap.inputs import Inputs, content_of_inputs, digest_inputs
+from halflap.inputs import Inputs, checkpoint_of, content_of_inputs, digest_inputs, is_checkpoint
 from halflap.recipe import content_of, digest_of, from_tree, plain_text, read_yaml, to_yaml
 
 RECIPE, INPUTS, STATUS, METRICS, LOCK = "recipe.yaml", "inputs.json", "status.json", "metrics.jsonl", ".lock"
@@ -216,6 +216,11 @@ def _refuse_inputs_inside(directory: Path, named: Mapping[str, list[str]]) -> No
                 raise HalflapError(
                     f"out is {str(directory)!r}, which holds the input {name} ({value!r}); give another directory "
                     "with --out so that the input stays as it is"
+                )
+            if source in target.parents and not is_checkpoint(checkpoint_of(source)):
+                raise HalflapError(
+                    f"out is {str(directory)!r}, which lies in the input {name} ({value!r}) and would be read as part "
+                    "of it the next time; give a directory outside with --out"
                 )
 
 

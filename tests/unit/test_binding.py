@@ -114,6 +114,19 @@ def test_names_of_other_tools_are_understood_and_said_in_ours() -> None:
     assert "old.yaml: num_layers is called sizes.num_blocks here; read as sizes.num_blocks: 4" in call.remarks
 
 
+@pytest.mark.parametrize(("family", "blocks"), [("llama", 8), ("nemotron", 8), ("nemotron_h", 4)])
+def test_layers_of_other_tools_are_two_blocks_where_ours_are(tmp_path: Path, family: str, blocks: int) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{family}", "hybrid_override_pattern": "M-M*-"}}')
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("num_layers: 4\n")
+    for words, given in (([str(tmp_path), "--config", str(recipe)], None), ([], {"model": tmp_path, "num_layers": 4})):
+        call = bind(RECIPES, ["prune", *words], given)
+        assert call is not None and call.recipe.sizes.num_blocks == blocks
+        assert call.remarks[0].endswith(
+            f"num_layers is called sizes.num_blocks here; read as sizes.num_blocks: {blocks}"
+        )
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

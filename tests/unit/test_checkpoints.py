@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halflap.checkpoints import nemotron_h
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model, write_checkpoint
-from halflap.checkpoints.config import lineage_step
+from halflap.checkpoints.config import file_names, lineage_step
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, RopeConfig
 from halflap.models.layout import layout, shape
@@ -144,6 +145,20 @@ def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path):
     write_checkpoint(tmp_path, config, tensors.items())
     put(tmp_path, on_disk(tmp_path) | {"lm_head.weight": tensors["embedding.weight"] + 1})
     with pytest.raises(HalflapError, match=r"lm_head\.weight that differs from its embedding"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_nemotron_h_with_a_head_of_its_own_is_not_tied(tmp_path):
+    """transformers' class writes both whatever the config says of tying."""
+    config = dataclasses.replace(preset("nemotron-h-tiny"), tie_word_embeddings=True)
+    tensors = random_tensors(config)
+    names = file_names(config, own=False)
+    stock = {names[name]: tensor for name, tensor in tensors.items()}
+    (tmp_path / "config.json").write_text(json.dumps(nemotron_h.write_config(config) | {"model_type": "nemotron_h"}))
+    put(tmp_path, stock | {"lm_head.weight": tensors["embedding.weight"].clone()})
+    assert same(dict(Checkpoint.open(tmp_path).tensors()), tensors)
+    put(tmp_path, stock | {"lm_head.weight": tensors["embedding.weight"] + 1})
+    with pytest.raises(HalflapError, match="set that to false"):
         Checkpoint.open(tmp_path)
 
 

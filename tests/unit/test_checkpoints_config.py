@@ -152,6 +152,8 @@ def test_a_time_step_limit_is_taken_over():
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"mamba_dt_limit": 5}, "a value of the wrong kind"),
         ({"layer_norm_epsilon": "tiny"}, "'tiny' where a number is needed"),
+        ({"layer_types": 5}, "a value of a kind that its key cannot have"),
+        ({"eos_token_id": [2, "</s>"]}, "eos_token_id=.* a token id is a whole number or null"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(tmp_path, change, complaint):

@@ -13,8 +13,9 @@ import torch
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install -e '.[gguf]'")
 
-from halflap.checkpoints.checkpoint import Checkpoint, save_model  # noqa: E402
+from halflap.checkpoints.checkpoint import Checkpoint, save_model, write_checkpoint  # noqa: E402
 from halflap.checkpoints.config import lineage_step  # noqa: E402
+from halflap.checkpoints.gguf_export import write_gguf  # noqa: E402
 from halflap.checkpoints.gguf_import import import_gguf, open_gguf  # noqa: E402
 from halflap.checkpoints.gguf_metadata import OWN_CONFIG, architecture_of, cannot_write, metadata  # noqa: E402
 from halflap.checkpoints.gguf_metadata import read_config as read_keys  # noqa: E402
@@ -106,6 +107,17 @@ def test_stored_types_are_kept(halflap: Cli, tmp_path: Path) -> None:
     )
     again = import_gguf(tmp_path / "out" / "model.gguf", tmp_path / "back")
     assert again.dtype == "bfloat16" and all(torch.equal(again.read(n), t) for n, t in source.tensors())
+
+
+def test_decay_rates_are_not_rounded_to_the_type_of_their_logarithms(tmp_path: Path) -> None:
+    """transformers stores A_log in bfloat16 with the rest; A = -exp(A_log) is float32 in the file whatever it is."""
+    source = write_model(small("nemotron-h-tiny"), tmp_path / "plain")
+    stored = write_checkpoint(
+        tmp_path / "model", source.config, source.tensors(), dtype=dict.fromkeys(source.dtypes, "bfloat16")
+    )
+    write_gguf(tmp_path / "a.gguf", stored.config, stored.read, dtype="bfloat16", name="a", tokenizer_from=tmp_path)
+    again = dict(open_gguf(tmp_path / "a.gguf").tensors())
+    assert all(torch.equal(again[name].float(), tensor.float()) for name, tensor in stored.tensors())
 
 
 def test_a_file_edited_since_says_what_llama_cpp_would_read(tmp_path: Path) -> None:

@@ -148,6 +148,19 @@ def test_an_input_inside_the_output_is_refused() -> None:
         begin(data=["runs/a/more.txt"], overwrite=True)
 
 
+def test_an_output_inside_a_folder_of_text_is_refused_and_inside_a_checkpoint_is_no_part_of_it() -> None:
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("a")
+    with pytest.raises(HalflapError, match=r"lies in the input data \('texts'\)"):
+        begin("texts/runs/a", data=["texts"])
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    with begin("model/small", data=["model"]) as run:
+        run.finish({"loss": 1.5})
+    with begin("model/small", data=["model"]) as again:
+        assert again.result == {"loss": 1.5}
+
+
 def test_a_last_line_cut_by_a_kill_is_dropped_and_repeated_steps_replace_old_rows() -> None:
     with begin() as run:
         for step in (1, 2, 3):

@@ -119,8 +119,10 @@ def _read_stock(directory: Path) -> ModelConfig | None:
         return FAMILIES[kind].read_config(data)
     except HalflapError as error:
         raise HalflapError(f"{file}: {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise HalflapError(f"{file} has a value of the wrong kind ({error}): correct it") from error
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise HalflapError(
+            f"{file} has a value of a kind that its key cannot have ({error}): correct it, or copy the file again"
+        ) from None
 
 
 def _difference(a: ModelConfig, b: ModelConfig) -> str:

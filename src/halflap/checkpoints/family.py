@@ -137,15 +137,14 @@ def layer_sizes(data: Json, hidden: int, heads: int, layers: int) -> tuple[int, 
 def token_ids(data: Json, defaults: Mapping[str, int | None]) -> dict[str, Any]:
     """bos, eos and pad token ids; an absent key takes the class default, an explicit null stays None.
 
-    Raises HalflapError for what is neither a whole number nor, of the end, a list of them.
+    Raises HalflapError for what is no token id.
     """
-    ids = {key: data.get(key, default) for key, default in defaults.items()}
-    for key, value in ids.items():
-        listed = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if any(not isinstance(number, int) for number in listed if value is not None):
-            raise HalflapError(f"config.json has {key}={value!r}; a token's id is a whole number: correct it")
+    ids: dict[str, Any] = {key: data.get(key, default) for key, default in defaults.items()}
     if isinstance(ids.get("eos_token_id"), list):
         ids["eos_token_id"] = tuple(ids["eos_token_id"])
+    for key, value in ids.items():
+        if not all(one is None or type(one) is int for one in (value if isinstance(value, tuple) else (value,))):
+            raise HalflapError(f"config.json has {key}={value!r}; a token id is a whole number or null: correct it")
     return ids
 
 

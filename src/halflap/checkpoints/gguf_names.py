@@ -78,8 +78,8 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 COLUMN = Change(lambda w: w[:, None], _flat)
-NEGATED_EXPONENTIAL = Change(
-    lambda w: -torch.exp(w.double()).to(w.dtype)[:, None], lambda a: torch.log(-a.double()).to(a.dtype).reshape(-1)
+NEGATED_EXPONENTIAL = Change(  # float32, as it is stored, whatever A_log is
+    lambda w: -torch.exp(w.double()).float()[:, None], lambda a: torch.log(-a.double()).float().reshape(-1)
 )
 WITHOUT_MIDDLE = Change(lambda w: w.squeeze(1), lambda w: w.reshape(w.shape[0], 1, -1))
 SAME = Change(lambda w: w, lambda w: w)

@@ -6,6 +6,7 @@ All then distil the best of their shortlist for a while and choose by loss, if t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,7 +26,17 @@ from halflap.commands.shortlist import Shortlist
 from halflap.commands.students import Teacher
 from halflap.compress.axes import Sizes, check_sizes, resize
 from halflap.compress.costs import BUDGETS, Budget, block_cost
-from halflap.compress.grid import STEPS, Grid, SearchSpace, between, choices, choices_by_type
+from halflap.compress.grid import (
+    ATTENTION_HEADS,
+    STEPS,
+    Grid,
+    SearchSpace,
+    between,
+    choices,
+    choices_by_type,
+    go_together,
+    widening,
+)
 from halflap.compress.importance import Importance
 from halflap.compress.partial import Scratch
 from halflap.compress.plan import PruningPlan
@@ -62,15 +73,20 @@ def _dearest_first(given: Given) -> Importance:
     Blocks are compared at the smallest widths, as the smallest student has them.
     """
     config, budget = given.teacher.config, given.budget
-    sizes: dict[str, Any] = {}
+    grid: dict[str, tuple[int, ...]] = {}
     if given.recipe.settings.method == "homogeneous":
-        grid = choices(config, given.recipe.space, False, STEPS[-1])
-        heads = ("num_attention_heads", "num_key_value_heads")  # of which not every pair goes together
-        sizes = {name: values[-1] for name, values in grid.items() if name not in (*heads, "num_blocks")}
-        sizes |= {name: value for name, value in given.fixed.to_json().items() if name in sizes}
-    small = resize(config, tuple(range(len(config.blocks))), Sizes(**sizes))
+        grid = choices(config, widening(config, given.recipe.space)[-1], False, STEPS[-1])
+        grid |= {name: (value,) for name, value in given.fixed.to_json().items() if name in grid}
+    heads = [name for name in ATTENTION_HEADS if name in grid]  # of which not every pair goes together
+    sizes = {name: values[-1] for name, values in grid.items() if name not in (*heads, "num_blocks")}
     [cost] = budget.ceilings
-    return Importance("none", {}, {"kl": torch.tensor([-block_cost(cost, small, budget, b) for b in small.blocks])})
+    each: list[dict[str, Any]] = [
+        sizes | dict(zip(heads, pair, strict=True)) for pair in itertools.product(*(grid[name] for name in heads))
+    ]
+    blocks = tuple(range(len(config.blocks)))
+    shapes = [resize(config, blocks, Sizes(**one)) for one in each if go_together(one)] or [config]
+    spent = [[block_cost(cost, small, budget, block) for block in small.blocks] for small in shapes]
+    return Importance("none", {}, {"kl": -torch.tensor(min(spent, key=sum))})
 
 
 def search(given: Given) -> SearchResult:

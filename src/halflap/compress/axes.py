@@ -81,6 +81,9 @@ AXES: dict[str, tuple[str, ...]] = _axes_by_size()
 # Blocks that leave together, for families whose stock classes count several of our blocks as one layer.
 DEPTH_UNITS: dict[str, int] = {"llama": 2, "nemotron": 2, "hymba": 2}
 
+# Families whose stock class opens only what has a hidden size that is a multiple of its query heads.
+HEADS_DIVIDE_HIDDEN = ("llama",)
+
 
 def short_name(axis: str) -> str:
     return axis.rsplit(".", 1)[-1]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from halflap.compress.axes import Sizes, block_types, check_sizes, depth_units, largest_sizes
+from halflap.compress.axes import HEADS_DIVIDE_HIDDEN, Sizes, block_types, check_sizes, depth_units, largest_sizes
 from halflap.compress.kinds import BLOCK_COUNTS
 from halflap.errors import HalflapError
 from halflap.models.config import HybridConfig, Mamba2Config, ModelConfig
@@ -46,11 +46,11 @@ class SearchSpace:
     num_mlp_blocks: tuple[int, ...] = ()
     """Numbers of MLP blocks that stay (minipuzzle)."""
     max_width_cut: float | None = None
-    """Largest share of an axis that automatic choices cut; 0.4 when not given, or more where no student is below the
-    budget otherwise; of method puzzle 0.9."""
+    """Largest share of an axis that automatic choices cut; when not given 0.4, or 0.75 for budgets that need it, of
+    method puzzle 0.9."""
     max_depth_cut: float | None = None
-    """Largest share of the blocks that automatic choices drop; 0.2 when not given, or more where no student is below
-    the budget otherwise; of method puzzle 0.5."""
+    """Largest share of the blocks that automatic choices drop; when not given 0.2, or 0.5 for budgets that need it, of
+    method puzzle 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("max_width_cut", "max_depth_cut"):
@@ -67,14 +67,13 @@ class SearchSpace:
         )
 
 
-LARGEST_CUTS = 0.4, 0.2
-"""Of width and depth, where all blocks, or all of a type, are cut alike."""
-WIDER_CUTS = (0.6, 0.4), (0.8, 0.6)
-"""The same, in turn, for budgets that those cannot meet."""
+LARGEST_CUTS, WIDENED_CUTS = (0.4, 0.2), (0.75, 0.5)
+"""Of width and depth, where all blocks, or all of a type, are cut alike; the latter for budgets out of their reach."""
 
 # Axes that automatic choices leave whole: attention is 8 % of a Nemotron-H and whole in all published students, and
 # cutting the state size is untried. On the query heads of hybrid blocks hang the channels of their SSM.
-LEFT_WHOLE = ("num_attention_heads", "num_key_value_heads", "ssm_state_size")
+ATTENTION_HEADS = ("num_attention_heads", "num_key_value_heads")
+LEFT_WHOLE = (*ATTENTION_HEADS, "ssm_state_size")
 
 
 def left_whole(teacher: ModelConfig) -> tuple[str, ...]:
@@ -89,6 +88,22 @@ Grid = Callable[[ModelConfig, SearchSpace, bool, int], dict[str, tuple[int, ...]
 """(teacher, space, whether depth may be chosen, least step of a width) -> sizes to try by name, largest first."""
 STEPS = 8, 1
 """Least step of a width: a multiple of 8 suits matrix units; finer where no such size comes near the budget."""
+
+
+def widening(teacher: ModelConfig, space: SearchSpace) -> tuple[SearchSpace, ...]:
+    """The space, then wider ones for budgets out of its reach: larger automatic cuts, then of attention heads too.
+
+    Cuts and lists that were given hold in all of them.
+    """
+    width, depth = space.largest_cuts(*WIDENED_CUTS)
+    wider = dataclasses.replace(space, max_width_cut=width, max_depth_cut=depth)
+    largest = largest_sizes(teacher)
+    heads = {
+        name: _down(teacher, name, largest[name], width, STEPS[-1])
+        for name in ATTENTION_HEADS
+        if name in left_whole(teacher) and name in largest and not getattr(space, name)
+    }
+    return tuple(dict.fromkeys((space, wider, dataclasses.replace(wider, **heads))))
 
 
 def choices(
@@ -178,16 +193,25 @@ def _automatic(
     if name == "num_blocks":
         unit = len(depth_units(teacher)[0])
         step = unit * max(1, round(largest / 26 / unit))  # 2 of the 52 blocks of the 8B
-        return tuple(range(largest, math.ceil((1 - depth) * largest) - 1, -step))
+        return tuple(range(largest, max(unit, math.ceil((1 - depth) * largest)) - 1, -step))
+    return _down(teacher, name, largest, width, least)
+
+
+def _down(teacher: ModelConfig, name: str, largest: int, cut: float, least: int) -> tuple[int, ...]:
+    """Sizes from the largest down to a cut of so large a share, in steps that keep groups and heads equal."""
+    attention = [block.attention for block in teacher.blocks if block.attention]
     if name == "mamba_num_heads":
         step = _step_of_heads(largest, [b.num_groups for b in teacher.blocks if isinstance(b, Mamba2Config)])
     elif name == "num_attention_heads":
-        step = _step_of_heads(largest, [b.attention.num_key_value_heads for b in teacher.blocks if b.attention])
+        step = _step_of_heads(largest, [block.num_key_value_heads for block in attention])
     elif name == "mamba_head_dim":
         step = max(1, largest // 8)
     else:
         step = _step(largest, least)
-    return tuple(range(largest, math.ceil((1 - width) * largest) - 1, -step))
+    if name == "hidden_size" and teacher.family in HEADS_DIVIDE_HIDDEN:
+        heads = math.lcm(*(block.num_attention_heads for block in attention))
+        step = max(1, round(step / heads)) * heads if largest % heads == 0 else step
+    return tuple(range(largest, math.ceil((1 - cut) * largest) - 1, -step))
 
 
 def _step_of_heads(largest: int, parents: list[int]) -> int:

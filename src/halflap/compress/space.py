@@ -7,7 +7,6 @@ worth looking at only if no axis can go up a step, since a student that another 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -19,12 +18,17 @@ import numpy as np
 
 from halflap.compress.axes import Sizes, block_types, largest_sizes
 from halflap.compress.costs import Budget, Costs, with_throughput
-from halflap.compress.grid import LARGEST_CUTS, STEPS, WIDER_CUTS, Grid, SearchSpace, SizeLists, choices, left_whole
+from halflap.compress.grid import LARGEST_CUTS, STEPS, Grid, SearchSpace, SizeLists, choices, left_whole, widening
 from halflap.compress.kinds import BLOCK_COUNTS
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
 
 WITHIN = 0.95  # a student comes within 5 % below its ceiling where the space allows
+WIDENED = (
+    f"no student within the usual cuts ({100 * LARGEST_CUTS[0]:g} % of a width, {100 * LARGEST_CUTS[1]:g} % of the "
+    "blocks, attention heads whole) meets the budgets, so larger cuts were allowed; --space.max-width-cut and "
+    "--space.max-depth-cut limit them"
+)
 
 
 # How much a cut of each size hurts (order of Taghibakhshi et al. 2025: depth, Mamba heads, then FFN and hidden;
@@ -63,7 +67,7 @@ class Candidate:
 class Fitting:
     """Candidates that fit, the likeliest of every depth first.
 
-    `remark` says so when none comes near a ceiling, and when it took larger cuts than usual.
+    `remark` says so when none comes near a ceiling, or when it took larger cuts than automatic choices usually make.
     """
 
     candidates: tuple[Candidate, ...]
@@ -80,6 +84,7 @@ def fitting(
 ) -> Fitting:
     """Candidates below every ceiling that no axis could exceed by a step, and within 5 % of a ceiling if any is.
 
+    Where the space holds no such candidate, wider ones are tried (`grid.widening`).
     `drop_order` lists blocks, the least important first; without it automatic choices keep every block. `grid_of` says
     what is varied: one size an axis (`choices`) or numbers of blocks of each type (`choices_by_type`).
     Raises HalflapError without a budget, and for one that cannot be met, with the smallest that can.
@@ -93,26 +98,21 @@ def fitting(
         )
     cost = Costs(teacher, budget, drop_order)
     whole = largest_sizes(teacher) | {name: len(blocks) for name, blocks in block_types(teacher).items()}
-    spaces = _wider(space)
-    for reach, least in itertools.product(spaces, STEPS):
-        grid = grid_of(teacher, reach, drop_order is not None, least)
-        together = _together(teacher, reach, grid)
+    spaces = widening(teacher, space)
+    for tried, least in itertools.product(spaces, STEPS):
+        grid = grid_of(teacher, tried, drop_order is not None, least)
+        together = _together(teacher, tried, grid)
         spent = {name: cost.over(name, grid) for name in ceilings}
         below = together & np.all([spent[name] <= limit for name, limit in ceilings.items()], axis=0)
-        if not below.any():
-            if least == STEPS[-1] and reach is spaces[-1]:
-                _refuse(grid, together, spent, ceilings, budget, teacher, whole)
-            continue
         largest = _maximal(below)
         close = largest & np.any([spent[name] >= WITHIN * limit for name, limit in ceilings.items()], axis=0)
-        if close.any() or least == STEPS[-1]:
+        if close.any() or (below.any() and least == STEPS[-1]):
             break
-    remarks = [] if close.any() else [_not_close(grid, largest, spent, ceilings, budget, whole)]
-    if reach is not space:
-        width, depth = reach.largest_cuts(*LARGEST_CUTS)
-        remarks.append(
-            f"cuts of up to {width:.0%} of a width and {depth:.0%} of the blocks were tried to meet the budget"
-        )
+    else:
+        _refuse(grid, together, spent, ceilings, budget, teacher, whole)
+    remarks = [WIDENED] if tried != space else []
+    if not close.any():
+        remarks.append(_not_close(grid, largest, spent, ceilings, budget, whole))
     chosen = np.nonzero(close if close.any() else largest)
     spent |= {name: cost.over(name, grid) for name in cost.names if name not in spent}
     found = [
@@ -120,16 +120,6 @@ def fitting(
         for place in zip(*chosen, strict=True)
     ]
     return Fitting(_by_turns(teacher, found), int(together.sum()), "; ".join(remarks) or None)
-
-
-def _wider(space: SearchSpace) -> list[SearchSpace]:
-    """The space, and, where largest cuts were not given, the same with larger ones: for budgets out of its reach."""
-    spaces = [space]
-    for cuts in WIDER_CUTS:
-        width, depth = space.largest_cuts(*cuts)
-        if (wider := dataclasses.replace(space, max_width_cut=width, max_depth_cut=depth)) != spaces[-1]:
-            spaces.append(wider)
-    return spaces
 
 
 def _by_turns(teacher: ModelConfig, candidates: list[Candidate]) -> tuple[Candidate, ...]:

@@ -10,10 +10,10 @@ import pytest
 
 from halflap.compress.axes import Sizes, resize
 from halflap.compress.costs import Budget, costs
-from halflap.compress.grid import STEPS, SearchSpace, choices
+from halflap.compress.grid import STEPS, SearchSpace, choices, widening
 from halflap.compress.space import fitting
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, MLPConfig
+from halflap.models.config import AttentionConfig, MLPConfig, RopeConfig
 from halflap.models.count import count_parameters
 from halflap.models.presets import preset
 
@@ -91,8 +91,8 @@ def test_several_budgets_are_all_kept() -> None:
 def test_an_impossible_budget_says_what_is_reachable() -> None:
     with pytest.raises(HalflapError) as error:
         fitting(TINY, Budget(params=1000))
-    space = SearchSpace()
-    smallest = {name: values[-1] for name, values in choices(TINY, space, False, STEPS[-1]).items()}
+    *_, widest = widening(TINY, SearchSpace())
+    smallest = {name: values[-1] for name, values in choices(TINY, widest, False, STEPS[-1]).items()}
     least = count_parameters(resize(TINY, tuple(range(7)), Sizes(**smallest)))  # type: ignore[arg-type]
     assert f"{least:,}" in str(error.value) and "--params" in str(error.value) and "hidden_size" in str(error.value)
 
@@ -137,8 +137,38 @@ def test_a_teacher_within_the_budget_is_left_whole_and_it_says_so() -> None:
 
 
 def test_axes_that_no_automatic_choice_cuts_are_named() -> None:
-    with pytest.raises(HalflapError, match=r"--space\.num-key-value-heads"):
+    with pytest.raises(HalflapError, match=r"--space\.ssm-state-size"):
         fitting(TINY, Budget(memory=1.0, context=10**6))
+
+
+SHALLOW = dataclasses.replace(
+    TINY, family="llama", hidden_size=48, blocks=(AttentionConfig(6, 2, 20, RopeConfig()), MLPConfig(88)) * 2
+)
+
+
+@pytest.mark.parametrize("least", STEPS)
+@pytest.mark.parametrize("cut", [0.4, 0.75])
+def test_hidden_sizes_of_a_llama_are_multiples_of_its_heads(least: int, cut: float) -> None:
+    for name in ("llama-tiny", "smollm2-135m"):
+        sizes = choices(preset(name), SearchSpace(max_width_cut=cut), False, least)["hidden_size"]
+        heads = preset(name).blocks[0].num_attention_heads  # type: ignore[union-attr]
+        assert len(sizes) > 2 and all(size % heads == 0 for size in sizes)
+    assert 40 in choices(dataclasses.replace(SHALLOW, hidden_size=40), SearchSpace(), False)["hidden_size"]
+
+
+@pytest.mark.parametrize(("cost", "share"), [("params", 0.5), ("params", 0.35), ("memory", 0.5), ("flops", 0.5)])
+def test_budgets_out_of_reach_of_the_usual_cuts_widen_them_and_it_is_said(cost: str, share: float) -> None:
+    limit = share * costs(SHALLOW, Budget(context=2048))[cost]
+    budget = Budget(**{cost: limit}, context=2048)
+    found = fitting(SHALLOW, budget)
+    assert all(c.costs[cost] <= limit for c in found.candidates) and "larger cuts" in (found.remark or "")
+    assert found.candidates[0].costs[cost] >= 0.95 * limit or "within 5 %" in (found.remark or "")
+    with pytest.raises(HalflapError, match="cannot be met"):
+        fitting(SHALLOW, budget, SearchSpace(max_width_cut=0.1))
+    heads = {c.sizes.num_key_value_heads for c in found.candidates} | {
+        c.sizes.num_attention_heads for c in found.candidates
+    }
+    assert (cost == "params") == (heads == {None}), "attention heads go only where nothing else helps"
 
 
 def test_the_memory_of_the_47b_is_that_of_its_paper() -> None:
