@@ -150,7 +150,7 @@ def test_a_time_step_limit_is_taken_over():
         ({"hybrid_override_pattern": None, "layer_types": ["mamba", "rnn"]}, "a block of type 'rnn'"),
         ({"hidden_size": "48"}, "hidden_size is '48'"),
         ({"hidden_size": 0}, "hidden_size is 0"),
-        ({"mamba_dt_limit": 5}, "a value of the wrong kind"),
+        ({"mamba_dt_limit": 5}, "a value of a kind that its key cannot have"),
         ({"layer_norm_epsilon": "tiny"}, "'tiny' where a number is needed"),
         ({"layer_types": 5}, "a value of a kind that its key cannot have"),
         ({"eos_token_id": [2, "</s>"]}, "eos_token_id=.* a token id is a whole number or null"),
