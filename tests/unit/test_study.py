@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halflap.commands.study import check_demands
 from halflap.commands.study_file import SIZES, Speed, read_study, shipped
 from halflap.errors import HalflapError, RecipeError
 from halflap.evaluate.paired import paired
@@ -49,7 +50,9 @@ def write(place: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize("name", [name for name in shipped() if not read_study(name, "smoke").teacher])
 def test_shipped_studies_have_equal_arms_in_every_size(name: str, size: str) -> None:
     study = read_study(name, size)
-    counts = [count_parameters(config) for config in study.models(study.vocab_size).values()]
+    models = study.models(study.vocab_size)
+    check_demands(study, models)
+    counts = [count_parameters(config) for config in models.values()]
     assert max(counts) / min(counts) <= 1.01 / 0.99 and study.baseline in study.arms
     assert len(study.seeds) >= 3 or size != "small"
 

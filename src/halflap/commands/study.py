@@ -123,7 +123,7 @@ def _shapes(recipe: StudyRecipe, run: Run, plan: Study, **how: Any) -> tuple[Res
     tokenizer = choose_tokenizer(recipe.tokenizer, recipe.text, run.path, plan.vocab_size)
     tokenizer.save(run.path / "tokenizer")
     models = plan.models(tokenizer.vocab_size)
-    _check_demands(plan, models)
+    check_demands(plan, models)
     corpora = _corpora(recipe, run, plan, tokenizer)
     tasks = _tasks(recipe, run, plan, models, corpora)
     what = f"{len(models)} arms, {len(plan.seeds)} seeds"
@@ -131,7 +131,7 @@ def _shapes(recipe: StudyRecipe, run: Run, plan: Study, **how: Any) -> tuple[Res
     return {arm: found[place :: len(models)] for place, arm in enumerate(models)}, corpora.held_out_is
 
 
-def _check_demands(plan: Study, models: Mapping[str, ModelConfig]) -> None:
+def check_demands(plan: Study, models: Mapping[str, ModelConfig]) -> None:
     """Raise HalflapError, before anything is trained, for a probe that cannot be or an arm with too few positions."""
     needed = {"fit.sequence_length": plan.fit.sequence_length}
     if (recall := plan.recall) is not None:
