@@ -235,7 +235,7 @@ def test_configs_survive_the_round_trip(name: str) -> None:
         ({"sliding_window": 512}, "sliding_window=512, which halflap's Nemotron does not support"),
         ({"quantization_config": {"bits": 8}}, "quantized weights are not read"),
         ({"norm_eps": -1}, "norm_eps=-1; it must be a number above 0"),
-        ({"eos_token_id": [3, "x"]}, r"eos_token_id=\[3, 'x'\]; a token's id is a whole number"),
+        ({"eos_token_id": [3, "x"]}, r"eos_token_id=\[3, 'x'\]; a token id is a whole number or null"),
         ({"rope_theta": 0}, "rope_theta=0; it must be a number above 0"),
         ({"rope_parameters": "x"}, "rope_parameters='x'; it must be an object"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0; it must be a whole number of at least 1"),

@@ -140,11 +140,12 @@ def token_ids(data: Json, defaults: Mapping[str, int | None]) -> dict[str, Any]:
     Raises HalflapError for what is no token id.
     """
     ids: dict[str, Any] = {key: data.get(key, default) for key, default in defaults.items()}
+    for key, value in ids.items():
+        listed = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if not all(one is None or type(one) is int for one in listed):
+            raise HalflapError(f"config.json has {key}={value!r}; a token id is a whole number or null: correct it")
     if isinstance(ids.get("eos_token_id"), list):
         ids["eos_token_id"] = tuple(ids["eos_token_id"])
-    for key, value in ids.items():
-        if not all(one is None or type(one) is int for one in (value if isinstance(value, tuple) else (value,))):
-            raise HalflapError(f"config.json has {key}={value!r}; a token id is a whole number or null: correct it")
     return ids
 
 

@@ -16,7 +16,7 @@ from halflap.compress.axes import Sizes, kept_after, resize
 from halflap.compress.cost_model import Condition, amounts, fit, kind_of
 from halflap.compress.cost_table import CostTable, Stack
 from halflap.compress.costs import Budget, costs
-from halflap.compress.grid import SearchSpace, choices
+from halflap.compress.grid import SearchSpace, choices, widening
 from halflap.compress.space import fitting
 from halflap.errors import HalflapError
 from halflap.evaluate.block_times import measure, stacks
@@ -272,7 +272,7 @@ def test_all_of_the_teachers_own_time_leaves_it_whole(tables: dict[str, CostTabl
 
 
 def test_impossible_times_say_the_smallest_that_is_possible(tables: dict[str, CostTable]) -> None:
-    table, space = tables["nemotron-h"], SearchSpace(max_width_cut=0.4, max_depth_cut=0.2)
+    table, space = tables["nemotron-h"], widening(TINY, SearchSpace())[-1]
     at: dict[str, Any] = {**vars(DECODE), "table": table}
     smallest: dict[str, Any] = {name: values[-1] for name, values in choices(TINY, space, False, 1).items()}
     least = table.seconds(resize(TINY, tuple(range(7)), Sizes(**smallest)), DECODE)

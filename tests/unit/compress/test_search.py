@@ -205,16 +205,14 @@ def test_eight_candidates_take_three_rounds() -> None:
     assert stages(8, 1000) == (Stage(8, 500), Stage(4, 1000), Stage(2, 2000))
 
 
-@pytest.mark.parametrize(
-    ("share", "cuts"), [(0.7, None), (0.4, "60% of a width and 40%"), (0.2, "80% of a width and 60%")]
-)
-def test_a_budget_out_of_reach_of_the_usual_cuts_takes_larger_ones_and_says_so(share: float, cuts: str | None) -> None:
+@pytest.mark.parametrize(("share", "widened"), [(0.7, False), (0.4, True), (0.3, True)])
+def test_a_budget_out_of_reach_of_the_usual_cuts_takes_larger_ones_and_says_so(share: float, widened: bool) -> None:
     whole = preset("nemotron-4-tiny")
     budget = Budget(params=share * count_parameters(whole))
     found = fitting(whole, budget, drop_order=(6, 7, 4, 5, 2, 3, 0, 1))
     assert all(candidate.costs["params"] <= share * count_parameters(whole) for candidate in found.candidates)
-    assert (found.remark is None) == (cuts is None) and (cuts or "") in str(found.remark)
+    assert ("larger cuts were allowed" in str(found.remark)) == widened
     usual = SearchSpace(max_width_cut=0.4, max_depth_cut=0.2)
-    if cuts is not None:
+    if widened:
         with pytest.raises(HalflapError, match="cannot be met"):
             fitting(whole, budget, usual, drop_order=(6, 7, 4, 5, 2, 3, 0, 1))
