@@ -1,7 +1,8 @@
 """Files that appear whole or not at all, and the digest that names their content.
 
 A write goes to a temporary name in the same directory, is flushed to the disk, and takes its final name by
-`os.replace`, which is atomic within one file system. A killed process leaves at most a hidden `.*.tmp` file behind.
+`os.replace`, which is atomic within one file system. A killed process leaves at most a hidden `.*.tmp` file behind,
+which the next run in that directory removes.
 """
 
 from __future__ import annotations

@@ -134,6 +134,9 @@ def open_run(
     _refuse_inputs_inside(directory, named_inputs)
     _refuse_foreign(directory)
     run = Run(verb, directory, _lock(directory))
+    for unfinished in directory.rglob(".*.tmp"):
+        if unfinished.is_file():  # of a killed process: nobody else works here
+            unfinished.unlink(missing_ok=True)
     try:
         if overwrite:
             _empty(directory)

@@ -335,6 +335,12 @@ def test_a_llama_that_lost_single_blocks_or_a_fitting_width_is_not_stock():
     assert "not a multiple" in str(llama.cannot_write(dataclasses.replace(tiny, hidden_size=80)))
 
 
+def test_without_attention_the_stock_class_is_told_not_to_use_its_cache():
+    config = preset("nemotron-h-tiny")
+    mamba = dataclasses.replace(config, blocks=tuple(block for block in config.blocks if block.attention is None))
+    assert nemotron_h.write_config(config)["use_cache"] and not nemotron_h.write_config(mamba)["use_cache"]
+
+
 def test_tied_embeddings_are_not_stock_for_nemotron_h():
     tied = dataclasses.replace(preset("nemotron-h-tiny"), tie_word_embeddings=True)
     assert "tied" in str(nemotron_h.cannot_write(tied))

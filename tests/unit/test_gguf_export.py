@@ -120,6 +120,19 @@ def test_decay_rates_are_not_rounded_to_the_type_of_their_logarithms(tmp_path: P
     assert all(torch.equal(again[name].float(), tensor.float()) for name, tensor in stored.tensors())
 
 
+def test_a_full_disk_under_the_arrays_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy, which writes them, says how much it could write, and gives no number of the error."""
+    source = write_model(small("llama-tiny"), tmp_path / "model")
+
+    def full(*_: object) -> None:
+        raise OSError("5760 requested and 4936 written")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(HalflapError, match=r"the disk under .* is full \(5760 requested and 4936 written\)"):
+        write_gguf(tmp_path / "a.gguf", source.config, source.read, dtype="float32", name="a", tokenizer_from=tmp_path)
+    assert not list(tmp_path.glob("*a.gguf*"))
+
+
 def test_a_file_edited_since_says_what_llama_cpp_would_read(tmp_path: Path) -> None:
     config = small("llama-tiny")
     shapes = {item.name: item.shape for item in stored(config, "llama")}

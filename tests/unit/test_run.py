@@ -148,6 +148,15 @@ def test_an_input_inside_the_output_is_refused() -> None:
         begin(data=["runs/a/more.txt"], overwrite=True)
 
 
+def test_what_a_killed_process_was_writing_is_removed() -> None:
+    work(begin())
+    Path("runs/a/checkpoint").mkdir()
+    for name in (".model.gguf.0a1b2c3d.tmp", "checkpoint/.model.safetensors.1-2.tmp"):
+        (Path("runs/a") / name).write_text("x")
+    with begin() as run:
+        assert run.resumed and not list(Path("runs/a").rglob("*.tmp"))
+
+
 def test_an_output_inside_a_folder_of_text_is_refused_and_inside_a_checkpoint_is_no_part_of_it() -> None:
     Path("texts").mkdir()
     Path("texts/a.txt").write_text("a")

@@ -181,7 +181,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "initializer_range": config.initializer_range,
         "rescale_prenorm_residual": True,
-        "use_cache": True,
+        "use_cache": bool(attention),  # transformers' cache asks an attention block for the length of the text
         "use_bias": False,
         "mamba_proj_bias": False,
         "attention_bias": False,
