@@ -394,6 +394,6 @@ def full_disk_named(directory: Path) -> Iterator[None]:
         if error.errno not in {*FULL_DISK, None}:  # None is NumPy's, which could not write all of an array
             raise
         raise HalflapError(
-            f"the disk under {directory} is full ({error.strerror or error}); weights that were there before stay until "
-            "new ones are whole: free some space or choose another --out"
+            f"the disk under {directory} is full ({error.strerror or error}); weights that were there before stay "
+            "until new ones are whole: free some space or choose another --out"
         ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ def budget_of(budgets: Budgets, teacher: ModelConfig, table: CostTable | None = 
     ceilings: dict[str, Any] = {
         name: amount.of(whole.get(name, 0.0)) for name in BUDGETS if (amount := getattr(budgets, name)) is not None
     }
+    if "memory" in ceilings:
+        ceilings["memory"] = math.floor(ceilings["memory"])  # of weights of 4 bits a search counts half bytes too
     return Budget(**at, table=table, **ceilings)
 
 

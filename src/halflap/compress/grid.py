@@ -82,6 +82,12 @@ def left_whole(teacher: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in LEFT_WHOLE if not (hybrid and name == "num_attention_heads"))
 
 
+def heads_divide_hidden(teacher: ModelConfig) -> bool:
+    """Whether its stock class wants that of a student, and the teacher has it."""
+    heads = [block.attention.num_attention_heads for block in teacher.blocks if block.attention]
+    return teacher.family in HEADS_DIVIDE_HIDDEN and teacher.hidden_size % math.lcm(*heads) == 0
+
+
 SizeLists = Mapping[str, tuple[int, ...]]
 """A grid: sizes to try by name."""
 Grid = Callable[[ModelConfig, SearchSpace, bool, int], dict[str, tuple[int, ...]]]
@@ -208,9 +214,9 @@ def _down(teacher: ModelConfig, name: str, largest: int, cut: float, least: int)
         step = max(1, largest // 8)
     else:
         step = _step(largest, least)
-    if name == "hidden_size" and teacher.family in HEADS_DIVIDE_HIDDEN:
+    if name == "hidden_size" and heads_divide_hidden(teacher):
         heads = math.lcm(*(block.num_attention_heads for block in attention))
-        step = max(1, round(step / heads)) * heads if largest % heads == 0 else step
+        step = max(1, round(step / heads)) * heads
     return tuple(range(largest, math.ceil((1 - cut) * largest) - 1, -step))
 
 

@@ -18,7 +18,17 @@ import numpy as np
 
 from halflap.compress.axes import Sizes, block_types, largest_sizes
 from halflap.compress.costs import Budget, Costs, with_throughput
-from halflap.compress.grid import LARGEST_CUTS, STEPS, Grid, SearchSpace, SizeLists, choices, left_whole, widening
+from halflap.compress.grid import (
+    LARGEST_CUTS,
+    STEPS,
+    Grid,
+    SearchSpace,
+    SizeLists,
+    choices,
+    heads_divide_hidden,
+    left_whole,
+    widening,
+)
 from halflap.compress.kinds import BLOCK_COUNTS
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
@@ -139,6 +149,7 @@ def _by_turns(teacher: ModelConfig, candidates: list[Candidate]) -> tuple[Candid
 def _together(teacher: ModelConfig, space: SearchSpace, grid: SizeLists) -> np.ndarray:
     """Which points of a grid go together: bool, a dimension for each size, in the order of the grid.
 
+    Of a Llama, hidden sizes that were not given are multiples of the heads that are left, as its stock class demands.
     Numbers of blocks of types add up to one of `num_blocks`, or else leave out at most `max_depth_cut` of the blocks,
     unless each of them was given.
     """
@@ -146,6 +157,11 @@ def _together(teacher: ModelConfig, space: SearchSpace, grid: SizeLists) -> np.n
     found = np.ones([len(values) for values in grid.values()], bool)
     if "num_attention_heads" in at and "num_key_value_heads" in at:
         found &= at["num_attention_heads"] % at["num_key_value_heads"] == 0
+        if heads_divide_hidden(teacher) and not space.hidden_size:
+            each = max(block.attention.queries_per_key_value_head for block in teacher.blocks if block.attention)
+            heads = np.minimum(at["num_attention_heads"], each * at["num_key_value_heads"])
+            opens = found & (at["hidden_size"] % heads == 0)
+            found = opens if opens.any() else found
     types = [name for name in BLOCK_COUNTS if name in grid]
     if types:
         given = all(getattr(space, name) for name in types)
