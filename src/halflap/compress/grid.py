@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from halflap.compress.axes import HEADS_DIVIDE_HIDDEN, Sizes, block_types, check_sizes, depth_units, largest_sizes
 from halflap.compress.kinds import BLOCK_COUNTS
@@ -185,8 +186,8 @@ def between(grid: Grid, least: Sizes | None, most: Sizes) -> Grid:
     return limited
 
 
-def go_together(sizes: Mapping[str, int]) -> bool:
-    """Whether query heads are a multiple of the key/value heads."""
+def go_together(sizes: Mapping[str, Any]) -> Any:
+    """Whether query heads are a multiple of the key/value heads; of arrays of sizes, an array or one answer for all."""
     return sizes.get("num_attention_heads", 0) % sizes.get("num_key_value_heads", 1) == 0
 
 

@@ -19,12 +19,14 @@ import numpy as np
 from halflap.compress.axes import Sizes, block_types, largest_sizes
 from halflap.compress.costs import Budget, Costs, with_throughput
 from halflap.compress.grid import (
+    ATTENTION_HEADS,
     LARGEST_CUTS,
     STEPS,
     Grid,
     SearchSpace,
     SizeLists,
     choices,
+    go_together,
     heads_divide_hidden,
     left_whole,
     widening,
@@ -155,13 +157,12 @@ def _together(teacher: ModelConfig, space: SearchSpace, grid: SizeLists) -> np.n
     """
     at = dict(zip(grid, np.meshgrid(*grid.values(), indexing="ij", sparse=True), strict=True))
     found = np.ones([len(values) for values in grid.values()], bool)
-    if "num_attention_heads" in at and "num_key_value_heads" in at:
-        found &= at["num_attention_heads"] % at["num_key_value_heads"] == 0
-        if heads_divide_hidden(teacher) and not space.hidden_size:
-            each = max(block.attention.queries_per_key_value_head for block in teacher.blocks if block.attention)
-            heads = np.minimum(at["num_attention_heads"], each * at["num_key_value_heads"])
-            opens = found & (at["hidden_size"] % heads == 0)
-            found = opens if opens.any() else found
+    found &= go_together(at)
+    if {*ATTENTION_HEADS} <= at.keys() and heads_divide_hidden(teacher) and not space.hidden_size:
+        each = max(block.attention.queries_per_key_value_head for block in teacher.blocks if block.attention)
+        heads = np.minimum(at["num_attention_heads"], each * at["num_key_value_heads"])
+        opens = found & (at["hidden_size"] % heads == 0)
+        found = opens if opens.any() else found
     types = [name for name in BLOCK_COUNTS if name in grid]
     if types:
         given = all(getattr(space, name) for name in types)

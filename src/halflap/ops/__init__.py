@@ -8,6 +8,7 @@ norm.py             RMSNorm, LayerNorm1P and the gated grouped RMSNorm of Mamba-
 activation.py       squared ReLU and SwiGLU
 mamba2.py           Mamba-2 between its two projections, over a sequence and one token at a time
 quantized.py        rounding weights to few bits, packing them, and the linear map by them
+operands.py         dtypes and shapes that kernels take, whatever they are written in
 select.py           which implementation of an op runs: plain PyTorch, the kernels of native/ or those of triton_*.py
 native/             the same functions in C++ for the CPU
 triton_common.py    the same functions in Triton for a GPU: what its kernels share,

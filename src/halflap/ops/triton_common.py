@@ -19,17 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from halflap.ops.operands import Operands
 
-
-def fits(tensor: Tensor | None, *shape: int) -> bool:
-    """In a dtype the kernels take and of this shape; None, an operand that is not there, fits."""
-    return tensor is None or (tensor.dtype in DTYPES and tensor.shape == shape)
-
-
-def counts(tensor: Tensor | None, *shape: int) -> bool:
-    """The same for whole numbers."""
-    return tensor is None or (not tensor.dtype.is_floating_point and tensor.shape == shape)
+TAKEN = Operands((torch.float32, torch.bfloat16, torch.float16))
 
 
 def rows(tensor: Tensor) -> Tensor:

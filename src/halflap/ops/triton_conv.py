@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from halflap.ops import conv
-from halflap.ops.triton_common import Recomputed, block, counts, fits, rows, silu, tiles
+from halflap.ops.triton_common import TAKEN, Recomputed, block, rows, silu, tiles
 
-WIDTHS = (2, 3, 4)
 BLOCK_TIME, BLOCK_CHANNELS = 16, 128
 
 
@@ -61,16 +60,7 @@ def conv_silu(
     runs: Tensor | None = None,
 ) -> Tensor | Any:
     """As `ops.conv.conv_silu`, or NotImplemented."""
-    if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] not in WIDTHS or 0 in x.shape:
-        return NotImplemented
-    (batch, time, channels), width = x.shape, weight.shape[1]
-    if not (
-        fits(x, batch, time, channels)
-        and fits(weight, channels, width)
-        and fits(bias, channels)
-        and fits(initial_state, batch, width - 1, channels)
-        and counts(runs, batch, time)
-    ):
+    if not TAKEN.of_convolution(x, weight, bias, initial_state, runs):
         return NotImplemented
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, runs: Tensor | None) -> Tensor:

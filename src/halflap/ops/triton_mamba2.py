@@ -19,8 +19,9 @@ from torch import Tensor
 
 from halflap.models.config import Mamba2Config
 from halflap.ops import mamba2
-from halflap.ops.triton_common import Recomputed, block, counts, fits, rows, silu, tiles, time_step
-from halflap.ops.triton_conv import WIDTHS, convolved
+from halflap.ops.operands import WIDTHS
+from halflap.ops.triton_common import TAKEN, Recomputed, block, rows, silu, tiles, time_step
+from halflap.ops.triton_conv import convolved
 from halflap.ops.triton_ssd import MOST_STATES, scan
 
 STATES_AT_ONCE = 2048  # of one program: enough programs for a batch of one, enough work in each
@@ -132,14 +133,10 @@ def mamba2_step(
     c, batch = config, len(projected)
     if torch.is_grad_enabled() or ssm_state.dtype != torch.float32 or not batch or projected.dim() != 2:
         return NotImplemented
-    if not (
-        _takes(c, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
-        and fits(projected, batch, c.inner_size + c.conv_size + c.num_heads)
-        and fits(conv_state, batch, c.conv_kernel - 1, c.conv_size)
-        and fits(ssm_state, batch, c.num_heads, c.head_dim, c.state_size)
-        and conv_state.is_contiguous()
-        and ssm_state.is_contiguous()
-    ):
+    parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    if not (_knows(c) and TAKEN.of_mamba2(c, projected, parameters, conv_state, ssm_state)):
+        return NotImplemented
+    if not (conv_state.is_contiguous() and ssm_state.is_contiguous()):
         return NotImplemented
     projected, device = rows(projected), projected.device
     gated = torch.empty(batch, c.inner_size, dtype=torch.float32, device=device)
@@ -177,15 +174,8 @@ def mamba2_mix(
     c = config
     if projected.dim() != 3 or 0 in projected.shape:
         return NotImplemented
-    batch, time = projected.shape[:2]
-    if not (
-        _takes(c, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
-        and fits(projected, batch, time, c.inner_size + c.conv_size + c.num_heads)
-        and fits(conv_state, batch, c.conv_kernel - 1, c.conv_size)
-        and fits(ssm_state, batch, c.num_heads, c.head_dim, c.state_size)
-        and counts(runs, batch, time)
-        and counts(lengths, batch)
-    ):
+    parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    if not (_knows(c) and TAKEN.of_mamba2(c, projected, parameters, conv_state, ssm_state, runs, lengths)):
         return NotImplemented
 
     def plain(*tensors: Any) -> tuple[Tensor, Tensor]:
@@ -196,21 +186,12 @@ def mamba2_mix(
     def fast(*tensors: Any) -> tuple[Tensor, Tensor]:
         return _mixed(c, *tensors)
 
-    parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
     return Recomputed.apply(fast, plain, projected, *parameters, conv_state, ssm_state, runs, lengths)
 
 
-def _takes(c: Mamba2Config, conv_weight: Tensor, conv_bias: Tensor | None, *others: Tensor) -> bool:
-    """Whether the kernels know parameters of these shapes and dtypes."""
-    *of_heads, norm_weight = others
-    return (
-        c.conv_kernel in WIDTHS
-        and c.state_size <= MOST_STATES
-        and fits(conv_weight, c.conv_size, 1, c.conv_kernel)
-        and fits(conv_bias, c.conv_size)
-        and fits(norm_weight, c.inner_size)
-        and all(fits(p, c.num_heads) for p in of_heads)
-    )
+def _knows(c: Mamba2Config) -> bool:
+    """Whether the kernels are written for such sizes."""
+    return c.conv_kernel in WIDTHS and c.state_size <= MOST_STATES
 
 
 def _mixed(

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halflap.ops.triton_common import block, fits, precision, tiles
+from halflap.ops.triton_common import TAKEN, block, precision, tiles
 
 FEW_ROWS, SOME_ROWS = 4, 64
 GROUP_SIZES = (32, 64, 128)  # whole words of either width
@@ -108,7 +108,7 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group_size: int)
     groups, words = tiles(inputs, group_size), tiles(inputs * bits, 32)
     if (x.requires_grad and torch.is_grad_enabled()) or bits not in (4, 8) or torch.is_autocast_enabled(x.device.type):
         return NotImplemented
-    if not (fits(x, *x.shape) and fits(scale, outputs, groups)) or packed.dtype != torch.int32:
+    if not (TAKEN.fits(x, *x.shape) and TAKEN.fits(scale, outputs, groups)) or packed.dtype != torch.int32:
         return NotImplemented
     if packed.shape != (outputs, words) or not (packed.is_contiguous() and scale.is_contiguous()):
         return NotImplemented

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halflap.ops.triton_common import block, fits, rows, silu, softplus, tiles
+from halflap.ops.triton_common import TAKEN, block, rows, silu, softplus, tiles
 
 STATES_AT_ONCE = 1024  # of one program
 
@@ -59,19 +59,11 @@ def selective_step(
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | Any:
     """As `ops.selective_scan.selective_step` but advancing the state in place, or NotImplemented."""
-    if torch.is_grad_enabled() or u.dim() != 2 or A.dim() != 2 or 0 in (*u.shape, *A.shape):
+    if torch.is_grad_enabled() or u.dim() != 2 or state.dtype != torch.float32 or not state.is_contiguous():
+        return NotImplemented
+    if not TAKEN.of_selective((u, dt, gate), A, (B, C), (D, dt_bias), state):
         return NotImplemented
     (batch, channels), size = u.shape, A.shape[1]
-    if not (
-        all(fits(x, batch, channels) for x in (u, dt, gate))
-        and all(fits(x, batch, size) for x in (B, C))
-        and all(fits(x, channels) for x in (D, dt_bias))
-        and fits(A, channels, size)
-        and fits(state, batch, channels, size)
-        and state.dtype == torch.float32
-        and state.is_contiguous()
-    ):
-        return NotImplemented
     dense = [None if x is None else rows(x) for x in (u, dt, B, C, gate)]
     y = torch.empty(batch, channels, dtype=u.dtype, device=u.device)
     block_n = block(size)

@@ -9,23 +9,14 @@ import torch
 from torch import Tensor
 
 from halflap.ops.native.build import load
+from halflap.ops.operands import Operands
 
 DTYPES = (torch.float32, torch.bfloat16)
+TAKEN = Operands(DTYPES, "cpu")
+fits, counts = TAKEN.fits, TAKEN.counts
 LARGE_PAGE = 2 << 20
 COLLAPSE = 25  # of Linux 6.1; earlier ones refuse it
 GAIN_PARTS = 16  # partial sums of a gain's gradient; a fixed number, so that the sum does not depend on the threads
-
-
-def fits(tensor: Tensor | None, *shape: int) -> bool:
-    """On the CPU, in a dtype the kernels take, and of this shape; None, an operand that is not there, fits."""
-    return tensor is None or (tensor.dtype in DTYPES and tensor.shape == shape and tensor.device.type == "cpu")
-
-
-def counts(tensor: Tensor | None, *shape: int) -> bool:
-    """The same for whole numbers."""
-    return tensor is None or (
-        not tensor.dtype.is_floating_point and tensor.shape == shape and tensor.device.type == "cpu"
-    )
 
 
 def reach(runs: Tensor, width: int) -> Tensor:

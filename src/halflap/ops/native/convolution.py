@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from halflap.ops.native.common import counts, fits, is_narrow, library, reach
+from halflap.ops.native.common import TAKEN, is_narrow, library, reach
 
-WIDTHS = (2, 3, 4)
 COUNTS = ("batch", "time", "channels", "width", "stride", "bf16", "threads")
 POINTERS = ("x", "weight", "bias", "state", "reach", "y", "dy", "dx", "dweight", "dbias")
 
@@ -37,16 +36,7 @@ def conv_silu(
     runs: Tensor | None = None,
 ) -> Tensor | Any:
     """As `ops.conv.conv_silu`, or NotImplemented."""
-    if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] not in WIDTHS or 0 in x.shape:
-        return NotImplemented
-    (batch, time, channels), width = x.shape, weight.shape[1]
-    if not (
-        fits(x, batch, time, channels)
-        and fits(weight, channels, width)
-        and fits(bias, channels)
-        and fits(initial_state, batch, width - 1, channels)
-        and counts(runs, batch, time)
-    ):
+    if not TAKEN.of_convolution(x, weight, bias, initial_state, runs):
         return NotImplemented
     if initial_state is not None and initial_state.requires_grad:
         return NotImplemented

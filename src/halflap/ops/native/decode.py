@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halflap.models.config import Mamba2Config
-from halflap.ops.native.common import fits, is_narrow, library, long, pointer
+from halflap.ops.native.common import TAKEN, fits, is_narrow, library, long, pointer
 
 FEW_ROWS = 32  # beyond this the general matrix product's packing pays
 COUNTS = ("batch", "heads", "channels", "groups", "states", "width", "bf16", "narrow_parameters", "threads")
@@ -47,21 +47,10 @@ def mamba2_step(
     c, batch = config, len(projected)
     if torch.is_grad_enabled() or conv_state.dtype != projected.dtype or ssm_state.dtype != torch.float32 or not batch:
         return NotImplemented
-    if not (
-        fits(projected, batch, c.inner_size + c.conv_size + c.num_heads)
-        and fits(conv_state, batch, c.conv_kernel - 1, c.conv_size)
-        and fits(ssm_state, batch, c.num_heads, c.head_dim, c.state_size)
-        and conv_state.is_contiguous()
-        and ssm_state.is_contiguous()
-    ):
-        return NotImplemented
     parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
-    if not (
-        fits(conv_weight, c.conv_size, 1, c.conv_kernel)
-        and fits(conv_bias, c.conv_size)
-        and fits(norm_weight, c.inner_size)
-        and all(fits(p, c.num_heads) for p in (dt_bias, A_log, D))
-    ):
+    if projected.dim() != 2 or not TAKEN.of_mamba2(c, projected, parameters, conv_state, ssm_state):
+        return NotImplemented
+    if not (conv_state.is_contiguous() and ssm_state.is_contiguous()):
         return NotImplemented
     projected = projected.contiguous()
     small = [p if p is None else p.contiguous() for p in parameters]

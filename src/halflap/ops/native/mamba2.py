@@ -15,10 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halflap.models.config import Mamba2Config
-from halflap.ops.native.common import GAIN_PARTS, counts, fits, is_narrow, library, reach, row_stride
-
-WIDTHS = (2, 3, 4)
-
+from halflap.ops.native.common import GAIN_PARTS, TAKEN, is_narrow, library, reach, row_stride
+from halflap.ops.operands import WIDTHS
 
 SIZES = ("batch", "time", "heads", "channels", "groups", "states", "width", "bf16", "threads")
 LIMITS = ("low", "high", "eps")
@@ -72,27 +70,11 @@ def mamba2_mix(
     c = config
     if c.conv_kernel not in WIDTHS or projected.dim() != 3 or (conv_state is not None and conv_state.requires_grad):
         return NotImplemented
-    batch, time = projected.shape[:2]
-    heads = c.num_heads
-    if not (
-        batch
-        and time
-        and fits(projected, batch, time, c.inner_size + c.conv_size + heads)
-        and fits(conv_weight, c.conv_size, 1, c.conv_kernel)
-        and fits(conv_bias, c.conv_size)
-        and fits(norm_weight, c.inner_size)
-        and all(fits(p, heads) for p in (dt_bias, A_log, D))
-        and fits(conv_state, batch, c.conv_kernel - 1, c.conv_size)
-        and fits(ssm_state, batch, heads, c.head_dim, c.state_size)
-        and counts(runs, batch, time)
-        and counts(lengths, batch)
-    ):
+    parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    if 0 in projected.shape or not TAKEN.of_mamba2(c, projected, parameters, conv_state, ssm_state, runs, lengths):
         return NotImplemented
     graded = torch.is_grad_enabled()  # inside an autograd function it always says no
-    return _Mix.apply(
-        *(projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight),
-        *(config, conv_state, ssm_state, runs, lengths, graded),
-    )
+    return _Mix.apply(projected, *parameters, config, conv_state, ssm_state, runs, lengths, graded)
 
 
 def _sizes(projected: Tensor, c: Mamba2Config) -> Sizes:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from halflap.ops.native.common import counts, fits, is_narrow, library
+from halflap.ops.native.common import TAKEN, is_narrow, library
 
 ROWS = ("u", "dt", "B", "C", "gate", "y")
 
@@ -74,18 +74,7 @@ def selective_scan(
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | Any:
     """As `ops.selective_scan.selective_scan`, or NotImplemented."""
-    if u.dim() != 3 or A.dim() != 2 or 0 in (*u.shape, *A.shape):
-        return NotImplemented
-    (batch, time, channels), states = u.shape, A.shape[1]
-    if not (
-        all(fits(x, batch, time, channels) for x in (u, dt, gate))
-        and all(fits(x, batch, time, states) for x in (B, C))
-        and all(fits(x, channels) for x in (D, dt_bias))
-        and fits(A, channels, states)
-        and fits(state, batch, channels, states)
-        and counts(runs, batch, time)
-        and counts(lengths, batch)
-    ):
+    if u.dim() != 3 or not TAKEN.of_selective((u, dt, gate), A, (B, C), (D, dt_bias), state, runs, lengths):
         return NotImplemented
     graded = torch.is_grad_enabled()  # inside an autograd function it always says no
     return _Scan.apply(u, dt, A, B, C, D, state, dt_bias, gate, runs, lengths, graded)
@@ -144,19 +133,11 @@ def selective_step(
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | Any:
     """As `ops.selective_scan.selective_step` but advancing the state in place, or NotImplemented."""
-    if torch.is_grad_enabled() or u.dim() != 2 or A.dim() != 2 or 0 in (*u.shape, *A.shape):
+    if torch.is_grad_enabled() or u.dim() != 2 or state.dtype != torch.float32 or not state.is_contiguous():
+        return NotImplemented
+    if not TAKEN.of_selective((u, dt, gate), A, (B, C), (D, dt_bias), state):
         return NotImplemented
     (batch, channels), states = u.shape, A.shape[1]
-    if not (
-        all(fits(x, batch, channels) for x in (u, dt, gate))
-        and all(fits(x, batch, states) for x in (B, C))
-        and all(fits(x, channels) for x in (D, dt_bias))
-        and fits(A, channels, states)
-        and fits(state, batch, channels, states)
-        and state.dtype == torch.float32
-        and state.is_contiguous()
-    ):
-        return NotImplemented
     rows = [_dense(x) for x in (u, dt, B, C, gate)]
     y = torch.empty(u.shape, dtype=u.dtype)
     small = [None if x is None else x.float().contiguous() for x in (A, D, dt_bias)]
