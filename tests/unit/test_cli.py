@@ -215,9 +215,11 @@ def test_out_may_name_the_artifact_itself(halflap: Cli, corpus_verb: Any, monkey
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from halflap import cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs, tests too, ignore
 
 def work(recipe, run):
     (run.path / "part").write_text("x")
