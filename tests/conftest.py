@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import settings
 
+# the same examples in every run and on every machine; `pytest --hypothesis-profile default` draws fresh ones
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 ROOT = Path(__file__).resolve().parent.parent
 if shutil.which("nvidia-smi") is None:  # triton looks at it when first imported: its kernels then run without a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -19,6 +19,7 @@ RECIPES = {"recipe", "binding", "run", "inputs", "environment", "report"}  # for
 PURE = {
     "models.layout",
     "models.count",
+    "models.patterns",
     "models.presets",
     "models.quantization",
     "models.sharing",

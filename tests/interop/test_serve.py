@@ -136,7 +136,7 @@ def test_fuzzed_from_the_openapi_document(url: str, mode: Any) -> None:
         if mode is schemathesis.GenerationMode.NEGATIVE and operation.method == "get":
             continue  # nothing of these can be wrong
 
-        @settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=20, database=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case: Any) -> None:
             case.call_and_validate(headers=headers, excluded_checks=excluded, timeout=60)

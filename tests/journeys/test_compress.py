@@ -27,7 +27,9 @@ SMALL = ("--calibration-tokens", 512, "--score-tokens", 256, "--eval-tokens", 40
 TEACHERS = {
     "nemotron-h-tiny": preset("nemotron-h-tiny"),
     "llama-tiny": preset("llama-tiny"),
-    "hymba": hymba(5, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128),
+    "hymba": hymba(
+        5, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128, original_context=64
+    ),
 }
 
 

@@ -26,7 +26,9 @@ FEW = ("--replacement-tokens", 128, "--score-tokens", 128, "--shortlist", 2, "--
 TEACHERS = {
     "nemotron-h-tiny": preset("nemotron-h-tiny"),
     "llama-tiny": preset("llama-tiny"),
-    "hymba": hymba(6, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128),
+    "hymba": hymba(
+        6, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128, original_context=64
+    ),
 }
 LIMITS = {"nemotron-h-tiny": 0.7, "llama-tiny": 0.7, "hymba": 0.75}
 

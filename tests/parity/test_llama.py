@@ -110,7 +110,7 @@ def test_padded_batches_equal_unpadded_rows(tmp_path):
         assert gap(padded[i, :n], model(row[None]).logits[0]) <= 1e-5
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     layers=st.integers(1, 3),
     kv=st.integers(1, 3),

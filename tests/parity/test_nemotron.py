@@ -151,7 +151,7 @@ def test_greedy_text_with_and_without_a_cache_and_with_left_padding(tmp_path, va
     assert batch[:, 20:].tolist() == found
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     layers=st.integers(1, 3),
     kv=st.integers(1, 3),

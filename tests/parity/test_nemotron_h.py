@@ -137,7 +137,7 @@ def test_padded_batches_equal_unpadded_rows(tmp_path):
         assert gap(theirs[i, -n:], alone) <= 1e-5
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     pattern=st.text("M*-", min_size=1, max_size=5),
     groups=st.integers(1, 3),

@@ -383,7 +383,7 @@ def plans(draw: st.DrawFn, config: ModelConfig, correction: str = "none") -> Pru
     return PruningPlan(TEACHER, config, blocks, keep, correction)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), config=st.sampled_from([HYBRID, LLAMA]), correction=st.sampled_from(["none", "masked"]))
 def test_two_plans_equal_their_composition(data: st.DataObject, config: ModelConfig, correction: str) -> None:
     first = data.draw(plans(config, correction))
@@ -403,7 +403,7 @@ def test_two_plans_equal_their_composition(data: st.DataObject, config: ModelCon
         assert distance(*students) < EQUAL
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data(), config=st.sampled_from([HYBRID, LLAMA]), correction=st.sampled_from(["none", "masked"]))
 def test_any_plan_equals_its_masked_teacher(data: st.DataObject, config: ModelConfig, correction: str) -> None:
     plan = data.draw(plans(config, correction))

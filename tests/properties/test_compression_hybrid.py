@@ -212,7 +212,7 @@ def mask_ssm(mixer: Any, config: Any, plan: PruningPlan, index: int) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(deadline=None, max_examples=2)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_cutting_equals_masking(name: str, data: Any) -> None:
     """Of every axis alone and of all together, in prefill and in decode, for every norm correction."""
@@ -241,7 +241,7 @@ def test_plain_attention_has_value_channels_too() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(deadline=None, max_examples=3)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_two_cuts_are_one(name: str, data: Any) -> None:
     model, correction = MODELS[name], data.draw(st.sampled_from(["none", "masked", "calibrated"]))

@@ -17,7 +17,7 @@ from halflap.data.packing import count_rows, cut_row
 from halflap.data.tokenizer import Tokenizer, train_tokenizer
 
 UNICODE = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
-few = settings(max_examples=40, deadline=None, derandomize=True)
+few = settings(max_examples=40)
 
 
 class Documents:
@@ -36,7 +36,7 @@ def tokenizer():
     return train_tokenizer(texts, 320)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(text=UNICODE | st.sampled_from(["<eos><pad>", "a\r\n\r\n  b", "\x00", "e\u0301 é", "<bos> x <eos>"]))
 def test_every_text_survives_encoding(tokenizer, text):
     for parse_special in (True, False):
@@ -52,7 +52,7 @@ def test_a_batch_is_encoded_as_its_texts_one_by_one(tokenizer, texts):
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(texts=st.lists(UNICODE.filter(bool), min_size=1, max_size=8, unique=True), shard_tokens=st.integers(1, 60))
 def test_every_document_survives_a_corpus(tokenizer, texts, shard_tokens):
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def test_rows_hold_the_stream_once_and_targets_stay_in_their_document(lengths, r
         assert np.array_equal(row.targets[row.weights > 0], row.tokens[row.weights > 0] + 1)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(size=st.integers(1, 300), key=st.integers(0, 2**64 - 1))
 def test_shuffling_is_a_permutation(size, key):
     assert sorted(shuffled(i, size, key) for i in range(size)) == list(range(size))

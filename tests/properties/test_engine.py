@@ -76,7 +76,7 @@ STEP = st.tuples(st.sampled_from(["step", "step", "step", "submit", "submit", "c
 
 
 @pytest.mark.parametrize("family", MODELS)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     steps=st.lists(STEP, min_size=5, max_size=30),
     slots=st.integers(1, 4),

@@ -70,7 +70,7 @@ def whole(draw: st.DrawFn, family: str, blocks: list[BlockConfig]) -> ModelConfi
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(config=st.one_of(llamas(), nemotron_hs()), seed=st.integers(0, 2**31))
 def test_export_and_import_is_the_identity(config: ModelConfig, seed: int) -> None:
     assert cannot_write(config) is None

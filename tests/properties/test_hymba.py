@@ -53,7 +53,7 @@ def text(batch: int, time: int, seed: int = 0) -> Tensor:
 # ---- masks and windows
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 5), st.integers(0, 8))
 def test_the_mask_is_the_published_predicate(time: int, window: int, meta: int, past: int) -> None:
     """And no key is counted twice: a mask has one entry a key."""
@@ -182,7 +182,7 @@ def states_of(cache: Cache) -> list[Tensor]:
     return found
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.lists(st.sampled_from([1, 2, 3, WINDOW, WINDOW + 1, 11]), min_size=1, max_size=6))
 @torch.no_grad()
 def test_chunks_equal_one_prefill(model: HybridModel, sizes: list[int]) -> None:

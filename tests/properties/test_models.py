@@ -120,20 +120,20 @@ def tokens(batch: int, time: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 23, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(model=models())
 def test_layout_states_every_parameter(model: HybridModel) -> None:
     real = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert real == {name: shape(dims) for name, dims in layout(model.config).items()}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(model=models())
 def test_config_survives_json(model: HybridModel) -> None:
     assert ModelConfig.from_json(model.config.to_json()) == model.config
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(model=models(), cut=st.integers(1, 14), second=st.integers(0, 5))
 @torch.no_grad()
 def test_prefill_then_decode_equals_one_pass(model: HybridModel, cut: int, second: int) -> None:
@@ -149,7 +149,7 @@ def test_prefill_then_decode_equals_one_pass(model: HybridModel, cut: int, secon
     assert cache.lengths.tolist() == [15, 15]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(model=models(), lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4))
 @torch.no_grad()
 def test_rows_of_unequal_length_equal_rows_alone(model: HybridModel, lengths: list[int]) -> None:
@@ -165,7 +165,7 @@ def test_rows_of_unequal_length_equal_rows_alone(model: HybridModel, lengths: li
             assert (together[b, 0] - alone).abs().max() < TOLERANCE
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(model=models(), lengths=st.lists(st.integers(1, 8), min_size=1, max_size=4), left=st.integers(0, 3))
 @torch.no_grad()
 def test_packed_documents_equal_separate_ones(model: HybridModel, lengths: list[int], left: int) -> None:

@@ -64,7 +64,7 @@ def outcome(function, inputs: dict[str, Any], **extra) -> dict[str, Tensor]:
 OPTIONAL = ("state", "dt_bias", "gate", "runs", "lengths")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 3),

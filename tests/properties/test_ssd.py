@@ -36,7 +36,7 @@ def random_segments(seed: int, batch: int, time: int) -> torch.Tensor:
     return (torch.rand(batch, time, generator=g) < 0.2).long().cumsum(1) + 1
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     time=st.integers(1, 70),
@@ -117,7 +117,7 @@ def reference_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
     return y + bias
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), time=st.integers(1, 12), width=st.integers(2, 5))
 def test_convolution_and_its_states(seed: int, time: int, width: int) -> None:
     g = torch.Generator().manual_seed(seed)

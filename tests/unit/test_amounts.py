@@ -80,7 +80,7 @@ AMOUNTS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(AMOUNTS)
 def test_the_printed_form_reads_back(amount: Amount) -> None:
     assert parse_amount(str(amount), amount.unit) == amount

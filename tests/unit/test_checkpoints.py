@@ -75,7 +75,7 @@ def configs(draw) -> ModelConfig:
     )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(config=configs(), limit=st.sampled_from([200, 10**9]), mixed=st.booleans(), seed=st.integers(0, 9))
 def test_what_goes_in_comes_out_bit_by_bit(tmp_path_factory, config, limit, mixed, seed):
     """Stream in, stream out, load, save: names, types and bits, for stock and other shapes of both families."""

@@ -259,7 +259,7 @@ def stock_configs(draw) -> ModelConfig:
     )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(config=stock_configs())
 def test_a_config_survives_its_stock_form_and_ours(tmp_path_factory, config):
     family = FAMILIES[config.family]

@@ -43,7 +43,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6),
     codes=st.lists(st.sampled_from(CODES), min_size=6, max_size=6),

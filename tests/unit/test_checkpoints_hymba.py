@@ -176,6 +176,10 @@ def test_variants_of_the_released_config():
         ({"v_head_dim": 64}, r"v_head_dim=64, .* make it 128"),
         ({"mamba_expand": 0}, r"mamba_expand=0; it must be a number that makes of hidden_size the SSM's channels"),
         ({"conv_dim": {"0": 1600}}, r"conv_dim of 1600 where mamba_expand makes 3200"),
+        (
+            {"max_position_embeddings": 1024},
+            r"stretched \(NTK, factor 2\) from a context of 2048 tokens to one of 1024: give a context above 1024",
+        ),
         ({"orig_max_position_embeddings": None}, r"'ntk' and no orig_max_position_embeddings"),
         ({"global_attn_idx": [0, 32]}, r"global_attn_idx .* names layer 32 of 32"),
         ({"num_memory_tokens": 8192}, r"num_meta_tokens is 8192; .* less than the context of 8192"),

@@ -19,7 +19,8 @@ from halflap.models.count import (
     memory_bytes,
 )
 from halflap.models.model import HybridModel
-from halflap.models.presets import PATTERN_8B, PATTERN_47B, PATTERN_56B, PRESETS, nemotron_h, preset
+from halflap.models.patterns import PATTERN_8B, PATTERN_47B, PATTERN_56B
+from halflap.models.presets import PRESETS, nemotron_h, preset
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, parse_pattern
+from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.model import HybridModel, initialize
+from halflap.models.patterns import parse_pattern
 from halflap.train.config import Fit
 from halflap.train.fit import fit
 from halflap.train.objectives.distillation import LOSSES, Distillation, TopKDistillation

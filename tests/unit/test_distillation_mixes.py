@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig, parse_pattern
+from halflap.models.config import AttentionConfig, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.model import HybridModel, initialize
+from halflap.models.patterns import parse_pattern
 from halflap.models.presets import hymba
 from halflap.train.config import Fit
 from halflap.train.fit import fit

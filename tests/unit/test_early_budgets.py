@@ -41,7 +41,7 @@ def asked(shares: dict[str, float], scores: tuple[float, ...] = ()) -> Given:
     shares=st.dictionaries(st.sampled_from(NAMES), st.floats(0.2, 0.95), min_size=1),
     scores=st.lists(st.floats(0, 1, width=32), min_size=len(BLOCKS), max_size=len(BLOCKS)),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_importance_can_meet_is_not_refused_before(shares: dict[str, float], scores: list[float]) -> None:
     try:
         check(asked(shares, tuple(scores)))

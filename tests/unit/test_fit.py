@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, parse_pattern
+from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.model import HybridModel, initialize
+from halflap.models.patterns import parse_pattern
 from halflap.train import resume
 from halflap.train.config import Fit
 from halflap.train.fit import fit
@@ -192,7 +193,7 @@ def test_finished_fit_is_found_finished(tmp_path: Path) -> None:
     assert again == first
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(rows=st.integers(1, 6), micro=st.integers(1, 6), drop=st.integers(0, 40), seed=st.integers(0, 5))
 def test_any_split_gives_the_same_gradient(rows: int, micro: int, drop: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

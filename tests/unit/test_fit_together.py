@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from halflap.data.batch import Batch
-from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, parse_pattern
+from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.model import HybridModel, initialize
+from halflap.models.patterns import parse_pattern
 from halflap.train.config import Fit
 from halflap.train.fit import Trainee, fit, fit_together
 from halflap.train.losses import mean_loss

@@ -32,7 +32,7 @@ def network(request: pytest.FixtureRequest) -> Any:
 
 
 @given(MASKS, st.booleans())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_the_tokens_that_exist_come_first_and_find_their_way_back(mask: list[list[bool]], cached: bool) -> None:
     kept = torch.tensor(mask)
     tokens = tokens_like(kept)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from halflap.data.batch import Batch
-from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, parse_pattern
+from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.model import HybridModel, initialize
+from halflap.models.patterns import parse_pattern
 from halflap.parallel import fanout, mesh
 from halflap.train import resume
 from halflap.train.config import Fit

@@ -78,7 +78,7 @@ def check_mixer(config: Mamba2Config, inputs: dict[str, Tensor], dtype: torch.dt
         assert error(value, found[name]) < limit, f"{name}: {error(value, found[name]):.1e}"
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 2),
@@ -243,7 +243,7 @@ def test_steps_advance_the_states_in_place(config: Mamba2Config, dtype: torch.dt
     )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(1, decode.FEW_ROWS),
@@ -274,7 +274,7 @@ def check_function(plain, fast, inputs: list[Tensor], dtype: torch.dtype, **extr
         assert error(expected, found) < TOLERANCE[dtype]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 10**6),
     shape=st.sampled_from([(9,), (3, 5), (2, 3, 16), (1, 33), (40, 64), (7, 100), (300, 17)]),

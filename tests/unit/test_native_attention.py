@@ -42,7 +42,7 @@ def attention_inputs(
     return [torch.randn(s, generator=g, dtype=torch.float64).bfloat16().double() for s in shapes]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 2),
@@ -108,7 +108,7 @@ def visible(starts: Tensor, time: int, keys: int, window: int, meta: int) -> Ten
     return seen
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     time=st.sampled_from([16, 64, 65, 150, 200]),

@@ -35,7 +35,7 @@ def run(function, inputs: list[Tensor], dtype: torch.dtype, start: int, **extra)
     return [y, *torch.autograd.grad(y, leaves, probe)]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 2),

@@ -32,7 +32,7 @@ def operands(outputs: int, inputs: int, bits: int, group: int, seed: int) -> tup
     wide=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_products_agree(
     rows: int, outputs: int, inputs: int, bits: int, group: int | None, dtype: torch.dtype, wide: bool, seed: int
 ) -> None:

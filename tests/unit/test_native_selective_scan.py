@@ -80,7 +80,7 @@ def check(inputs: dict[str, Any], dtype: torch.dtype) -> None:
         assert error(value, found[name]) < limit, f"{name}: {error(value, found[name]):.1e}"
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 2),

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, parse_pattern
+from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.layout import layout
 from halflap.models.model import HybridModel
+from halflap.models.patterns import parse_pattern
 from halflap.models.presets import preset
 from halflap.train.config import Fit
 from halflap.train.optim import DECAY_SHAPES, decays, learning_rate, make_optimizer, parameter_groups

@@ -58,7 +58,7 @@ plans = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(plans)
 def test_steps_are_those_of_a_loop_that_counts_tokens(plan: Plan) -> None:
     """So a batch changes at the first step that begins at or after its threshold, and no row is skipped or repeated."""
@@ -71,7 +71,7 @@ def test_steps_are_those_of_a_loop_that_counts_tokens(plan: Plan) -> None:
     assert plan.tokens == last[3] + last[2] * plan.world * LENGTH
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(plans)
 def test_rates_go_from_start_to_end_and_a_phase_begins_where_the_last_ended(plan: Plan) -> None:
     steps = simulated(plan)

@@ -47,7 +47,7 @@ TOLERANCE = 2e-5
 
 
 @given(st.integers(1, 9), st.integers(1, 150), st.sampled_from([4, 8]), st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_packing_loses_nothing(rows: int, inputs: int, bits: int, seed: int) -> None:
     values = torch.randint(1 << bits, (rows, inputs), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     packed = pack(values, bits)
@@ -60,7 +60,7 @@ def test_packing_loses_nothing(rows: int, inputs: int, bits: int, seed: int) -> 
 
 
 @given(st.integers(32, 200), st.sampled_from([4, 8]), st.sampled_from([32, 64, 128]), st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_rounding_is_better_than_by_the_largest_value(inputs: int, bits: int, group: int, seed: int) -> None:
     rows = 64  # a single group may be unlucky with the starts of its search
     weight = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))

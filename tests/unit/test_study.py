@@ -57,7 +57,7 @@ def test_shipped_studies_have_equal_arms_in_every_size(name: str, size: str) -> 
     assert len(study.seeds) >= 3 or size != "small"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(target=st.integers(100_000, 3_000_000), pattern=st.sampled_from(["*-", "M-", "M-*-", "MM*-"]))
 def test_a_parameter_budget_is_met_by_the_width_of_the_mlps(target: int, pattern: str) -> None:
     config = build(read_stack({**BASE, "pattern": pattern}, "arm"), 300)

@@ -28,7 +28,7 @@ NARROW = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # triton's inter
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 3e-3}
 DTYPES = st.sampled_from([torch.float32, NARROW])
 STATES = ("conv_state", "ssm_state")
-quick = settings(deadline=None, max_examples=6)
+quick = settings(max_examples=6)
 
 
 def error(expected: Tensor, found: Tensor) -> float:

@@ -88,14 +88,14 @@ def kl(case: Case, temperature: float = 1.0, divergence: Divergence = "forward",
     return kl_divergence_sum(*arguments, temperature, divergence, *more, **named)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(chunk=st.integers(1, M + 3), seed=st.integers(0, 3), scale=st.sampled_from([0.1, 1.0, 6.0]))
 def test_cross_entropy_equals_plain(chunk: int, seed: int, scale: float) -> None:
     ours = lambda c: cross_entropy_sum(c.hidden, c.head, c.targets, c.weights, chunk=chunk)
     assert_same(Case(seed, scale=scale), ours, plain_cross_entropy)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     chunk=st.integers(1, M + 3),
     seed=st.integers(0, 3),

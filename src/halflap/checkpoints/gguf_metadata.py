@@ -27,8 +27,8 @@ from halflap.models.config import (
     ModelConfig,
     RopeConfig,
     RopeScaling,
-    parse_pattern,
 )
+from halflap.models.patterns import parse_pattern
 from halflap.models.rope import inverse_frequencies
 
 Fields = Mapping[str, Any]

@@ -30,7 +30,8 @@ from halflap.checkpoints.family import (
 )
 from halflap.checkpoints.names import NameRow
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, parse_pattern
+from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig
+from halflap.models.patterns import parse_pattern
 
 SYMBOLS = {
     "mamba": "M",

@@ -48,13 +48,26 @@ class RopeScaling:
 class NTKScaling:
     """A larger theta for a longer context, at every length (Hymba's fixed "ntk").
 
-    theta becomes theta (factor L / L0 - factor + 1)^(r / (r - 2)), with r rotated channels, L and L0 the new and the
-    original context.
+    theta becomes theta stretch^(r / (r - 2)), stretch = factor L / L0 - factor + 1, with r rotated channels, L and L0
+    the new and the original context. HalflapError where that base is not above 0: no theta is real then.
     """
 
     original_max_position_embeddings: int
     max_position_embeddings: int
     factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "original_max_position_embeddings", "max_position_embeddings")
+        if self.stretch <= 0:
+            old, new = self.original_max_position_embeddings, self.max_position_embeddings
+            raise HalflapError(
+                f"the rotary embedding cannot be stretched (NTK, factor {self.factor:g}) from a context of {old} "
+                f"tokens to one of {new}: give a context above {old * (1 - 1 / self.factor):g}, or no rope scaling"
+            )
+
+    @property
+    def stretch(self) -> float:
+        return 1 + self.factor * (self.max_position_embeddings / self.original_max_position_embeddings - 1)
 
 
 @dataclass(frozen=True)
@@ -371,23 +384,3 @@ def block_from_json(data: Mapping[str, Any]) -> BlockConfig:
             rope["scaling"] = _construct(kind_of_scaling, rope["scaling"])
         values["rope"] = _construct(RopeConfig, rope)
     return _construct(BLOCK_KINDS[kind], values)
-
-
-def parse_pattern(pattern: str, blocks: Mapping[str, BlockConfig]) -> tuple[BlockConfig, ...]:
-    """Expand a pattern string with one block config a symbol; `|` and a `/...` suffix (Megatron) are ignored.
-
-    Raises HalflapError for MoE (`E`), by name, and for any other letter, with its position.
-    """
-    symbols = pattern.split("/")[0].replace("|", "")
-    for position, symbol in enumerate(symbols):
-        if symbol == "E":
-            raise HalflapError(
-                f"block {position} of pattern {pattern!r} is a mixture-of-experts block (E), which halflap does not "
-                "support yet; use a dense model with M, * and - blocks"
-            )
-        if symbol not in blocks:
-            raise HalflapError(
-                f"letter {symbol!r} at position {position} of pattern {pattern!r} is not a block; allowed are "
-                "M (Mamba-2), * (attention), - (MLP): correct the pattern"
-            )
-    return tuple(blocks[symbol] for symbol in symbols)

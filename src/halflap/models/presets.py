@@ -24,16 +24,17 @@ from halflap.models.config import (
     ModelConfig,
     NTKScaling,
     RopeConfig,
+)
+from halflap.models.patterns import (
+    PATTERN_8B,
+    PATTERN_14,
+    PATTERN_28,
+    PATTERN_47B,
+    PATTERN_56B,
+    PATTERN_TINY,
     parse_pattern,
 )
 from halflap.models.sharing import global_layers, sharing_groups, sources
-
-PATTERN_8B = "M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-"
-PATTERN_56B = "M-M-M-M*-" + 9 * "M-M-M-M-M*-" + "M-M-M-M-M-"
-PATTERN_47B = "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"
-PATTERN_28 = "M-M-M-M*-" + "M-M-M-M-M*-" + "M-M-M-M-"
-PATTERN_14 = "M-M-M*-M-M-M*-"
-PATTERN_TINY = "M-M*-M-"
 
 
 def nemotron_h(

@@ -15,9 +15,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """Angular speed of each rotated pair, (rotary/2,) float64 radians a token; scaling as Llama 3.1 defines it."""
     rotary = round(head_dim * rope.fraction)
     theta, scaling = rope.theta, rope.scaling
-    if isinstance(scaling, NTKScaling):
-        stretch = scaling.max_position_embeddings / scaling.original_max_position_embeddings
-        theta *= (scaling.factor * stretch - scaling.factor + 1) ** (rotary / (rotary - 2))
+    if isinstance(scaling, NTKScaling) and rotary > 2:  # the first pair's speed is 1 whatever theta is
+        theta *= scaling.stretch ** (rotary / (rotary - 2))
     speed = theta ** -(torch.arange(0, rotary, 2, dtype=torch.float64) / rotary)
     if scaling is None or isinstance(scaling, NTKScaling):
         return speed

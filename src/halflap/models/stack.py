@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halflap.errors import HalflapError
-from halflap.models.config import BLOCK_KINDS, BlockConfig, MLPConfig, ModelConfig, block_from_json, parse_pattern
+from halflap.models.config import BLOCK_KINDS, BlockConfig, MLPConfig, ModelConfig, block_from_json
 from halflap.models.count import count_parameters
+from halflap.models.patterns import parse_pattern
 from halflap.models.sharing import global_layers, sharing_groups, sources
 
 KINDS = {kind.symbol: name for name, kind in BLOCK_KINDS.items()}

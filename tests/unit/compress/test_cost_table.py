@@ -111,7 +111,7 @@ def test_errors_are_of_times_that_were_left_out() -> None:
     assert wrong.worst_error == pytest.approx(0.5, abs=0.02) and wrong.median_error < wrong.worst_error
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_more_of_anything_never_takes_less(data: st.DataObject, tables: dict[str, CostTable]) -> None:
     name = data.draw(st.sampled_from(sorted(MODELS)))

@@ -102,7 +102,7 @@ def test_students_of_the_sorted_model_are_those_of_the_teacher(
     blocks=st.lists(st.integers(1, 4), min_size=2, max_size=2),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_students_are_nested(name: str, shares: list[float], blocks: list[int], seed: int) -> None:
     """The smaller of two students keeps the first indices of every axis, and blocks that the larger keeps too."""
     config = FAMILIES[name]

@@ -40,7 +40,7 @@ def found(config: ModelConfig, budget: Budget, space: SearchSpace, seed: int = 0
 # ---- which blocks stay
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 99), st.tuples(st.integers(1, 3), st.integers(1, 1), st.integers(1, 3)))
 def test_of_each_type_the_best_stay(seed: int, counts: tuple[int, int, int]) -> None:
     scores = importance(TINY, seed)
@@ -89,7 +89,7 @@ def test_counts_that_cannot_be_are_refused(config: ModelConfig, sizes: dict[str,
 # ---- candidates
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.sampled_from(["params", "memory", "flops"]), st.floats(0.75, 0.95), st.integers(0, 99))
 def test_candidates_fit_and_none_could_grow(cost: str, share: float, seed: int) -> None:
     """By brute force over the grid, with costs of the students themselves."""

@@ -82,7 +82,7 @@ def brute_force(library: Library, budget: Budget, scores: np.ndarray) -> float |
     return min((scores[list(c)].sum() for c in all_choices(library) if fits(c)), default=None)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cases())
 def test_the_programme_equals_brute_force(case: tuple[Library, Budget, np.ndarray]) -> None:
     library, budget, scores = case
@@ -97,7 +97,7 @@ def test_the_programme_equals_brute_force(case: tuple[Library, Budget, np.ndarra
     assert counted == choice.costs and all(counted[name] <= limit for name, limit in budget.ceilings.items())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cases(), st.sampled_from([0.0, 0.1, 0.5]))
 def test_no_choice_is_better_than_the_gap_says(case: tuple[Library, Budget, np.ndarray], gap: float) -> None:
     """The solver also stops 1e-6 from the best where the largest score is 1000, which the smallest sums feel."""
@@ -109,7 +109,7 @@ def test_no_choice_is_better_than_the_gap_says(case: tuple[Library, Budget, np.n
     assert choice.score * (1 - choice.gap) <= best + 1e-9 and choice.gap <= gap + 1e-2
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cases(), st.floats(0.6, 0.99))
 def test_tightening_a_limit_never_improves(case: tuple[Library, Budget, np.ndarray], share: float) -> None:
     library, budget, scores = case

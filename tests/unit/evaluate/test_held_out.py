@@ -59,7 +59,7 @@ def slow_loss(model: HybridModel, ids: np.ndarray, target: int, reads_from: int)
     return float(-logits.log_softmax(-1)[ids[target]])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     context=st.integers(1, 12),

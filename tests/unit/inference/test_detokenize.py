@@ -23,7 +23,7 @@ def stream(ids: list[int], prompt: list[int] | None = None, stop: tuple[str, ...
     return [*pieces, text.finish()], text
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(text=st.text(max_size=120), prompt=st.text(max_size=20))
 def test_pieces_add_up(text: str, prompt: str) -> None:
     pieces, result = stream(list(text.encode()), list(prompt.encode()))
@@ -31,14 +31,14 @@ def test_pieces_add_up(text: str, prompt: str) -> None:
     assert all(piece == "" or piece in text for piece in pieces)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(ids=st.lists(st.integers(0, 256), max_size=150))
 def test_bytes_that_are_no_text_add_up_too(ids: list[int]) -> None:
     pieces, result = stream(ids)
     assert "".join(pieces) == result.text == Bytes().decode(ids)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(text=st.text("abc", max_size=60), stop=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_stop_strings_never_show(text: str, stop: list[str]) -> None:
     result = TextStream(Bytes(), (), tuple(stop))
@@ -61,7 +61,7 @@ def test_a_character_split_by_the_prompt_is_shown_whole() -> None:
     assert "".join(stream(list(whole[2:]), list(whole[:2]))[0]) == "🙂!"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(prompt=st.sampled_from(["a", "日", "🙂"]), cut=st.integers(1, 3), text=st.text("ab🙂", max_size=80))
 def test_a_character_that_the_prompt_left_broken_is_not_the_replys(prompt: str, cut: int, text: str) -> None:
     pieces, result = stream(list(text.encode()), list((prompt + "🙂").encode()[:-cut]))

@@ -33,7 +33,7 @@ def test_filters(options: dict, kept: list[int]) -> None:
     assert left[0].isfinite().nonzero().flatten().tolist() == kept
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 1000),
     top_k=st.integers(0, 12),

@@ -12,8 +12,9 @@ import pytest
 import safetensors.numpy
 
 from halflap.compress.plan import PruningPlan
-from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig, parse_pattern
+from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.count import count_parameters
+from halflap.models.patterns import parse_pattern
 from halflap.report.arms import Arm, Arms
 
 PATTERN = "M-M-M-M*-M-M-M-M*-M-M-M-M-"

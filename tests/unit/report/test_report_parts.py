@@ -221,7 +221,7 @@ def test_units(name: str, value: Any, text: str) -> None:
     st.one_of(FINITE, st.floats()),
     st.sampled_from(["count", "size", "loss", "perplexity", "percent", "times", "plain"]),
 )
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_every_number_has_a_text(value: float, name: str) -> None:
     if math.isfinite(value) or name in ("loss", "perplexity", "plain"):
         assert units.FORMATS[name](value)
@@ -231,7 +231,7 @@ def test_every_number_has_a_text(value: float, name: str) -> None:
 
 
 @given(FINITE, st.floats(1e-6, 1e9), st.integers(2, 8))
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_ticks_are_inside_and_about_as_many_as_wanted(low: float, width: float, wanted: int) -> None:
     high = low + width
     if not high > low or width < abs(low) * 1e-9:

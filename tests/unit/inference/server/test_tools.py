@@ -38,7 +38,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("form", "text", "said", "calls"), CASES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_split(form: ToolFormat, text: str, said: str, calls: int, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
