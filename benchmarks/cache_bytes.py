@@ -116,22 +116,24 @@ def figures(report: Report) -> bool:
 @torch.no_grad()
 def after_prefill(model: HybridModel, context: int, pieces: int) -> int:
     """Bytes of the cache's tensors once it has read `context` tokens, in so many pieces."""
-    cache = Cache.create(model.config, 1, context, torch.bfloat16)
+    cache = Cache.create(model.config, 1, context, model.dtype)
     for piece in torch.zeros(1, context, dtype=torch.int64).chunk(pieces, 1):
         model.hidden_states(piece, cache=cache)
     return cache.nbytes()
 
 
-def weighed(report: Report, name: str, config: ModelConfig, contexts: list[int], prefills: list[int]) -> bool:
-    model, good = shaped_model(config), True
+def weighed(
+    report: Report, name: str, config: ModelConfig, contexts: list[int], prefills: list[int], dtype: torch.dtype
+) -> bool:
+    model, good, bits = shaped_model(config, dtype), True, 8 * dtype.itemsize
     for context in sorted({*contexts, *prefills}):
-        found = {"when_made": Cache.create(config, 1, context, torch.bfloat16).nbytes()}
+        found = {"when_made": Cache.create(config, 1, context, dtype).nbytes()}
         if context in prefills:
             found |= {f"after_{pieces}_pieces": after_prefill(model, context, pieces) for pieces in (1, 2)}
-        counted = cache_bytes(config, context)
+        counted = cache_bytes(config, context, kv_bits=bits, conv_bits=bits)
         good &= (agreed := set(found.values()) == {counted})
         report.add(
-            held_by=name, context=context, dtype="bfloat16, states float32", unit="bytes",
+            held_by=name, context=context, dtype=f"{str(dtype)[6:]}, states float32", unit="bytes",
             **found, counted=counted, agrees=agreed,
         )  # fmt: skip
     return good
@@ -139,13 +141,14 @@ def weighed(report: Report, name: str, config: ModelConfig, contexts: list[int],
 
 def main() -> None:
     quick = {"contexts": [8000], "prefills": [20]}
-    chosen = arguments(__doc__, quick, contexts=[8000, 8192], prefills=[1000, 2000])
+    chosen = arguments(__doc__, quick, contexts=[8000, 8192], prefills=[1000, 1100], dtype="float32")
+    dtype = getattr(torch, chosen.dtype)
     report = Report("cache_bytes", chosen.out, chosen.threads)
     small = hymba_and_transformer("tiny", window=64, meta=8, vocab=512)["hymba"]
     good = figures(report)
-    good &= weighed(report, "hymba-1.5b", HYMBA, chosen.contexts, chosen.prefills)
-    good &= weighed(report, "Llama-3.2-3B", LLAMA_3B, chosen.contexts, chosen.prefills)
-    good &= weighed(report, "4 layers, window 64", small, [2000], [20, 64, 65, 66, 300])
+    good &= weighed(report, "hymba-1.5b", HYMBA, chosen.contexts, chosen.prefills, dtype)
+    good &= weighed(report, "Llama-3.2-3B", LLAMA_3B, chosen.contexts, chosen.prefills, dtype)
+    good &= weighed(report, "4 layers, window 64", small, [2000], [20, 64, 65, 66, 300], dtype)
     report.write()
     if not good:
         sys.exit("a figure or a cache differs from what is counted")

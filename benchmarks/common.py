@@ -209,10 +209,10 @@ def random_model(config: ModelConfig, seed: int = 0) -> HybridModel:
     return model
 
 
-def shaped_model(config: ModelConfig) -> HybridModel:
-    """In bfloat16 and never wider, for models that would not fit else: small random weights, gains of 1."""
+def shaped_model(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> HybridModel:
+    """In one dtype and never wider, for models that would not fit else: small random weights, gains of 1."""
     with torch.device("meta"):
-        model = HybridModel(config).to(torch.bfloat16).eval()
+        model = HybridModel(config).to(dtype).eval()
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.uniform_(-0.02, 0.02) if parameter.ndim > 1 else parameter.data.fill_(1)

@@ -1,4 +1,4 @@
-"""Decoding of a 55 M Hymba against our Transformer of the same size, heads and parameters, over context: bfloat16.
+"""Decoding of a 55 M Hymba against our Transformer of the same size, heads and parameters, over context.
 
 Batches of 1 to 32 rows, contexts of 1k to 32k tokens; the window is 1024 and there are 128 meta tokens, as published.
 Both run the same bare greedy loop. Weights are random and the cache is filled with noise as if so many tokens had been
@@ -9,7 +9,7 @@ the paper's curve, a throughput ratio that grows with context, and memory flat b
 Then the same in a fixed memory: at each context up to 64k both run the largest batch (at most --most) with which
 weights and caches take no more than --memory, one after the other. `--size 1.5b` is Hymba 1.5B and the shape of Llama
 3.2 3B, the paper's pair (8k tokens there); their weights take 3.1 and 6.4 GB, so give --memory 10GiB, and shorter
---memory-contexts where time is short.
+--memory-contexts where time is short. Give --dtype bfloat16 where the processor computes in it.
 """
 
 from __future__ import annotations
@@ -72,8 +72,13 @@ def decode(model: HybridModel, cache: Cache, steps: int) -> Callable[[], None]:
     return run
 
 
-def sizes(configs: dict[str, ModelConfig], batch: int, context: int) -> dict[str, int]:
-    return {name: cache_bytes(config, context, batch) for name, config in configs.items()}
+def held_bytes(config: ModelConfig, context: int, batch: int, dtype: torch.dtype) -> int:
+    bits = 8 * dtype.itemsize
+    return cache_bytes(config, context, batch, kv_bits=bits, conv_bits=bits)
+
+
+def sizes(configs: dict[str, ModelConfig], batch: int, context: int, dtype: torch.dtype) -> dict[str, int]:
+    return {name: held_bytes(config, context, batch, dtype) for name, config in configs.items()}
 
 
 def row(models: dict[str, HybridModel], batch: int, context: int, steps: int, repeats: int) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def row(models: dict[str, HybridModel], batch: int, context: int, steps: int, re
 
 def largest_batch(model: HybridModel, context: int, memory: float, most: int) -> int:
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    return max(0, min(most, int((memory - weights) // cache_bytes(model.config, context))))
+    return max(0, min(most, int((memory - weights) // held_bytes(model.config, context, 1, model.dtype))))
 
 
 def memory_row(models: dict[str, HybridModel], context: int, chosen: Any) -> dict[str, Any]:
@@ -150,28 +155,29 @@ def main() -> None:
     doubling = [1024 * 2**n for n in range(7)]
     chosen = arguments(
         __doc__, quick, steps=16, size="55m", batches=[1, 4, 16, 32], contexts=doubling[:6], memory="4GiB", most=256,
-        memory_contexts=doubling,
+        memory_contexts=doubling, dtype="float32",
     )  # fmt: skip
     name = "hybrid_decode" if chosen.size == "55m" else f"hybrid_decode_{chosen.size}"
     report = Report(name, chosen.out, chosen.threads)
     changes = {"window": 64, "meta": 8} if chosen.size == "tiny" else {}
     pair = hymba_and_transformer(chosen.size, **changes)
-    models = {name: shaped_model(config) for name, config in pair.items()}
+    dtype = getattr(torch, chosen.dtype)
+    models = {name: shaped_model(config, dtype) for name, config in pair.items()}
     configs = {name: model.config for name, model in models.items()}
     for model, config in configs.items():
         report.add(model=model, **shape_of(config))
     for batch in chosen.batches:
         for context in chosen.contexts:
-            counted = sizes(configs, batch, context)
+            counted = sizes(configs, batch, context, dtype)
             found: dict[str, Any] = {f"{name}_counted_mb": size / 1e6 for name, size in counted.items()}
             if sum(counted.values()) > 0.75 * psutil.virtual_memory().available:
                 found["skipped"] = "both caches together take more than three quarters of the free memory"
             else:
                 found |= row(models, batch, context, chosen.steps, chosen.repeats)
-            report.add(batch=batch, context=context, dtype="bfloat16", steps=chosen.steps, **found)
+            report.add(batch=batch, context=context, dtype=chosen.dtype, steps=chosen.steps, **found)
     for context in chosen.memory_contexts:
         found = memory_row(models, context, chosen)
-        report.add(memory=chosen.memory, context=context, dtype="bfloat16", steps=chosen.steps, **found)
+        report.add(memory=chosen.memory, context=context, dtype=chosen.dtype, steps=chosen.steps, **found)
     report.write()
     draw(report.rows, chosen.out / f"{report.name}.svg")
 
