@@ -326,7 +326,7 @@ class Listening:
     def __post_init__(self) -> None:
         _require("queue", self.queue, self.queue >= 0, "at least 0")
         for name in ("max_body", "max_time"):
-            _require(name, str(getattr(self, name)), getattr(self, name).value > 0, "above 0")
+            _require(name, getattr(self, name).value, getattr(self, name).value > 0, "above 0")
 
 
 @flat(VLLM)

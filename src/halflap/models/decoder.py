@@ -57,20 +57,22 @@ class Decoder:
         return self._step(self._program, tokens, caches)
 
     def _step(self, program: Program, tokens: Tensor, caches: Sequence[Cache]) -> Tensor:
+        """So many rows at a time as the program takes: reading the weights once more for others costs little then."""
         batch, config = len(tokens), self.model.config
-        if self._workspace.numel() < batch * program.width:
-            self._workspace = torch.empty(batch * program.width)
-        hidden = self._workspace[: batch * config.hidden_size].view(batch, config.hidden_size)
-        hidden.copy_(self.model.embed(tokens)[:, 0])
-        logits = torch.empty(batch, 1, config.vocab_size)
-        program.run(self._workspace, logits, _rows(caches), [_states(cache) for cache in caches])
+        if self._workspace.numel() < min(batch, native.MOST_ROWS) * program.width:
+            self._workspace = torch.empty(min(batch, native.MOST_ROWS) * program.width)
+        embedded, logits = self.model.embed(tokens)[:, 0], torch.empty(batch, 1, config.vocab_size)
+        states = [_states(cache) for cache in caches]
+        for some, out, rows in zip(*(of_all.split(native.MOST_ROWS) for of_all in (embedded, logits, _rows(caches)))):
+            self._workspace[: some.numel()].view_as(some).copy_(some)
+            program.run(self._workspace, out, rows, states)
         for cache in caches:
             advance(cache, 1)
         return logits
 
 
 def _runs(tokens: Tensor, caches: Sequence[Cache]) -> bool:
-    if tokens.shape[1] != 1 or not 0 < len(tokens) <= native.MOST_ROWS or tokens.device.type != "cpu":
+    if tokens.shape[1] != 1 or not len(tokens) or tokens.device.type != "cpu":
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
