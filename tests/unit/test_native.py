@@ -2,8 +2,9 @@
 
 Tolerances are relative errors in the 2-norm. float32: sums of a few hundred terms, each rounded at 6e-8; gradients of
 dt_bias and A add differences that cancel, hence one digit more. bfloat16: operands are rounded at 2^-9 = 2e-3 before
-every product (as GPU kernels do), and errors of several roundings add. Where a case is badly conditioned, the error
-of the plain form in the same dtype measures by how much: a few times that is allowed on top.
+every product (as GPU kernels do), and errors of several roundings add. Where a case is badly conditioned, as a lone
+head's D is when the norm cancels what it changes, a few times as much is allowed on top as the plain form in the same
+dtype errs, or as the exact result moves when every input does by a float32 rounding: either alone may be small by luck.
 """
 
 from __future__ import annotations
@@ -69,12 +70,19 @@ def run_mixer(mix, inputs: dict[str, Tensor], config: Mamba2Config, dtype: torch
     return {"out": out, "final": final, **{f"d {name}": g for name, g in zip(leaves, gradients)}}
 
 
+def moved(inputs: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {k: v * (1 + 6e-8 * torch.randn(v.shape, generator=g, dtype=v.dtype)) for k, v in inputs.items()}
+
+
 def check_mixer(config: Mamba2Config, inputs: dict[str, Tensor], dtype: torch.dtype, **extra) -> None:
     expected = run_mixer(mamba2.mamba2_mix, inputs, config, torch.float64, **extra)
     found = run_mixer(native.mamba2_mix, inputs, config, dtype, **extra)
-    plain = run_mixer(mamba2.mamba2_mix, inputs, config, dtype, **extra)
+    near = [run_mixer(mamba2.mamba2_mix, moved(inputs, seed), config, torch.float64, **extra) for seed in range(2)]
+    near.append(run_mixer(mamba2.mamba2_mix, inputs, config, dtype, **extra))
     for name, value in expected.items():
-        limit = (CANCELLING if name in ("d dt_bias", "d A_log") else TOLERANCE)[dtype] + 8 * error(value, plain[name])
+        condition = max(error(value, other[name]) for other in near)
+        limit = (CANCELLING if name in ("d dt_bias", "d A_log") else TOLERANCE)[dtype] + 8 * condition
         assert error(value, found[name]) < limit, f"{name}: {error(value, found[name]):.1e}"
 
 
