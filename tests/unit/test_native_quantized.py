@@ -66,12 +66,16 @@ def test_leading_dimensions_and_threads(bits: int) -> None:
     assert native.linear(x[:0], packed, scale, bits, 32).shape == (0, 3, 5, 300)
 
 
-def test_rows_do_not_depend_on_their_neighbours() -> None:
+@pytest.mark.parametrize("rows", [2, 4, 7, 16, native.FEW_ROWS])
+def test_rows_do_not_depend_on_their_neighbours(rows: int) -> None:
+    """Bit for bit among equally many; the order of a sum changes with how many there are."""
     packed, scale = operands(50, 130, 4, 32, 1)
-    x = torch.randn(native.FEW_ROWS, 130, generator=torch.Generator().manual_seed(4))
-    together = native.linear(x, packed, scale, 4, 32)
-    for row in range(len(x)):
-        assert torch.equal(native.linear(x[row : row + 1], packed, scale, 4, 32)[0], together[row])
+    x, other = torch.randn(2, rows, 130, generator=torch.Generator().manual_seed(4))
+    expected = native.linear(x, packed, scale, 4, 32)
+    for row in range(rows):
+        among = other.clone()
+        among[row] = x[row]
+        assert torch.equal(native.linear(among, packed, scale, 4, 32)[row], expected[row])
 
 
 def test_what_kernels_decline_runs_plain() -> None:

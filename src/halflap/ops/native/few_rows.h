@@ -4,6 +4,7 @@
 // it, else float), and then serve any range of outputs. `put(m, n, values, count)` takes outputs n .. n + count of row
 // m. For weights of 4 and 8 bits see packed_rows.h, which has the same three functions.
 #pragma once
+#include "columns.h"
 #include "parallel.h"
 #include "vector.h"
 #include <vector>
@@ -37,9 +38,13 @@ struct FewRows {
     int64_t M, K, padded;
     X* x;  // (M, padded), or for more than two rows in fours, step by step: (M / 4, padded / step, 4, step); zeros behind
 
-    static int64_t floats(int64_t M, int64_t K) { return round_up(M, 4) * round_up(K, step); }
+    static int64_t floats(int64_t M, int64_t K) { return in_columns(M) ? Columns::floats(M, K) : round_up(M, 4) * round_up(K, step); }
     template <class T>
     FewRows(int64_t M, int64_t K, const T* from, int64_t stride, float* memory) : FewRows(M, K, memory) {
+        if (in_columns(M)) {
+            Columns{M, K, (float*)x}.prepare(from, stride);
+            return;
+        }
         for (int64_t m = 0; m < (in_fours() ? round_up(M, 4) : M); m++)
             for (int64_t k = 0; k < K; k += step)
                 for (int64_t i = k; i < k + step; i += VL) {
@@ -48,6 +53,7 @@ struct FewRows {
                 }
     }
     FewRows(int64_t M, int64_t K, float* memory) : M(M), K(K), padded(round_up(K, step)), x((X*)memory) {}  // prepared before
+    static bool in_columns(int64_t M) { return Columns::FIT && M > 4; }
     bool in_fours() const { return M > 2; }
     int64_t hop() const { return in_fours() ? 4 * step : step; }  // from one step of a row to its next
     const X* at(int64_t m, int64_t k) const {
@@ -57,8 +63,10 @@ struct FewRows {
     // outputs begin .. end by their rows of w (end - begin, K)
     template <class Put>
     void range(const W* w, int64_t begin, int64_t end, const Put& put) const {
-        if constexpr (std::is_same_v<X, float> && sizeof(W) == 2)
-            if (M > 4) return widened(w, begin, end, put);
+        if constexpr (std::is_same_v<X, float>) {
+            if (in_columns(M)) return Columns{M, K, (float*)x}.range(w, begin, end, put);
+            if (VL == 16 && sizeof(W) == 2 && M > 4) return widened(w, begin, end, put);
+        }
         const int64_t fours = (M + 3) / 4;
         // of w for each step, such that the next rows are there in time; several rows at once are no stream to a prefetcher
         const int lines = VL == 16 && in_fours() ? (int)((3 + fours) / fours) : 0;

@@ -4,9 +4,9 @@
 // word. A vector of VL words is a block of VL * PER inputs; shifted by s * BITS, lane i holds input PER * i + s. So no
 // weight is moved between lanes: the activations are put in that order once for all rows of the weight. A lane's PER
 // inputs share a scale. The offset that makes the numbers unsigned is taken out through the sum of a lane's activations.
+// For more than four rows of activations the weights become floats first, a dozen rows of them at a time.
 #pragma once
-#include "parallel.h"
-#include "vector.h"
+#include "few_rows.h"
 
 namespace halflap {
 
@@ -17,16 +17,22 @@ struct Weights {  // mirrored by ops/native/quantized.py
 };
 
 constexpr int AT_ONCE = 4;  // rows of activations that one reading of a block serves
+constexpr int DOZEN = 12;   // rows of weights that are floats at a time
 
 template <int BITS>
 struct Form {
     static constexpr int PER = 32 / BITS, BLOCK = VL * PER;
     static constexpr float OFFSET = 1 << (BITS - 1);
 
-    LANES static vu load_words(const uint32_t* p, int64_t left) {
+    static vu load_some_words(const uint32_t* p, int64_t left) {
         vu words = {};
-        if (left >= VL) memcpy(&words, p, sizeof words);
-        else memcpy(&words, p, left * sizeof(uint32_t));
+        memcpy(&words, p, left * sizeof(uint32_t));
+        return words;
+    }
+    LANES static vu load_words(const uint32_t* p, int64_t left) {
+        if (left < VL) return load_some_words(p, left);
+        vu words;
+        memcpy(&words, p, sizeof words);
         return words;
     }
     // numbers k .. k + VL of a row, of which `left` are there; k is a multiple of VL
@@ -42,9 +48,12 @@ struct Form {
         if (VL < PER) shifts += (uint32_t)(k % PER) * BITS;
         return __builtin_convertvector((vi)(words >> shifts & ((1u << BITS) - 1)), vf);
     }
+    // a lane's number s where it lies in the word, so without a shift but for the last, which would have a sign: unit(s) of it is 1
     LANES static vf number(vu words, int s) {
-        return __builtin_convertvector((vi)(words >> (s * BITS) & ((1u << BITS) - 1)), vf);
+        const vu own = s == PER - 1 ? words >> (s * BITS) : words & (((1u << BITS) - 1) << (s * BITS));
+        return __builtin_convertvector((vi)own, vf);
     }
+    LANES static float unit(int s) { return s == PER - 1 ? 1.0f : 1.0f / (1u << (s * BITS)); }
 };
 
 // Each lane's scale in a block of BITS: groups are powers of two, or one for all inputs.
@@ -82,29 +91,33 @@ struct Spread {
     }
 };
 
-// one row of weights times ROWS rows of activations
+// one row of weights times ROWS rows of activations; a function of its own, whose loop has all registers
 template <int BITS, int ROWS>
-inline void multiply(const uint32_t* words, const float* scales, const Spread<BITS>& spread, int64_t K, int64_t blocks, const float* x, const float* sums, float* y) {
+__attribute__((noinline)) void multiply(const uint32_t* words, const float* scales, const Spread<BITS>& spread, int64_t K, int64_t blocks, const float* x, const float* sums, float* y) {
     using F = Form<BITS>;
+    constexpr int CHAINS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // sums that do not wait for one another
     const int64_t count = (K + F::PER - 1) / F::PER;
     const int shift = spread.shift();
     vf totals[ROWS] = {};
     for (int64_t b = 0; b < blocks; b++) {
         const vu w = F::load_words(words + b * VL, count - b * VL);
-        vf parts[ROWS];
-#pragma GCC unroll 4
-        for (int m = 0; m < ROWS; m++) parts[m] = splat(0);
+        vf parts[ROWS][CHAINS];
 #pragma GCC unroll 8
         for (int s = 0; s < F::PER; s++) {
             const vf number = F::number(w, s);
 #pragma GCC unroll 4
-            for (int m = 0; m < ROWS; m++) parts[m] += number * load(x + ((m * blocks + b) * F::PER + s) * VL);
+            for (int m = 0; m < ROWS; m++) {
+                const vf term = load(x + ((m * blocks + b) * F::PER + s) * VL);
+                parts[m][s % CHAINS] = s < CHAINS ? number * term : parts[m][s % CHAINS] + number * term;
+            }
         }
         const vf scale = spread.of(scales, b, shift);
 #pragma GCC unroll 4
         for (int m = 0; m < ROWS; m++) {
-            parts[m] -= F::OFFSET * load(sums + (m * blocks + b) * VL);
-            totals[m] += parts[m] * scale;
+            const vf *p = parts[m];
+            vf part = CHAINS == 4 ? (p[0] + p[1 % CHAINS]) + (p[2 % CHAINS] + p[3 % CHAINS]) : CHAINS == 2 ? p[0] + p[1 % CHAINS] : p[0];
+            part -= F::OFFSET * load(sums + (m * blocks + b) * VL);
+            totals[m] += part * scale;
         }
     }
     for (int m = 0; m < ROWS; m++) y[m] = sum(totals[m]);
@@ -121,28 +134,42 @@ template <int BITS>
 struct PackedRows {
     using F = Form<BITS>;
     int64_t M, K, blocks;
-    float *ordered, *sums;  // activations (M, blocks, PER, VL), zeros behind the last, and the sums of each lane's (M, blocks, VL)
+    float *ordered, *rest;  // activations (M, blocks, PER, VL), number s in units; the sums of each lane's (M, blocks, VL), or what FewRows has
 
-    static int64_t floats(int64_t M, int64_t K) { return M * blocks_of(K) * VL * (F::PER + 1) + 16; }
     static int64_t blocks_of(int64_t K) { return (K + F::BLOCK - 1) / F::BLOCK; }
+    static bool as_floats(int64_t M) { return M > AT_ONCE; }
+    // of a row of activations; where the weights become floats a cache line more, since rows apart by pages displace each other
+    static int64_t width(int64_t M, int64_t K) { return blocks_of(K) * F::BLOCK + (as_floats(M) ? 16 : 0); }
+    static int64_t floats(int64_t M, int64_t K) {
+        return M * width(M, K) + (as_floats(M) ? FewRows<float>::floats(M, width(M, K)) : M * blocks_of(K) * VL) + 16;
+    }
     template <class T>
     PackedRows(int64_t M, int64_t K, const T* from, int64_t stride, float* memory)
         : PackedRows(M, K, memory) {
-        memset(ordered, 0, M * blocks * F::PER * VL * sizeof(float));
+        const int64_t width = PackedRows::width(M, K);
+        memset(ordered, 0, M * width * sizeof(float));
         for (int64_t m = 0; m < M; m++)
             for (int64_t k = 0; k < K; k++) {
                 const int64_t block = k / F::BLOCK, lane = k / F::PER % VL, s = k % F::PER;
-                ordered[((m * blocks + block) * F::PER + s) * VL + lane] = widen(from[m * stride + k]);
+                ordered[m * width + (block * F::PER + s) * VL + lane] = widen(from[m * stride + k]);
             }
+        if (as_floats(M)) {
+            FewRows<float>(M, width, ordered, width, rest);
+            return;
+        }
         for (int64_t b = 0; b < M * blocks; b++) {
             vf sum = splat(0);
-            for (int s = 0; s < F::PER; s++) sum += load(ordered + (b * F::PER + s) * VL);
-            store(sums + b * VL, sum);
+            for (int s = 0; s < F::PER; s++) {
+                float* own = ordered + (b * F::PER + s) * VL;
+                sum += load(own);
+                store(own, F::unit(s) * load(own));
+            }
+            store(rest + b * VL, sum);
         }
     }
 
     PackedRows(int64_t M, int64_t K, float* memory)  // prepared before
-        : M(M), K(K), blocks(blocks_of(K)), ordered(memory), sums(memory + M * blocks * F::PER * VL) {}
+        : M(M), K(K), blocks(blocks_of(K)), ordered(memory), rest(memory + M * width(M, K)) {}
 
     // outputs begin .. end; scales: room for those of a row
     static int64_t scale_floats(const Weights& w) { return (w.inputs + w.group - 1) / w.group + F::PER * VL; }
@@ -150,22 +177,51 @@ struct PackedRows {
     void range(const Weights& w, int64_t begin, int64_t end, float* scales, const Put& put) const {
         const int64_t per_row = (K + F::PER - 1) / F::PER, groups = (K + w.group - 1) / w.group;
         const Spread<BITS> spread(K, w.group);
+        if (as_floats(M)) {
+            static thread_local std::vector<float> wide;
+            const int64_t width = PackedRows::width(M, K);
+            wide.resize(DOZEN * width);
+            const FewRows<float> rows(M, width, rest);
+            for (int64_t n = begin; n < end; n += DOZEN) {
+                const int64_t count = end - n < DOZEN ? end - n : DOZEN;
+                for (int64_t r = 0; r < count; r++) {
+                    widen_scales(w, n + r, groups, scales);
+                    write_in_order(w.words + (n + r) * per_row, scales, spread, wide.data() + r * width);
+                }
+                rows.range(wide.data(), n, n + count, put);
+            }
+            return;
+        }
         for (int64_t n = begin; n < end; n++) {
             widen_scales(w, n, groups, scales);
             const uint32_t* words = w.words + n * per_row;
-            for (int64_t m = 0; m < M; m += AT_ONCE) {
-                const float *xs = ordered + m * blocks * F::PER * VL, *ss = sums + m * blocks * VL;
-                const int64_t rows = M - m < AT_ONCE ? M - m : AT_ONCE;
-                float out[AT_ONCE];
-                switch (rows) {
-                    case 1: multiply<BITS, 1>(words, scales, spread, K, blocks, xs, ss, out); break;
-                    case 2: multiply<BITS, 2>(words, scales, spread, K, blocks, xs, ss, out); break;
-                    case 3: multiply<BITS, 3>(words, scales, spread, K, blocks, xs, ss, out); break;
-                    default: multiply<BITS, 4>(words, scales, spread, K, blocks, xs, ss, out);
-                }
-                for (int64_t r = 0; r < rows; r++) put(m + r, n, out + r, 1);
+            float out[AT_ONCE];
+            switch (M) {
+                case 1: multiply<BITS, 1>(words, scales, spread, K, blocks, ordered, rest, out); break;
+                case 2: multiply<BITS, 2>(words, scales, spread, K, blocks, ordered, rest, out); break;
+                case 3: multiply<BITS, 3>(words, scales, spread, K, blocks, ordered, rest, out); break;
+                default: multiply<BITS, 4>(words, scales, spread, K, blocks, ordered, rest, out);
+            }
+            for (int64_t m = 0; m < M; m++) put(m, n, out + m, 1);
+        }
+    }
+
+private:
+    // a row of weights as floats, in the order of the activations; zeros behind the last input
+    __attribute__((noinline)) void write_in_order(const uint32_t* words, const float* scales, const Spread<BITS>& spread, float* to) const {
+        const int64_t count = (K + F::PER - 1) / F::PER;
+        const int shift = spread.shift();
+        for (int64_t b = 0; b < blocks; b++) {
+            const vu w = F::load_words(words + b * VL, count - b * VL);
+            const vf scale = spread.of(scales, b, shift);
+#pragma GCC unroll 8
+            for (int s = 0; s < F::PER; s++, to += VL) {
+                const vf weight = (F::unit(s) * F::number(w, s) - F::OFFSET) * scale;
+                const vi input = (int32_t)(b * F::BLOCK + s) + F::PER * iota();
+                store(to, b + 1 < blocks ? weight : select(input < (int32_t)K, weight, splat(0)));
             }
         }
+        memset(to, 0, 16 * sizeof(float));
     }
 };
 

@@ -34,7 +34,18 @@ struct bf16 {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-LANES vf splat(float x) { return vf{} + x; }
+// not vf{} + x, which is an addition: -0 would become 0
+#if defined(__AVX512F__)
+LANES vf splat(float x) { return (vf)_mm512_set1_ps(x); }
+#elif defined(__AVX__)
+LANES vf splat(float x) { return (vf)_mm256_set1_ps(x); }
+#else
+LANES vf splat(float x) {
+    vf r;
+    for (int i = 0; i < VL; i++) r[i] = x;
+    return r;
+}
+#endif
 LANES vi iota() {
     vi r;
     for (int i = 0; i < VL; i++) r[i] = i;
