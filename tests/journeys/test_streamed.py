@@ -20,7 +20,9 @@ from halflap.models.model import HybridModel, initialize
 from halflap.models.presets import hymba
 from halflap.models.streams import Stream
 
-CONFIG = hymba(4, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128)
+CONFIG = hymba(
+    4, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128, original_context=64
+)
 SCORE = ("--tokens", "1K", "--sequence-length", 32, "--json")
 Cli = Callable[..., Any]
 

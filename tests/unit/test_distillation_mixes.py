@@ -189,7 +189,9 @@ def test_the_students_map_starts_at_the_kept_channels() -> None:
 
 def test_meta_tokens_and_hybrid_heads() -> None:
     """The states of a Hymba are compared at the text's tokens, packed or not; a copy has nothing to learn."""
-    config = hymba(4, hidden=32, mlp=48, heads=(2, 1), state=4, window=8, meta=3, vocab=64, context=64)
+    config = hymba(
+        4, hidden=32, mlp=48, heads=(2, 1), state=4, window=8, meta=3, vocab=64, context=64, original_context=32
+    )
     student, teacher, other = make(config, 0), make(config, 0), make(config, 1)
     inner = inner_states(config, config, ("embedding", "blocks", "mamba_x"), range(len(config.blocks)))
     for segmented in (True, False):

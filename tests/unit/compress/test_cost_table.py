@@ -25,7 +25,9 @@ from halflap.models.count import cache_bytes, count_parameters
 from halflap.models.presets import hymba, preset
 
 TINY = preset("nemotron-h-tiny")
-SHARING = hymba(5, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128)
+SHARING = hymba(
+    5, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128, original_context=64
+)
 MAMBA1 = dataclasses.replace(TINY, blocks=(Mamba1Config(64, 8, 4), TINY.blocks[1]) * 2)
 MLPS = dataclasses.replace(TINY, blocks=TINY.blocks[1:2] * 3)
 MODELS = {"nemotron-h": TINY, "hymba": SHARING, "mamba1": MAMBA1}

@@ -22,7 +22,9 @@ from halflap.models.config import ModelConfig
 from halflap.models.presets import hymba, preset
 
 TINY, LARGE = preset("nemotron-h-tiny"), preset("nemotron-h-56b")
-HYMBA = hymba(7, hidden=32, mlp=48, heads=(4, 2), state=8, window=16, meta=4, vocab=64, context=128)
+HYMBA = hymba(
+    7, hidden=32, mlp=48, heads=(4, 2), state=8, window=16, meta=4, vocab=64, context=128, original_context=64
+)
 TYPES = ("num_mamba_blocks", "num_attention_blocks", "num_mlp_blocks")
 
 

@@ -16,7 +16,9 @@ from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel, initialize
 from halflap.models.presets import hymba
 
-HYMBA = hymba(5, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128)
+HYMBA = hymba(
+    5, hidden=64, mlp=96, heads=(4, 2), state=8, window=16, meta=4, vocab=512, context=128, original_context=64
+)
 
 
 def model_of(config: Any) -> HybridModel:
