@@ -57,7 +57,7 @@ void step(const Call& c, const Mamba2Step& s) {
 
 // y (M, N) = x (M, K) weight (N, K)' + bias
 template <class T>
-void few_rows(int64_t M, int64_t N, int64_t K, const T* x, const T* weight, const float* bias, T* y, int threads) {
+void some_rows(int64_t M, int64_t N, int64_t K, const T* x, const T* weight, const float* bias, T* y, int threads) {
     const int64_t grain = 1 + 32768 / (K * M);  // below this, waking a thread costs more than it saves
     const FewRows<T> rows(M, K, x, K, scratch(FewRows<T>::floats(M, K)));
     parallel_ranges(N, round_up(grain, 16), threads, [&](int64_t begin, int64_t end) {
@@ -67,10 +67,19 @@ void few_rows(int64_t M, int64_t N, int64_t K, const T* x, const T* weight, cons
     });
 }
 
+template <class T>
+void few_rows(int64_t M, int64_t N, int64_t K, const T* x, const T* weight, const float* bias, T* y, int threads) {
+    for (int64_t m = 0; m < M; m += AT_A_TIME)
+        some_rows(M - m < AT_A_TIME ? M - m : AT_A_TIME, N, K, x + m * K, weight, bias, y + m * N, threads);
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
 extern "C" {
+
+// whether any number of rows is served well
+int halflap_many_rows() { return Columns::FIT; }
 
 void halflap_mamba2_step(const Call* c) {
     static thread_local std::vector<float> memory;

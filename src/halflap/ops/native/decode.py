@@ -7,6 +7,7 @@ advanced in place.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from halflap.models.config import Mamba2Config
 from halflap.ops.native.common import TAKEN, fits, is_narrow, library, long, pointer
 
-FEW_ROWS = 32  # beyond this the general matrix product's packing pays
+FEW_ROWS = 32  # beyond this the general matrix product's packing pays,
+MANY_ROWS = 256  # or on AVX2 beyond this
 COUNTS = ("batch", "heads", "channels", "groups", "states", "width", "bf16", "narrow_parameters", "threads")
 POINTERS = (
     *("projected", "conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight"),
@@ -66,13 +68,20 @@ def mamba2_step(
     return out, conv_state, ssm_state
 
 
+def most_rows(dtype: torch.dtype) -> float:
+    """Rows that `linear` serves better than the general product, hopeless in bfloat16 without instructions for it."""
+    if not library().halflap_many_rows():
+        return FEW_ROWS
+    return MANY_ROWS if dtype == torch.float32 else math.inf
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | Any:
-    """x (..., K) times weight (N, K) transposed plus bias, for few rows; or NotImplemented."""
+    """x (..., K) times weight (N, K) transposed plus bias, for up to `most_rows`; or NotImplemented."""
     if torch.is_grad_enabled() or x.dtype != weight.dtype or weight.dim() != 2 or torch.is_autocast_enabled("cpu"):
         return NotImplemented
     outputs, inputs = weight.shape
     rows = x.numel() // inputs if inputs else 0
-    if not (0 < rows <= FEW_ROWS and outputs and fits(x, *x.shape[:-1], inputs) and weight.is_contiguous()):
+    if not (0 < rows <= most_rows(x.dtype) and outputs and fits(x, *x.shape[:-1], inputs) and weight.is_contiguous()):
         return NotImplemented
     if not (fits(weight, outputs, inputs) and fits(bias, outputs)):
         return NotImplemented

@@ -1,4 +1,5 @@
-// Linear maps of few rows of activations: bound by reading the weight, which is read once and in order.
+// Linear maps of few rows of activations: bound by reading the weight, which is read once and in order. Many rows are
+// served AT_A_TIME, for which columns.h is made.
 //
 // Rows of activations are prepared once, in the type that meets the weight's (bfloat16 where the processor multiplies
 // it, else float), and then serve any range of outputs. `put(m, n, values, count)` takes outputs n .. n + count of row
@@ -10,6 +11,8 @@
 #include <vector>
 
 namespace halflap {
+
+constexpr int64_t AT_A_TIME = 128;  // their rows of x stay in the second and third cache while all of the weight passes
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 template <class W>

@@ -9,7 +9,7 @@ namespace {
 
 // y (M, rows) = x (M, K) weights'
 template <int BITS, class T>
-void few_rows(const Weights& w, int64_t M, const T* x, T* y, int threads) {
+void some_rows(const Weights& w, int64_t M, const T* x, T* y, int threads) {
     const int64_t K = w.inputs, grain = 1 + 65536 / (K * (M < AT_ONCE ? 1 : M / AT_ONCE));
     const PackedRows<BITS> rows(M, K, x, K, scratch(PackedRows<BITS>::floats(M, K)));
     parallel_ranges(w.rows, grain, threads, [&](int64_t begin, int64_t end) {
@@ -18,6 +18,12 @@ void few_rows(const Weights& w, int64_t M, const T* x, T* y, int threads) {
             put_values(y + m * w.rows + n, values, nullptr, count);
         });
     });
+}
+
+template <int BITS, class T>
+void few_rows(const Weights& w, int64_t M, const T* x, T* y, int threads) {
+    for (int64_t m = 0; m < M; m += AT_A_TIME)
+        some_rows<BITS>(w, M - m < AT_A_TIME ? M - m : AT_A_TIME, x + m * w.inputs, y + m * w.rows, threads);
 }
 
 // rows begin .. end of the weights as T, (end - begin, K)

@@ -1,7 +1,8 @@
 """Linear maps by packed weights (quantized.cpp), for inference only.
 
-Few rows of activations are multiplied with the words as they lie. For many, blocks of rows of the weight are written
-out, small enough to stay in the cache until the general matrix product has read them.
+Few rows of activations are multiplied with the words as they lie, or on AVX2 any number with a dozen rows of the weight
+as floats. For many elsewhere, blocks of rows of the weight are written out, small enough to stay in the cache until the
+general matrix product has read them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group_size: int)
         return NotImplemented
     weights = Weights(outputs, inputs, group_size, is_narrow(scale), packed.data_ptr(), scale.data_ptr())
     rows = x.detach().reshape(-1, inputs).contiguous()
-    product = _few_rows if len(rows) <= FEW_ROWS else _many_rows
+    product = _few_rows if len(rows) <= FEW_ROWS or library().halflap_many_rows() else _many_rows
     return product(weights, bits, rows).view(*x.shape[:-1], outputs)
 
 
