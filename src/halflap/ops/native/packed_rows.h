@@ -17,7 +17,7 @@ struct Weights {  // mirrored by ops/native/quantized.py
 };
 
 constexpr int AT_ONCE = 4;  // rows of activations that one reading of a block serves
-constexpr int DOZEN = 12;   // rows of weights that are floats at a time
+constexpr int DOZEN = Columns::GROUP;  // rows of weights that are floats at a time: as many as a group of columns.h
 
 template <int BITS>
 struct Form {

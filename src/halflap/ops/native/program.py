@@ -11,7 +11,7 @@ from torch import Tensor
 
 from halflap.ops.native.common import into_large_pages, is_narrow, library
 
-MOST_ROWS = 32  # beyond this the general matrix product's packing pays
+MOST_ROWS = 32  # of one run; more are run one after the other
 NORMS = {None: 0, "rms": 1, "layer1p": 2}
 ACTIVATIONS = {None: 0, "relu2": 1, "silu": 2}
 
