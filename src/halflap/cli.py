@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from halflap.errors import HalflapError, RecipeError
+from halflap.errors import CheckFailed, HalflapError, RecipeError
 
 if TYPE_CHECKING:
     from halflap.binding import Call
@@ -117,12 +117,17 @@ def _main(words: list[str]) -> int:
         settings = settings_of(call.recipe)
         print(json.dumps(settings) if common.json else to_yaml(call.verb, settings), end="\n" if common.json else "")
         return 0
-    with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints is no result
-        result = (
-            import_module("halflap.commands.cost").estimate(call.verb, call.recipe)
-            if call.control.dry_run
-            else execute(call)
-        )
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints is no result
+            result = (
+                import_module("halflap.commands.cost").estimate(call.verb, call.recipe)
+                if call.control.dry_run
+                else execute(call)
+            )
+    except CheckFailed as failed:
+        if common.json:
+            print(json.dumps(failed.result, ensure_ascii=False))
+        raise
     if common.json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     else:

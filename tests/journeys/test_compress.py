@@ -111,8 +111,10 @@ def test_distill_goes_on_from_the_lineage(
     assert result["tokens"] >= 1000 and result["held_out_loss"] > 0
     assert [step["verb"] for step in read_lineage(tmp_path / "run" / "checkpoint")] == ["prune", "distill"]
     assert "as cut, before any training, it equals" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
-    outcome = halflap("verify", tmp_path / "run")
+    outcome = halflap("verify", tmp_path / "run", "--json")
     assert outcome.status == 1 and "trained or changed after pruning" in outcome.err
+    findings = json.loads(outcome.out)
+    assert not findings["passed"] and findings["different_tensors"]
     stored = halflap("distill", tmp_path / "pruned", *text, "--top-k", 8, "--out", tmp_path / "stored", "--json").json
     assert stored["steps"] == result["steps"]
 

@@ -36,7 +36,7 @@ from halflap.compress.cost_table import CostTable
 from halflap.compress.importance import Importance
 from halflap.compress.plan import PruningPlan
 from halflap.compress.ranking import plan_for
-from halflap.errors import HalflapError, RecipeError
+from halflap.errors import CheckFailed, HalflapError, RecipeError
 from halflap.models.count import count_non_embedding_parameters, count_parameters
 from halflap.parallel import mesh
 from halflap.recipe import inputs_of, settings_of
@@ -136,10 +136,11 @@ def verify(recipe: VerifyRecipe, run: Run) -> dict[str, Any]:
     must_stream(teacher.config, "float32", torch.device("cpu"), asked=True)
     certificate = students.certify(directory, teacher, plan, recipe.tokens, recipe.common.seed)
     if not certificate["passed"]:
-        raise HalflapError(
+        raise CheckFailed(
             f"the student in {str(directory)!r} is not its masked teacher: logits differ by "
             f"{certificate['exact_max_abs_error']:.2g} of {certificate['logit_scale']:.2g}, as {CERTIFICATE} beside "
-            "it says axis by axis: prune again"
+            "it says axis by axis: prune again",
+            certificate,
         )
     return certificate
 

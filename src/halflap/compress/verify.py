@@ -32,7 +32,7 @@ from halflap.compress.kinds import Change
 from halflap.compress.masked import mask_part
 from halflap.compress.plan import Kept, PruningPlan, kept_count, kept_indices
 from halflap.compress.prune import apply_plan
-from halflap.errors import HalflapError
+from halflap.errors import CheckFailed, HalflapError
 from halflap.models.count import count_parameters
 from halflap.ops import select
 
@@ -63,9 +63,11 @@ def verify(
         )
     different = list(changed_tensors(student, apply_plan(plan, teacher.tensors())))
     if different:
-        raise HalflapError(
+        raise CheckFailed(
             f"{len(different)} of the student's tensors (first {different[0]}) are not what its plan makes of the "
-            "teacher, so its weights were trained or changed after pruning; verify it as cut (`compress` keeps pruned/)"
+            "teacher, so its weights were trained or changed after pruning; verify it as cut (`compress` keeps pruned/)",
+            {"passed": False, "tensors_identical": False, "different_tensors": different, "plan": plan.digest}
+            | {"teacher": teacher.digest, "student": student.digest},
         )
     dtype = torch.float64 if count_parameters(teacher.config) <= WIDE_LIMIT else torch.float32
     by_axis = plans_by_axis(plan)

@@ -7,6 +7,7 @@ together with a few tokens before it and the difference is taken. The concatenat
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 CONTEXT = 8  # tokens decoded again before the new ones
@@ -22,16 +23,22 @@ class Decodes(Protocol):
 
 
 class TextStream:
-    """Text of one row: `push(token)` returns what became certain, `finish()` the rest; `stopped` after a stop."""
+    """Text of one row: `push(token)` returns what became certain, `finish()` the rest; `stopped` after a stop.
 
-    def __init__(self, tokenizer: Decodes, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+    special: special tokens have text, too.
+    """
+
+    def __init__(
+        self, tokenizer: Decodes, prompt: Sequence[int] = (), stop: Sequence[str] = (), special: bool = False
+    ) -> None:
+        self._tokenizer, self._stop, self._special = tokenizer, tuple(stop), special
         self._ids = list(prompt[-CONTEXT:])
         certain, pending = self._decode()
         self._certain = len(certain)  # characters of the decoded window already taken over
         self._broken = len(pending)  # those that the prompt may have left broken: its own unless they become whole
         self._text = ""
         self._shown = 0
+        self.begin = 0  # characters before the token taken last; of a character's parts, before the character
         self.stopped = False
 
     @property
@@ -43,7 +50,10 @@ class TextStream:
         """Take one token; returns the text that is now certain and safe to show."""
         self._ids.append(token)
         certain, pending = self._decode()
-        self._take(self._fresh(certain))
+        fresh = self._fresh(certain)
+        own = fresh.lstrip(REPLACEMENT)  # what was pending before it is broken for good
+        self.begin = len(self._text) + (len(fresh) - len(own) if own else 0)
+        self._take(fresh)
         self._certain = max(self._certain, len(certain))
         if not pending and len(self._ids) > WINDOW:
             self._ids = self._ids[-CONTEXT:]
@@ -68,7 +78,7 @@ class TextStream:
 
     def _decode(self) -> tuple[str, str]:
         """The window's text, and the trailing replacement characters that are not certain yet."""
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=not self._special)
         pending = min(len(text) - len(text.rstrip(REPLACEMENT)), MOST_PENDING)
         return text[: len(text) - pending], text[len(text) - pending :]
 
@@ -92,3 +102,21 @@ class TextStream:
         piece = self._text[self._shown : end]
         self._shown = max(self._shown, end)
         return piece
+
+
+def offsets(tokenizer: Decodes, ids: Sequence[int], text: str) -> list[int]:
+    """Characters of `text`, which the ids were made from, before each of them; of a character's parts, before it."""
+    parts = [tokenizer.decode([token]) for token in ids]
+    if "".join(parts) == text:
+        return list(accumulate(map(len, parts), initial=0))[:-1]
+    found: list[int] = []
+    for special in (False, True):
+        stream = TextStream(tokenizer, special=special)
+        found = []
+        for token in ids:
+            stream.push(token)
+            found.append(min(stream.begin, len(text)))
+        stream.finish()
+        if stream.text == text:
+            break
+    return found

@@ -71,10 +71,13 @@ class Reply:
         value, best = None, ()
         if self._wanted is not None:
             value, best = score_row(logits, token, self._wanted, self._texts)
-        self._new.append(Token(token, self._texts[token], value, best))
-        ended = token in self._ends
-        if self._text is not None and not ended:
-            self._shown += self._text.push(token)
+        ended, offset = token in self._ends, 0
+        if self._text is not None:
+            offset = len(self._text.text)
+            if not ended:
+                self._shown += self._text.push(token)
+                offset = self._text.begin
+        self._new.append(Token(token, self._texts[token], value, best, offset))
         grammar = self.chooser.matcher
         if grammar is not None and grammar.error:
             self.finish_reason, self.error = "error", grammar.error

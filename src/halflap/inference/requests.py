@@ -138,12 +138,16 @@ class TopToken:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a reply or prompt; log_prob None where none was asked for, and at a prompt's first token."""
+    """A token of a reply or prompt; log_prob None where none was asked for, and at a prompt's first token.
+
+    offset: characters of the reply before it; those of a prompt's tokens are not counted.
+    """
 
     id: int
     text: str
     log_prob: float | None = None
     top: tuple[TopToken, ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True)

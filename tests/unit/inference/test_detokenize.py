@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halflap.inference.detokenize import TextStream
+from halflap.inference.detokenize import TextStream, offsets
 
 
 class Bytes:
@@ -29,6 +29,13 @@ def test_pieces_add_up(text: str, prompt: str) -> None:
     pieces, result = stream(list(text.encode()), list(prompt.encode()))
     assert "".join(pieces) == result.text == text
     assert all(piece == "" or piece in text for piece in pieces)
+
+
+@settings(max_examples=100)
+@given(text=st.text(max_size=120))
+def test_offsets_are_where_a_token_s_character_begins(text: str) -> None:
+    wanted = [place for place, letter in enumerate(text) for _ in letter.encode()]
+    assert offsets(Bytes(), list(text.encode()), text) == wanted
 
 
 @settings(max_examples=100)

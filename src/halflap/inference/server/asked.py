@@ -29,6 +29,7 @@ class Asked:
     stream: bool
     include_usage: bool
     echo: tuple[str, ...] = ()  # the prompt's text of each request, to begin its choices with
+    echo_offsets: tuple[Sequence[int], ...] = ()  # where in it each token of the prompt begins, for log-probabilities
     logprobs: bool = False
     tool_format: ToolFormat | None = None
     tool_names: frozenset[str] = frozenset()
@@ -56,13 +57,16 @@ def completion(body: CompletionBody, prompts: Prompts, settings: ServerSettings)
         "prompt_logprobs": (body.logprobs or 0) if echo and (body.logprobs is not None or most == 0) else None,
         "n": n,
     }
+    texts = tuple(p if isinstance(p, str) else prompts.decode(p) for p in given) if echo else ()
+    scored = body.logprobs is not None
     return Asked(
         tuple(Request(ids, _fitting(len(ids), most, settings, "max_tokens"), **common) for ids in encoded),
         n,
         bool(body.stream),
         usage_wanted(body),
-        tuple(p if isinstance(p, str) else prompts.decode(p) for p in given) if echo else (),
-        body.logprobs is not None,
+        texts,
+        tuple(map(prompts.offsets, encoded, texts)) if scored else (),
+        scored,
     )
 
 

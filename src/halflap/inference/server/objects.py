@@ -53,25 +53,24 @@ class CompletionReply(_Reply):
         super().__init__(asked, model)
         self._choices = [{"text": "", "index": i, "logprobs": None, "finish_reason": None} for i in range(self.count)]
         self._begun: set[int] = set()
-        self._offsets = [0] * self.count
 
     def begin(self) -> list[dict[str, Any]]:
         return []
 
     def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
-        text, tokens = piece.text, piece.tokens
+        text, tokens, prompt = piece.text, piece.tokens, ()
         if choice not in self._begun:
             self._begun.add(choice)
             if self.asked.echo:
                 text = self.asked.echo[choice // self.asked.n] + text
-                tokens = (piece.prompt or ()) + tokens
-        probabilities = self._log_probs(choice, tokens) if self.asked.logprobs else None
+                prompt = piece.prompt or ()
+        probabilities = self._log_probs(choice, prompt, tokens) if self.asked.logprobs else None
         reason = None if piece.finish_reason is None else _reason(piece)
         whole = self._choices[choice]
         whole["text"] += text
         whole["finish_reason"] = reason or whole["finish_reason"]
         whole["logprobs"] = _joined(whole["logprobs"], probabilities)
-        if not text and reason is None and not tokens:
+        if not text and reason is None and not prompt and not tokens:
             return []
         change = {"text": text, "index": choice, "logprobs": probabilities, "finish_reason": reason}
         return [self.chunk([change])]
@@ -79,12 +78,13 @@ class CompletionReply(_Reply):
     def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
         return self._object(self._choices, usage)
 
-    def _log_probs(self, choice: int, tokens: Sequence[Token]) -> dict[str, list[Any]]:
-        """Lists over tokens; an offset counts the characters of the tokens before."""
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[choice])
-            self._offsets[choice] += len(token.text)
+    def _log_probs(self, choice: int, prompt: Sequence[Token], reply: Sequence[Token]) -> dict[str, list[Any]]:
+        """Lists over tokens; an offset counts the characters of the choice's text before a token."""
+        asked, request = self.asked, choice // self.asked.n
+        begin = len(asked.echo[request]) if asked.echo else 0
+        offsets = [*asked.echo_offsets[request]] if prompt else []
+        offsets += [begin + token.offset for token in reply]
+        tokens = [*prompt, *reply]
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.log_prob for token in tokens],

@@ -10,6 +10,7 @@ from halflap.data import chat
 from halflap.data.chat import Message
 from halflap.data.sandbox import TemplateWorker
 from halflap.errors import HalflapError
+from halflap.inference.detokenize import offsets
 from halflap.inference.generate import encode_prompts
 from halflap.inference.server.tools import INSTRUCTIONS, WHOLE, ToolFormat, format_of
 
@@ -74,6 +75,10 @@ class Prompts:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
+
+    def offsets(self, ids: Sequence[int], text: str) -> list[int]:
+        """Where in a prompt's text each of its tokens begins."""
+        return offsets(self.tokenizer, ids, text)
 
     def _vanishes(self, mark: str) -> bool:
         """Whether a text is a special token, which replies come without."""

@@ -76,6 +76,20 @@ def test_echo_scores_the_prompt_as_the_model_does(client: Any, model: Any, token
     assert none["text"] == "the cat" and none["finish_reason"] == "length" and none["logprobs"] is None
 
 
+def test_offsets_of_tokens_that_are_parts_of_a_character(client: Any, tokenizer: Any) -> None:
+    text = "the 日本語 cat"
+    found = post(client, prompt=text, max_tokens=30, temperature=2, seed=3, logprobs=0, echo=True)["choices"][0]
+    scores, whole = found["logprobs"], found["text"]
+    places = list(zip(scores["text_offset"], scores["tokens"], strict=True))
+    assert any("\ufffd" in token for _, token in places)
+    plain = [(offset, token) for offset, token in places if "\ufffd" not in token and token != "<eos>"]
+    assert all(whole[offset:].startswith(token) for offset, token in plain) and len(plain) > 12
+    assert scores["text_offset"] == sorted(scores["text_offset"])
+    asked = len(tokenizer.encode(text))
+    alone = post(client, prompt=text, max_tokens=30, temperature=2, seed=3, logprobs=0)["choices"][0]
+    assert alone["logprobs"]["text_offset"] == [o - len(text) for o in scores["text_offset"][asked:]]
+
+
 def test_stop_and_bias(client: Any, tokenizer: Any) -> None:
     whole = post(client, prompt="the", max_tokens=20, temperature=0, ignore_eos=True)["choices"][0]["text"]
     stop = whole[4:6]
