@@ -131,6 +131,25 @@ def test_float32_agrees_with_float64(name: str, rows: int, threads: int) -> None
     assert float((more - wanted).abs().max()) < 2e-5 * scale
 
 
+@pytest.mark.parametrize("length", [1, 15, 16, 63, 64, 65, 190])
+def test_attention_over_more_positions_than_it_holds_scores_of(length: int, threads: int) -> None:
+    attention = (AttentionConfig(7, 1, 12, ROPE), AttentionConfig(12, 2, 18, ROPE, value_head_dim=40, window=70))
+    model, generator = made(ModelConfig("hymba", 37, 24, attention)), torch.Generator().manual_seed(length)
+    exact, tokens = copy.deepcopy(model).double(), torch.randint(0, 37, (2, length + 3), generator=generator)
+
+    def decoded(one: HybridModel, step: object) -> Tensor:
+        cache = Cache.create(model.config, 2, length + 3, one.dtype)
+        with torch.no_grad():
+            one(tokens[:, :length], cache=cache)
+        return continued(step, cache, tokens[:, length:])
+
+    decode = Decoder(model)
+    assert decode._program is not None
+    with select.using("plain"):
+        expected = decoded(exact, exact)
+    assert float((decoded(model, decode) - expected).abs().max()) < 2e-5 * float(expected.abs().max())
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_is_no_further_from_float64_than_the_model(name: str, rows: int) -> None:

@@ -1,10 +1,11 @@
 // One token of many sequences against the keys and values they keep; bound by reading those.
 //
-// A task is one key head of one sequence and the query heads that share it, so keys and values are read once. Rotary
-// angles are float32, as in models/rope.py.
+// A task is one key head of one sequence and the query heads that share it, so keys and values are read once; what is
+// read next is asked for before it is needed. Rotary angles are float32, as in models/rope.py.
 #pragma once
 #include "parallel.h"
 #include "vector.h"
+#include <type_traits>
 
 namespace halflap {
 
@@ -37,15 +38,128 @@ void put_row(T* to, const float* from, int64_t count) {
     for (int64_t i = 0; i < count; i += VL) store_to(to + i, load_to(from + i, count - i), count - i);
 }
 
+constexpr int64_t BLOCK = 64;  // positions whose scores are held at once
+constexpr int AHEAD = 8;       // positions whose keys are asked for before they are read; of values it is all 16
+
+// near: into the first cache
+LANES void fetch(const void* from, int64_t bytes, bool near) {
+    for (int64_t i = 0; i < bytes; i += 64)
+        if (near) __builtin_prefetch((const char*)from + i, 0, 3);
+        else __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
+// Scores S (H, BLOCK) of 16 positions' keys, of which `count` are there, for H queries, `stride` floats apart. Unless
+// null, `values` of the same positions will be wanted.
+template <int H, class T>
+__attribute__((noinline)) void scores_of_16(const float* queries, int64_t stride, const T* keys, int64_t size, int64_t count, const T* values, int64_t value_size, float* S) {
+    constexpr int ROWS = H == 1 ? 4 : 2;
+    vf parts[H][16];
+#pragma GCC unroll 1
+    for (int r = 0; r < 16; r += ROWS) {
+        if (values) {
+            fetch(keys + (r + AHEAD) * size, ROWS * size * sizeof(T), true);
+            if (r < count) fetch(values + r * value_size, ROWS * value_size * sizeof(T), false);
+        }
+        const T* k[ROWS];
+        vf sums[H][ROWS];
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; i++) {
+            k[i] = keys + (r + i < count ? r + i : count - 1) * size;
+#pragma GCC unroll 4
+            for (int h = 0; h < H; h++) sums[h][i] = splat(0);
+        }
+        auto multiply = [&](int64_t d, auto load_key) __attribute__((always_inline)) {
+            vf x[ROWS];
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; i++) x[i] = load_key(k[i] + d);
+#pragma GCC unroll 4
+            for (int h = 0; h < H; h++) {
+                const vf q = load(queries + h * stride + d);
+#pragma GCC unroll 4
+                for (int i = 0; i < ROWS; i++) sums[h][i] += q * x[i];
+            }
+        };
+        int64_t d = 0;
+#pragma GCC unroll 2
+        for (; d + VL <= size; d += VL) multiply(d, [](const T* p) __attribute__((always_inline)) { return load(p); });
+        if (d < size) multiply(d, [&](const T* p) { return load_some(p, (int)(size - d)); });
+#pragma GCC unroll 4
+        for (int h = 0; h < H; h++)
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; i++) parts[h][r + i] = sums[h][i];
+    }
+    for (int h = 0; h < H; h++) sums_of_16(parts[h], S + h * BLOCK);
+}
+
+// C vectors of H sums O (H, stride) = keep O + S (H, BLOCK) values; of the last vector only `left` numbers are there
+template <int H, int C, class T>
+__attribute__((noinline)) void add_columns(const T* values, int64_t row, int64_t count, int64_t left, const float* S, const float* keep, float* O, int64_t stride) {
+    vf sums[H][C];
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) sums[h][c] = load(O + h * stride + c * VL) * keep[h];
+    auto add = [&](int64_t j, auto load_value) __attribute__((always_inline)) {
+        vf x[C];
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) x[c] = load_value(values + j * row + c * VL);
+#pragma GCC unroll 4
+        for (int h = 0; h < H; h++) {
+            const vf s = splat(S[h * BLOCK + j]);
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++) sums[h][c] += s * x[c];
+        }
+    };
+    if (left >= VL)
+        for (int64_t j = 0; j < count; j++) add(j, [](const T* p) __attribute__((always_inline)) { return load(p); });
+    else
+        for (int64_t j = 0; j < count; j++) add(j, [&](const T* p) { return load_some(p, (int)left); });
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) store(O + h * stride + c * VL, sums[h][c]);
+}
+
+template <int H, class T>
+void add_values(const T* values, int64_t size, int64_t count, const float* S, const float* keep, float* O, int64_t stride) {
+    constexpr int C = 8 / H;
+    int64_t d = 0;
+    for (; d + C * VL <= size; d += C * VL) add_columns<H, C>(values + d, size, count, VL, S, keep, O + d, stride);
+    for (; d < size; d += VL) add_columns<H, 1>(values + d, size, count, size - d, S, keep, O + d, stride);
+}
+
+// Scores s (BLOCK) of `count` positions become weights, zero behind; `top` and `total` as in attend_step. Returns what
+// sums so far are to be multiplied by.
+inline float weigh(float* s, int64_t count, float& top, float& total) {
+    for (int64_t j = count; j < BLOCK; j++) s[j] = -INFINITY;
+    vf most = load(s), sums = splat(0);
+    for (int64_t j = VL; j < BLOCK; j += VL) most = maximum(most, load(s + j));
+    const float now = std::fmax(top, largest(most)), keep = std::exp(top - now);
+    for (int64_t j = 0; j < BLOCK; j += VL) {
+        const vf w = exponential(load(s + j) - now);
+        store(s + j, w), sums += w;
+    }
+    total = total * keep + sum(sums), top = now;
+    return keep;
+}
+
+// act(h, H): heads h .. h + H of `shared`, as many at once as there are
+template <class Act>
+LANES void by_heads(int64_t shared, const Act& act) {
+    int64_t h = 0;
+    for (; h + 4 <= shared; h += 4) act(h, std::integral_constant<int, 4>());
+    for (; h + 2 <= shared; h += 2) act(h, std::integral_constant<int, 2>());
+    if (h < shared) act(h, std::integral_constant<int, 1>());
+}
+
 // Query heads of one key head, (heads / key_heads, size) at q, at `position`; keys (slots, size) and values (slots,
 // value_size) of that head. key and value of this token are written there first, unless null: another block has then.
 template <class T>
 void attend_step(const AttentionStep& a, int64_t position, const float* q, const float* key, const float* value, T* keys, T* values, float* out) {
-    constexpr int64_t BLOCK = 64;
     const int64_t shared = a.heads / a.key_heads, D = round_up(a.size, VL), Dv = round_up(a.value_size, VL);
-    Carver carver(shared * (D + Dv + BLOCK + 2) + D + 128 * 6);
+    Carver carver(shared * (D + Dv + BLOCK + 3) + D + 128 * 7);
     float *Q = carver.take(shared * D), *O = carver.take(shared * Dv), *S = carver.take(shared * BLOCK), *turned = carver.take(D);
-    float *top = carver.take(shared), *total = carver.take(shared);
+    float *top = carver.take(shared), *total = carver.take(shared), *keep = carver.take(shared);
     memset(Q, 0, shared * D * sizeof(float)), memset(O, 0, shared * Dv * sizeof(float));
     for (int64_t h = 0; h < shared; h++) {
         rotate(a, position, q + h * a.size, Q + h * D);
@@ -59,34 +173,18 @@ void attend_step(const AttentionStep& a, int64_t position, const float* q, const
     }
     for (int64_t j0 = 0, kept = a.kept(position); j0 < kept; j0 += BLOCK) {
         const int64_t count = kept - j0 < BLOCK ? kept - j0 : BLOCK;
-        for (int64_t j = 0; j < count; j += 16)
-            for (int64_t h = 0; h < shared; h++) {
-                vf parts[16];
-                for (int64_t r = 0; r < 16; r++) {
-                    parts[r] = splat(0);
-                    if (j + r >= count) continue;
-                    const T* k = keys + (j0 + j + r) * a.size;
-                    for (int64_t d = 0; d < a.size; d += VL) parts[r] += load(Q + h * D + d) * load_to(k + d, a.size - d);
-                }
-                sums_of_16(parts, S + h * BLOCK + j);
-            }
-        for (int64_t h = 0; h < shared; h++) {
-            float* s = S + h * BLOCK;
-            float now = top[h], sum = 0;
-            for (int64_t j = 0; j < count; j++) now = s[j] > now ? s[j] : now;
-            const float keep = std::exp(top[h] - now);
-            for (int64_t j = 0; j < count; j += VL) store(s + j, exponential(load(s + j) - now));
-            for (int64_t j = 0; j < count; j++) sum += s[j];
-            total[h] = total[h] * keep + sum, top[h] = now;
-            for (int64_t d = 0; d < Dv; d += VL) store(O + h * Dv + d, load(O + h * Dv + d) * keep);
+        const T *k = keys + j0 * a.size, *v = values + j0 * a.value_size;
+        for (int64_t j = 0; j < count; j += 16) {
+            const int64_t here = count - j < 16 ? count - j : 16;
+            by_heads(shared, [&](int64_t h, auto heads) {
+                const T* wanted = h == 0 ? v + j * a.value_size : nullptr;
+                scores_of_16<decltype(heads)::value>(Q + h * D, D, k + j * a.size, a.size, here, wanted, a.value_size, S + h * BLOCK + j);
+            });
         }
-        for (int64_t j = 0; j < count; j++) {
-            const T* v = values + (j0 + j) * a.value_size;
-            for (int64_t d = 0; d < a.value_size; d += VL) {
-                const vf x = load_to(v + d, a.value_size - d);
-                for (int64_t h = 0; h < shared; h++) store(O + h * Dv + d, load(O + h * Dv + d) + S[h * BLOCK + j] * x);
-            }
-        }
+        for (int64_t h = 0; h < shared; h++) keep[h] = weigh(S + h * BLOCK, count, top[h], total[h]);
+        by_heads(shared, [&](int64_t h, auto heads) {
+            add_values<decltype(heads)::value>(v, a.value_size, count, S + h * BLOCK, keep + h, O + h * Dv, Dv);
+        });
     }
     for (int64_t h = 0; h < shared; h++)
         for (int64_t d = 0; d < a.value_size; d += VL)
