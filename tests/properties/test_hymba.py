@@ -92,6 +92,10 @@ def test_a_window_as_long_as_the_text_is_none() -> None:
     windowed.load_state_dict(whole.state_dict())
     tokens = text(2, 20)
     assert torch.equal(whole(tokens), windowed(tokens))
+    for sizes in ([20], [1] * 20, [7, 1, 12]):  # with a cache there is another mask, and a ring of keys
+        caches = [Cache.create(net.config, 2, 20, torch.float64) for net in (whole, windowed)]
+        for part in tokens.split(sizes, 1):
+            assert torch.equal(whole(part, cache=caches[0]), windowed(part, cache=caches[1]))
 
 
 @torch.no_grad()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from halflap.inference.generate import generate
+from halflap.models.cache import Cache
 from halflap.models.model import HybridModel, initialize
 from halflap.models.presets import preset
 
@@ -31,3 +33,42 @@ def test_a_model_that_has_read_can_be_copied() -> None:
     tokens = torch.tensor([[5, 9]])
     generate(model, tokens.tolist(), 1, ignore_eos=True)
     assert torch.equal(copy.deepcopy(model)(tokens), model(tokens))
+
+
+@torch.no_grad()
+def cached_and_whole(model: HybridModel) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.tensor([[5, 9, 3, 7]])
+    return model(tokens, cache=Cache.create(model.config, 1, 4, model.dtype)), model(tokens)
+
+
+def trained(model: HybridModel) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    model(torch.tensor([[5, 9, 3]])).square().mean().backward()
+    optimizer.step()
+
+
+def written_past_autograd(model: HybridModel) -> None:
+    for parameter in model.parameters():
+        parameter.data += 0.01
+
+
+@pytest.mark.parametrize("change", [trained, written_past_autograd])
+def test_changes_that_no_version_counts_are_seen(change: Callable[[HybridModel], None]) -> None:
+    model = HybridModel(preset("hymba-tiny"))
+    initialize(model, 0)
+    before, _ = cached_and_whole(model)
+    versions = [parameter._version for parameter in model.parameters()]
+    change(model)
+    assert versions == [parameter._version for parameter in model.parameters()]
+    after, whole = cached_and_whole(model)
+    assert float((after - before).abs().max()) > 1e-2
+    torch.testing.assert_close(after, whole, rtol=0, atol=1e-4)
+
+
+def test_a_cached_pass_gives_no_wrong_gradients() -> None:
+    model = HybridModel(preset("hymba-tiny")).double()
+    initialize(model, 0)
+    tokens = torch.tensor([[5, 9, 3, 7], [2, 8, 4, 6]])
+    loss = model(tokens, cache=Cache.create(model.config, 2, 4, torch.float64)).square().sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # without the meta tokens' graph it would go through and leave their part out

@@ -7,8 +7,9 @@ foreign Hugging Face directory has `config.json` alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def _read_own(directory: Path) -> ModelConfig | None:
             f"{file} has format {data.get('format')!r} and this halflap reads {FORMAT}: "
             "use the halflap version that wrote it"
         )
-    config = ModelConfig.from_json(data["config"])
+    with _telling(file):
+        config = ModelConfig.from_json(data["config"])
     family_of(config)
     return config
 
@@ -107,7 +109,8 @@ def _read_stock(directory: Path) -> ModelConfig | None:
     data = read_json(file)
     kind = data.get("model_type")
     if kind == OWN_MODEL_TYPE:
-        return ModelConfig.from_json(data[OWN_MODEL_TYPE]) if isinstance(data.get(OWN_MODEL_TYPE), Mapping) else None
+        with _telling(file):
+            return ModelConfig.from_json(data[OWN_MODEL_TYPE]) if isinstance(data.get(OWN_MODEL_TYPE), Mapping) else None
     if kind not in FAMILIES:
         raise HalflapError(
             f"{file} has model_type {kind!r}; allowed are {', '.join((*FAMILIES, OWN_MODEL_TYPE))}: "
@@ -115,8 +118,15 @@ def _read_stock(directory: Path) -> ModelConfig | None:
         )
     if (data.get(QUANTIZATION) or {}).get("quant_method") == compressed_tensors.METHOD:
         data = {key: value for key, value in data.items() if key != QUANTIZATION}  # `read_quantization`'s
-    try:
+    with _telling(file):
         return FAMILIES[kind].read_config(data)
+
+
+@contextlib.contextmanager
+def _telling(file: Path) -> Iterator[None]:
+    """Errors say which file they are about."""
+    try:
+        yield
     except HalflapError as error:
         raise HalflapError(f"{file}: {error}") from None
     except (TypeError, ValueError, AttributeError, KeyError) as error:

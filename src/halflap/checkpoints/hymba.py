@@ -210,10 +210,10 @@ def _head_dim(data: Json) -> int:
 def _check_derived(data: Json, attention: AttentionConfig, inner: int) -> None:
     """Keys that only repeat what follows from others must agree with them."""
     values = pick(data, -1, "v_head_dim")
-    if values > 0 and values != attention.value_head_dim:
+    if values > 0 and values != attention.value_dim:
         raise HalflapError(
             f"config.json has v_head_dim={values}, and mamba_expand and num_attention_heads make it "
-            f"{attention.value_head_dim}; attention and SSM outputs are averaged and must be equally wide: correct it"
+            f"{attention.value_dim}; attention and SSM outputs are averaged and must be equally wide: correct it"
         )
     widths = pick(data, {}, "conv_dim")
     listed = list(widths.values()) if isinstance(widths, Mapping) else [widths]

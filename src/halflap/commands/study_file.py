@@ -20,7 +20,7 @@
 Arms are shapes that are trained from scratch (fields: models/stack.py), of
 
     vocab_size: 2048                 of the tokenizer trained on the text, when none is given
-    parameters: 5M                   what every arm comes to within 1 %, by its MLPs' width; without it the baseline's
+    parameters: 5M                   what every arm comes to within 0.5 %, by its MLPs' width; without it the baseline's
     recall: {...}                    a probe that every shape is trained on besides; see evaluate/probes.py
 
 or, with `teacher: DIR`, what `compress` makes of a teacher (fields: study_compressions.py). A shipped study is found by

@@ -89,13 +89,11 @@ def _counts_attention(block: AttentionConfig) -> dict[str, int]:
 
 
 def _resize_attention(block: AttentionConfig, count: Counts) -> AttentionConfig:
-    values = count.get("value_channel", block.head_dim)
-    derived = block.value_head_dim is None and values == block.head_dim
     return dataclasses.replace(
         block,
         num_attention_heads=count["kv"] * count["query"],
         num_key_value_heads=count["kv"],
-        value_head_dim=None if derived else values,
+        value_head_dim=count.get("value_channel", block.head_dim),
     )
 
 

@@ -104,6 +104,8 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "num_attention_heads", "num_key_value_heads", "head_dim")
         _require_positive(self, *(f for f in ("value_head_dim", "window") if getattr(self, f) is not None))
+        if self.value_head_dim == self.head_dim:  # one way to say it, so that equal blocks are equal
+            object.__setattr__(self, "value_head_dim", None)
         if self.num_attention_heads % self.num_key_value_heads:
             raise HalflapError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
@@ -349,10 +351,18 @@ def _construct(kind: type[T], values: Mapping[str, Any]) -> T:
         raise HalflapError(
             f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}: correct the config"
         )
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise HalflapError(f"{kind.__name__} is incomplete ({error}); give the missing field") from None
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name in values:
+            _require_whole(kind, field, values[field.name])
+        elif field.default is dataclasses.MISSING:
+            raise HalflapError(f"{kind.__name__} has no {field.name}: give the missing field")
+    return kind(**values)
+
+
+def _require_whole(kind: type, field: dataclasses.Field[Any], value: Any) -> None:
+    optional = value is None and "None" in field.type
+    if field.type in ("int", "int | None") and not optional and (isinstance(value, bool) or not isinstance(value, int)):
+        raise HalflapError(f"{kind.__name__}.{field.name} is {value!r}; it must be a whole number: correct the config")
 
 
 def block_to_json(block: BlockConfig) -> dict[str, Any]:

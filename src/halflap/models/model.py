@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ MIXERS: dict[type, type[nn.Module]] = {
 # Megatron does and Nemotron-H's `rescale_prenorm_residual` says. Nemotron-4 and Hymba have one deviation for all.
 SHRINK_OUTPUT_PROJECTIONS = ("nemotron_h", "llama")
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj")
+SAMPLED = 16  # numbers of a parameter that tell whether it has changed unseen
 
 
 class Block(nn.Module):
@@ -248,19 +250,25 @@ class HybridModel(nn.Module):
     def meta_state(self, dtype: torch.dtype, device: torch.device | str) -> Cache:
         """What the meta tokens leave in the cache of every sequence; computed once for weights and dtype.
 
-        Keys and values of positions 0 .. M-1, convolution tails and SSM states, of one row.
+        Keys and values of positions 0 .. M-1, convolution tails and SSM states, of one row. Where gradients are wanted
+        it is computed for this pass with its graph, without which they would silently miss a part.
         """
-        assert self.meta_tokens is not None
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            return self._read_meta_tokens(dtype, device)
         kind = torch.device(device).type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (dtype, str(device), autocast, tuple(map(_version, self.parameters())))
+        key = (dtype, str(device), autocast, _fingerprint(self))
         if self._meta_state is None or self._meta_state[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # in this order: leaving inference turns gradients on
-                state = Cache.for_meta_tokens(self.config, dtype, device)
-                rows = self.meta_tokens[None]
-                self._run(rows, self._cached_context(_steps(rows), state, None), [state])
-            self._meta_state = key, state
+                self._meta_state = key, self._read_meta_tokens(dtype, device)
         return self._meta_state[1]
+
+    def _read_meta_tokens(self, dtype: torch.dtype, device: torch.device | str) -> Cache:
+        assert self.meta_tokens is not None
+        state = Cache.for_meta_tokens(self.config, dtype, device)
+        rows = self.meta_tokens[None]
+        self._run(rows, self._cached_context(_steps(rows), state, None), [state])
+        return state
 
     def forget_meta_state(self) -> None:
         """To be called when what the blocks compute changes while their parameters do not."""
@@ -272,9 +280,16 @@ def _steps(rows: Tensor) -> Tensor:
     return torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2])
 
 
-def _version(parameter: Tensor) -> tuple[int, int]:
-    """Changes with the parameter's content."""
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
+    """Changes with the parameters' content.
+
+    Versions tell of every change in place but those that PyTorch does not count: of fused optimisers and of `.data`.
+    Some numbers of each parameter tell of these.
+    """
+    parameters = list(model.parameters())
+    some = [p.detach().flatten()[:: max(1, p.numel() // SAMPLED)][:SAMPLED].float() for p in parameters]
+    versions = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+    return *versions, *torch.cat(some).tolist()
 
 
 def advance(cache: Cache, tokens: int, lengths: Tensor | None = None) -> None:

@@ -31,8 +31,8 @@ from halflap.models.sharing import global_layers, sharing_groups, sources
 KINDS = {kind.symbol: name for name, kind in BLOCK_KINDS.items()}
 WIDTH_STEPS = (8, 1)
 """Neurons by which an MLP grows to meet a budget: kernels like eights, small models need ones."""
-WITHIN = 0.01
-"""Share of the budget by which a model may miss it."""
+WITHIN = 0.005
+"""Share of the budget by which a model may miss it, so that no two are further apart than 1 %."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _attention(block: BlockConfig, **changes: Any) -> BlockConfig:
 def with_parameters(config: ModelConfig, target: int) -> ModelConfig:
     """The model with its MLPs, all alike, as wide as brings it to `target` parameters: by eights if that suffices.
 
-    Raises HalflapError when it has no MLP, or misses the target by more than 1 %.
+    Raises HalflapError when it has no MLP, or misses the target by more than 0.5 %.
     """
     if not any(isinstance(block, MLPConfig) for block in config.blocks):
         raise HalflapError(
@@ -128,7 +128,7 @@ def with_parameters(config: ModelConfig, target: int) -> ModelConfig:
         if abs(count_parameters(best) / target - 1) <= WITHIN:
             return best
     raise HalflapError(
-        f"the model {config.pattern()} comes to {count_parameters(best):,} parameters at best, more than 1 % from the "
+        f"the model {config.pattern()} comes to {count_parameters(best):,} parameters at best, more than 0.5 % from the "
         f"{target:,} of the others; change its other widths or its repeat"
     )
 
