@@ -14,7 +14,7 @@ LADDER = {
     **{"ops": 0, "models": 1, "checkpoints": 2, "data": 2, "parallel": 2, "train": 3, "inference": 3, "huggingface": 3},
     **{"compress": 4, "evaluate": 4, "commands": 5, "cli": 6, "python": 6, "hf": 6, "__main__": 6},
 }
-BESIDE = {"errors", "files", "progress", "amounts"}  # anyone may read these
+BESIDE = {"errors", "files", "progress", "amounts", "processes"}  # anyone may read these
 RECIPES = {"recipe", "binding", "run", "inputs", "environment", "report"}  # for commands and cli, no torch
 PURE = {
     "models.layout",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +73,12 @@ def test_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plain_template() -> None:
     text = chat.render(chat.PLAIN, [{"role": "user", "content": "hi"}], add_generation_prompt=True)
     assert text == "User: hi\n\nAssistant:"
+
+
+def test_the_current_folder_is_not_imported_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jinja2.py").write_text("raise SystemExit('a stranger''s code ran')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    worker = TemplateWorker()
+    assert worker.render("{{ messages[0].content }}", MESSAGES) == MESSAGES[0]["content"]
+    worker.close()

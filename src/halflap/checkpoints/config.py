@@ -110,7 +110,8 @@ def _read_stock(directory: Path) -> ModelConfig | None:
     kind = data.get("model_type")
     if kind == OWN_MODEL_TYPE:
         with _telling(file):
-            return ModelConfig.from_json(data[OWN_MODEL_TYPE]) if isinstance(data.get(OWN_MODEL_TYPE), Mapping) else None
+            own = data.get(OWN_MODEL_TYPE)
+            return ModelConfig.from_json(own) if isinstance(own, Mapping) else None
     if kind not in FAMILIES:
         raise HalflapError(
             f"{file} has model_type {kind!r}; allowed are {', '.join((*FAMILIES, OWN_MODEL_TYPE))}: "

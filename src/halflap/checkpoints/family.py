@@ -66,7 +66,8 @@ def pick(data: Json, default: Any, *keys: str) -> Any:
         listed = ", ".join(f"{key}={value!r}" for key, value in present.items())
         raise HalflapError(f"config.json says one thing twice and differently ({listed}): keep the right one")
     if values and isinstance(default, bool) and not isinstance(values[0], bool):
-        raise HalflapError(f"config.json has {next(iter(present))}={values[0]!r}; allowed are true and false: correct it")
+        key = next(iter(present))
+        raise HalflapError(f"config.json has {key}={values[0]!r}; allowed are true and false: correct it")
     return values[0] if values else default
 
 

@@ -31,6 +31,8 @@ def chat(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
 
     try:
         talk = Conversation(recipe, opened, prompts, write)
+        if opened.remark:
+            write(f"({opened.remark})\n")
         if not prompts.has_template:
             write("(no chat template: turns are written as plain text of User and Assistant)\n")
         if sys.stdin is not None and sys.stdin.isatty():

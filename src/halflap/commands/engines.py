@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError, RecipeError
 from halflap.inference.engine import Engine
 from halflap.inference.generate import require_positions
+from halflap.inference.memory import Budget
 from halflap.inference.requests import EngineSettings
 from halflap.models.config import ModelConfig
 from halflap.models.count import cache_bytes
@@ -31,6 +33,7 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer
     config: ModelConfig
     max_context: int
+    remark: str | None
 
 
 class Plan(NamedTuple):
@@ -43,6 +46,8 @@ class Plan(NamedTuple):
     device: torch.device
     dtype: str
     prefix_cache: int
+    remark: str | None
+    """What a user did not ask for and should know."""
 
 
 def plan_engine(path: str | Path, decoding: Decoding, common: Common, replicas: int = 1) -> Plan:
@@ -58,13 +63,34 @@ def plan_engine(path: str | Path, decoding: Decoding, common: Common, replicas: 
     dtype = choose_dtype(common.dtype, device)
     one = cache_bytes(config, context, kv_bits=32 if device.type == "cpu" and dtype != "bfloat16" else 16)
     beside = {f"a reply of {context:,} tokens": one, "the prefix cache": prefix}
+    keeping = [config]
     if Path(decoding.speculate).is_dir():
         other = find_directory(decoding.speculate)
         guesser = read_config(other)
         packed = read_quantization(other, guesser)
         beside["the model that guesses"] = weight_bytes(guesser, packed, 4 if dtype == "float32" else 2)
+        keeping.append(guesser)
+    context, remark = _context_within(decoding, keeping, dtype, context)
     check_memory(config, dtype, device, beside, read_quantization(directory, config), replicas=replicas)
-    return Plan(directory, config, tokenizer, context, device, dtype, prefix)
+    return Plan(directory, config, tokenizer, context, device, dtype, prefix, remark)
+
+
+def _context_within(
+    decoding: Decoding, configs: Sequence[ModelConfig], dtype: str, context: int
+) -> tuple[int, str | None]:
+    """The context that --cache-memory has room for, and what there is to say about it."""
+    if decoding.cache_memory is None:
+        return context, None
+    narrow = dtype != "float32"  # `auto` is the stored type of a model on a GPU
+    budget = Budget(configs, torch.bfloat16 if narrow else torch.float32, int(decoding.cache_memory.value))
+    longest = budget.longest(context)
+    if longest == context:
+        return context, None
+    need = f"a context of {context:,} tokens takes {budget.row(context):,} bytes of cache and --cache-memory is "
+    need += f"{budget.bytes:,}"
+    if decoding.max_context is not None or longest < 2:
+        raise HalflapError(f"{need}: give more memory, or a --max-context of at most {longest:,}")
+    return longest, f"{need}, so a prompt and its reply may have {longest:,} tokens together"
 
 
 def open_engine(path: str | Path, decoding: Decoding, common: Common) -> Opened:
@@ -79,7 +105,7 @@ def open_engine(path: str | Path, decoding: Decoding, common: Common) -> Opened:
         speculate=_guesser(decoding.speculate, plan.tokenizer, plan.dtype, common),
     )
     model = load_model(plan.directory, plan.dtype, plan.device)
-    return Opened(Engine(model, plan.tokenizer, settings), plan.tokenizer, plan.config, plan.max_context)
+    return Opened(Engine(model, plan.tokenizer, settings), plan.tokenizer, plan.config, plan.max_context, plan.remark)
 
 
 def _prefix_bytes(value: str) -> int:

@@ -22,6 +22,7 @@ from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError, RecipeError
 from halflap.inference.front import vllm
 from halflap.inference.front.replica import Launch
+from halflap.processes import python_command
 from halflap.recipe import settings_of, to_yaml
 
 LATER = 60.0  # seconds more than the front's that a replica may take, so that the front's limit is the one that counts
@@ -76,14 +77,9 @@ def _ours(recipe: ServeRecipe, folder: Path) -> Fleet:
         changed |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if len(devices) > 1:
             changed["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-        words = (*_python(), "-m", "halflap", "serve", "--config", str(file))
+        words = (*python_command(), "-m", "halflap", "serve", "--config", str(file))
         launches.append(Launch(f"replica {number}", words, socket, changed))
     return Fleet(launches, plan.max_context, (CHAT, COMPLETIONS, SCORE))
-
-
-def _python() -> tuple[str, ...]:
-    """This Python, which imports from the current folder only if this process does."""
-    return (sys.executable,) if {"", os.getcwd()} & set(sys.path) else (sys.executable, "-P")
 
 
 def _vllm(recipe: ServeRecipe, folder: Path, *, dry: bool = False) -> Fleet:

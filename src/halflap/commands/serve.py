@@ -47,6 +47,8 @@ def _serve(recipe: ServeRecipe, opened: Opened, listener: socket.socket, keys: t
     url = address_of(listener)
 
     def ready() -> None:
+        if opened.remark:
+            _say(opened.remark)
         if not prompts.has_template:
             _say("the tokenizer has no chat template; conversations are written as plain turns of User and Assistant")
         _say_ready(settings.name, url)

@@ -65,7 +65,8 @@ def verify(
     if different:
         raise CheckFailed(
             f"{len(different)} of the student's tensors (first {different[0]}) are not what its plan makes of the "
-            "teacher, so its weights were trained or changed after pruning; verify it as cut (`compress` keeps pruned/)",
+            "teacher, so its weights were trained or changed after pruning; verify it as cut (`compress` keeps "
+            "pruned/)",
             {"passed": False, "tensors_identical": False, "different_tensors": different, "plan": plan.digest}
             | {"teacher": teacher.digest, "student": student.digest},
         )

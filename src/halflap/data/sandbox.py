@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from halflap.data import chat
 from halflap.errors import HalflapError
+from halflap.processes import python_command
 
 SECONDS = 5.0
 MEMORY = 1 << 30  # bytes of address space, the interpreter's own included
@@ -34,7 +35,10 @@ class TemplateWorker:
 
     def render(self, template: str, messages: Sequence[chat.Message], **variables: object) -> str:
         """The text of a conversation; everything given must be plain JSON values. Raises HalflapError."""
-        question = json.dumps({"template": template, "messages": list(messages), "variables": variables})
+        try:
+            question = json.dumps({"template": template, "messages": list(messages), "variables": variables})
+        except RecursionError:
+            raise HalflapError("the conversation is nested too deep (in the arguments of a call); flatten it") from None
         with self._lock:
             answer = self._ask(question)
         if answer is None:
@@ -74,7 +78,7 @@ class TemplateWorker:
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
             self._end()
-            command = [sys.executable, "-m", "halflap.data.sandbox", str(self._memory)]
+            command = [*python_command(), "-m", "halflap.data.sandbox", str(self._memory)]
             pipe = subprocess.PIPE
             # A session of its own: Ctrl-C on the terminal is not meant for it.
             self._process = subprocess.Popen(

@@ -32,6 +32,10 @@ SPLIT = (
 )
 
 
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A tokenizer as data: the text of `tokenizer.json`, `tokenizer_config.json` as a dict, and the chat template."""
@@ -85,7 +89,13 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = True) -> list[list[int]]:
         """`encode` of many texts on all cores. Text of unknown origin is encoded with `parse_special=False`."""
         backend = self._parsing if parse_special else self._literal
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:  # from half a surrogate pair, which is what Python makes of bytes that are no UTF-8
+            wrong = next((text for text in texts if not _is_unicode(text)), None)
+            if wrong is None:
+                raise
+            raise HalflapError(f"the text {wrong[:40]!r} is not valid UTF-8: correct it") from None
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD, ids past the vocabulary are skipped."""

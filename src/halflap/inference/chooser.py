@@ -57,8 +57,8 @@ class Chooser:
             self._counts = torch.zeros(vocab_size, device=device)
         if params.logit_bias:
             self._bias = torch.zeros(vocab_size, device=device)
-            for token, bias in params.logit_bias.items():
-                self._bias[token] = bias
+            tokens = torch.tensor(list(params.logit_bias), device=device)
+            self._bias[tokens] = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
 
     @property
     def adjusts(self) -> bool:

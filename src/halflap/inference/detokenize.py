@@ -7,6 +7,7 @@ together with a few tokens before it and the difference is taken. The concatenat
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Protocol
 
@@ -32,6 +33,7 @@ class TextStream:
         self, tokenizer: Decodes, prompt: Sequence[int] = (), stop: Sequence[str] = (), special: bool = False
     ) -> None:
         self._tokenizer, self._stop, self._special = tokenizer, tuple(stop), special
+        self._begun = [0] * len(stop)  # characters of each stop string that the text ends in
         self._ids = list(prompt[-CONTEXT:])
         certain, pending = self._decode()
         self._certain = len(certain)  # characters of the decoded window already taken over
@@ -55,7 +57,7 @@ class TextStream:
         self.begin = len(self._text) + (len(fresh) - len(own) if own else 0)
         self._take(fresh)
         self._certain = max(self._certain, len(certain))
-        if not pending and len(self._ids) > WINDOW:
+        if len(self._ids) > (2 * WINDOW if pending else WINDOW):
             self._ids = self._ids[-CONTEXT:]
             self._certain = len(self._decode()[0])
         return self._show(self._held_back())
@@ -85,6 +87,7 @@ class TextStream:
     def _take(self, piece: str) -> None:
         before = len(self._text)
         self._text += piece
+        self._begun = [_begun(stop, count, piece) for stop, count in zip(self._stop, self._begun, strict=True)]
         starts = [self._text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop]
         if found := [start for start in starts if start >= 0]:
             self.stopped = True
@@ -92,16 +95,36 @@ class TextStream:
 
     def _held_back(self) -> int:
         """Length of the longest tail that begins a stop string."""
-        if self.stopped:
-            return 0
-        lengths = (k for stop in self._stop for k in range(len(stop) - 1, 0, -1) if self._text.endswith(stop[:k]))
-        return max(lengths, default=0)
+        return 0 if self.stopped else max(self._begun, default=0)
 
     def _show(self, held: int) -> str:
         end = len(self._text) - held
         piece = self._text[self._shown : end]
         self._shown = max(self._shown, end)
         return piece
+
+
+def _begun(stop: str, count: int, piece: str) -> int:
+    """Characters of `stop` that a text ends in which ended in `count` of them before `piece` (Knuth, Morris, Pratt)."""
+    back = _failures(stop)
+    for letter in piece:
+        while count and (count == len(stop) or stop[count] != letter):
+            count = back[count - 1]
+        count += stop[count] == letter
+    return count
+
+
+@lru_cache(maxsize=256)
+def _failures(stop: str) -> list[int]:
+    """Of each beginning of `stop`, the length of its longest shorter end that begins `stop`, too."""
+    found = [0] * len(stop)
+    count = 0
+    for place in range(1, len(stop)):
+        while count and stop[count] != stop[place]:
+            count = found[count - 1]
+        count += stop[count] == stop[place]
+        found[place] = count
+    return found
 
 
 def offsets(tokenizer: Decodes, ids: Sequence[int], text: str) -> list[int]:

@@ -53,7 +53,7 @@ class Engine:
         self._arrived: deque[tuple[Stream, GrammarMatcher | None]] = deque()
         self._closing = False
         self._free = self.settings.max_batch
-        self._rate: deque[tuple[float, int]] = deque()
+        self._recent: tuple[tuple[float, int], ...] = ()  # when, and the new tokens until then
         self._stats = self._counted()
         self._thread = threading.Thread(target=self._run, name="halflap-engine", daemon=True)
         self._thread.start()
@@ -115,7 +115,10 @@ class Engine:
         new_tokens, preempted, guessed, right (guesses that came true) since the start; tokens_per_second (new ones,
         over the last seconds); prefix_cache (requests, hits, hit_tokens, bytes, ...; None when off).
         """
-        return dict(self._stats)
+        now = time.monotonic()
+        recent = [(then, count) for then, count in self._recent if then >= now - SPAN]
+        rate = (recent[-1][1] - recent[0][1]) / (now - recent[0][0]) if len(recent) > 1 else 0.0
+        return self._stats | {"tokens_per_second": rate}
 
     def close(self) -> None:
         """Stop; what runs ends with "cancelled"."""
@@ -152,12 +155,9 @@ class Engine:
 
     def _counted(self) -> dict[str, Any]:
         now, stats = time.monotonic(), self._scheduler.stats()
-        self._rate.append((now, stats["new_tokens"]))
-        while len(self._rate) > 2 and self._rate[1][0] < now - SPAN:
-            self._rate.popleft()
-        (since, before), (until, after) = self._rate[0], self._rate[-1]
-        rate = (after - before) / (until - since) if until > since else 0.0
-        return {**stats, "tokens_per_second": rate, "time": now}
+        kept = (sample for sample in self._recent if sample[0] >= now - SPAN)
+        self._recent = (*kept, (now, stats["new_tokens"]))
+        return {**stats, "time": now}
 
     def _wake(self) -> None:
         with self._changed:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from halflap.data.tokenizer import Tokenizer
 
 WORD = 32  # tokens in a word of a mask
+MOST_SYMBOLS = 20_000  # of a compiled grammar: some 4,000 properties, which take a second; time grows with the square
 
 
 class Grammars:
@@ -37,6 +38,7 @@ class Grammars:
                 "a reply's grammar needs a tokenizer with an end token, and the model has none; use its own tokenizer"
             )
         self._library: Any = llguidance
+        self._limits = llguidance.LLParserLimits(max_grammar_size=MOST_SYMBOLS, verbose_errors=False)
         self._vocab_size = vocab_size
         try:
             self._tokenizer = llguidance.LLTokenizer(tokenizer.content, n_vocab=vocab_size, eos_token=ends)
@@ -48,7 +50,7 @@ class Grammars:
     def matcher(self, grammar: Grammar) -> GrammarMatcher:
         """At the grammar's start. Raises HalflapError for one that cannot be read."""
         try:
-            matcher = self._library.LLMatcher(self._tokenizer, self._compiled(grammar))
+            matcher = self._library.LLMatcher(self._tokenizer, self._compiled(grammar), limits=self._limits)
         except ValueError as error:
             raise _unreadable(grammar, str(error)) from None
         if matcher.is_error():

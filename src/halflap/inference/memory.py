@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -24,6 +25,13 @@ class Budget:
             cache_bytes(config, tokens, kv_bits=self._bits, ssm_bits=self._wide, conv_bits=self._bits)
             for config in self.configs
         )
+
+    def longest(self, tokens: int) -> int:
+        """The longest sequence that fits, of at most so many tokens; 0 when none does."""
+        return tokens if self.fits([(1, tokens)]) else bisect(range(1, tokens), False, key=self._too_long)
+
+    def _too_long(self, tokens: int) -> bool:
+        return not self.fits([(1, tokens)])
 
     def kinds(self, lengths: Sequence[int]) -> dict[str, int]:
         """Bytes that sequences of these lengths need of the model itself, by what they hold."""

@@ -7,6 +7,7 @@ there, which is what ran out on a CPU, to a file of the temporary folder.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from halflap.inference.replies import Reply
 from halflap.models.cache import Cache, fields, mapped, parts
+
+LOG = logging.getLogger(__name__)
 
 
 class Parked:
@@ -35,6 +38,18 @@ class Parked:
         """It is no longer needed."""
 
 
+def _written(tensors: list[Tensor]) -> Path | None:
+    """A file of its own with them; None when the disk has no room."""
+    with tempfile.NamedTemporaryFile(prefix="halflap-", suffix=".state", delete=False) as file:
+        try:
+            torch.save(tensors, file)
+        except (OSError, RuntimeError):  # the writer of PyTorch's archives says it by a RuntimeError
+            LOG.warning("%s could not be written; a reply put aside stays in memory", file.name)
+            Path(file.name).unlink(missing_ok=True)
+            return None
+    return Path(file.name)
+
+
 class SwappedOut(Parked):
     """The same, elsewhere."""
 
@@ -45,10 +60,8 @@ class SwappedOut(Parked):
         self._tensors: list[Tensor] = []
         self._file: Path | None = None
         if self._device.type == "cpu":
-            with tempfile.NamedTemporaryFile(prefix="halflap-", suffix=".state", delete=False) as file:
-                torch.save(tensors, file)
-            self._file = Path(file.name)
-        else:
+            self._file = _written(tensors)
+        if self._file is None:
             self._tensors = [tensor.cpu() for tensor in tensors]
         hollow = [mapped(state, lambda _, tensor: tensor.new_empty(0)) for state in cache.blocks]
         super().__init__(reply, dataclasses.replace(cache, blocks=hollow))

@@ -15,6 +15,7 @@ from halflap.errors import HalflapError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 GrammarKind = Literal["json_schema", "regex", "lark"]
+COLDEST = 1e-5  # temperatures below it take the likeliest token, and logits over them would overflow
 MOST_LOGPROBS = 100
 MOST_CHOICES = 1024
 
@@ -44,7 +45,7 @@ class SamplingParams:
         checks = (
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
             ("top_k", self.top_k, self.top_k >= 0, "a whole number of at least 0 (0 keeps every token)"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps every token)"),
+            ("top_p", self.top_p, 0 <= self.top_p <= 1, "0 to 1 (1 keeps every token, 0 the likeliest)"),
             ("min_p", self.min_p, 0 <= self.min_p < 1, "at least 0 and below 1 (0 keeps every token)"),
             ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 changes nothing)"),
             *(
@@ -66,7 +67,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < COLDEST
 
 
 def require_number(name: str, value: object, *, whole: bool) -> None:

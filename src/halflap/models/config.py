@@ -360,8 +360,9 @@ def _construct(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _require_whole(kind: type, field: dataclasses.Field[Any], value: Any) -> None:
-    optional = value is None and "None" in field.type
-    if field.type in ("int", "int | None") and not optional and (isinstance(value, bool) or not isinstance(value, int)):
+    if field.type not in ("int", "int | None") or (value is None and field.type == "int | None"):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
         raise HalflapError(f"{kind.__name__}.{field.name} is {value!r}; it must be a whole number: correct the config")
 
 

@@ -128,8 +128,8 @@ def with_parameters(config: ModelConfig, target: int) -> ModelConfig:
         if abs(count_parameters(best) / target - 1) <= WITHIN:
             return best
     raise HalflapError(
-        f"the model {config.pattern()} comes to {count_parameters(best):,} parameters at best, more than 0.5 % from the "
-        f"{target:,} of the others; change its other widths or its repeat"
+        f"the model {config.pattern()} comes to {count_parameters(best):,} parameters at best, more than 0.5 % from "
+        f"the {target:,} of the others; change its other widths or its repeat"
     )
 
 

@@ -23,6 +23,19 @@ def stream(ids: list[int], prompt: list[int] | None = None, stop: tuple[str, ...
     return [*pieces, text.finish()], text
 
 
+def test_the_window_stays_short_where_no_character_ends() -> None:
+    seen: list[int] = []
+
+    class Watched(Bytes):
+        def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+            seen.append(len(ids := list(ids)))
+            return super().decode(ids)
+
+    text = TextStream(Watched())
+    shown = "".join(text.push(0xE6) for _ in range(1000)) + text.finish()
+    assert shown == "\ufffd" * 1000 and max(seen) < 200
+
+
 @settings(max_examples=100)
 @given(text=st.text(max_size=120), prompt=st.text(max_size=20))
 def test_pieces_add_up(text: str, prompt: str) -> None:
@@ -39,7 +52,7 @@ def test_offsets_are_where_a_token_s_character_begins(text: str) -> None:
 
 
 @settings(max_examples=100)
-@given(ids=st.lists(st.integers(0, 256), max_size=150))
+@given(ids=st.lists(st.integers(0, 256) | st.just(0xE6), max_size=400))
 def test_bytes_that_are_no_text_add_up_too(ids: list[int]) -> None:
     pieces, result = stream(ids)
     assert "".join(pieces) == result.text == Bytes().decode(ids)

@@ -137,7 +137,7 @@ def test_an_empty_prompt_starts_from_the_beginning_token(tokenizer: Tokenizer) -
         ([[1.5]], {}, "prompt 0"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"temperature": -1.0}, "temperature is -1"),
-        ([[1]], {"top_p": 0.0}, "top_p is 0"),
+        ([[1]], {"top_p": -0.1}, "top_p is -0.1"),
         ([[1]], {"stop": ["x"]}, "stop strings need a tokenizer"),
         ([[1]], {"stop": [5]}, "a stop string is 5"),
         ([[1]], {"stop": 5}, "a stop string is 5"),

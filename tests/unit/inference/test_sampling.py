@@ -21,6 +21,7 @@ def logits_of(probabilities: list[float]) -> torch.Tensor:
         ({}, [0, 1, 2, 3]),
         ({"top_k": 2}, [0, 2]),
         ({"top_k": 9}, [0, 1, 2, 3]),
+        ({"top_p": 0.0}, [0]),
         ({"top_p": 0.45}, [0]),
         ({"top_p": 0.55}, [0, 2]),
         ({"top_p": 1e-9}, [0]),

@@ -92,7 +92,7 @@ class Front(Gate):
 
     async def relay(self, request: Request) -> Response:
         """The reply of one of the replicas. Raises ApiError and HungUp."""
-        path, raw = request.url.path, await self.raw_body(request)
+        path, raw = request.scope["path"], await self.raw_body(request)
         amend = self._amend
         asked = await run_in_threadpool(read, raw, None if amend is None else lambda body: amend(path, body))
         self.check_model(asked.model if asked.model is None else str(asked.model))

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import NoReturn
 import httpx2
 
 from halflap.errors import HalflapError
+from halflap.processes import python_command
 
 STARTING, WATCHING = 0.2, 5.0  # seconds between looks at a replica that is not ready yet, and at one that is
 HUNG = 60.0  # seconds without an answer, after which it is started again
@@ -113,7 +113,7 @@ async def _life(replica: Replica, say: Say) -> int:
     replica.last_words.clear()
     changed = {**os.environ, **launch.environment}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "halflap.inference.front.tether", str(os.getpid()), *launch.command),
+        *(*python_command(), "-m", "halflap.inference.front.tether", str(os.getpid()), *launch.command),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

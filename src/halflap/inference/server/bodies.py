@@ -6,7 +6,7 @@ Names and meanings are those of OpenAI's API. Unknown names are refused; those t
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,7 +41,7 @@ class SamplingBody(Body):
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Choices; 1 when not given.")
     temperature: float | None = Field(None, ge=0, le=100, description="0 takes the likeliest token; 1 when not given.")
-    top_p: float | None = Field(None, gt=0, le=1, description="1 when not given.")
+    top_p: float | None = Field(None, ge=0, le=1, description="1 when not given.")
     top_k: int | None = Field(
         None, ge=0, lt=2**31, description="0, the default, keeps every token. Ours, not OpenAI's."
     )
@@ -71,7 +71,7 @@ class CompletionBody(SamplingBody):
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP, description="How many of the likeliest tokens to report.")
     echo: bool | None = Field(None, description="Begin the text with the prompt; `logprobs` then covers it, too.")
     best_of: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Only the same as `n`.")
-    suffix: None = Field(None, description="Not supported: only null.")
+    suffix: Literal[""] | None = Field(None, description="Not supported: only null and nothing.")
 
 
 class ScoreBody(Body):

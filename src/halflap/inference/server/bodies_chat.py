@@ -20,27 +20,44 @@ class TextPart(Body):
     text: Text
 
 
+class RefusalPart(Body):
+    type: Literal["refusal"]
+    refusal: Text
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
 class CalledFunction(Body):
     name: Name
     arguments: str = Field(description="JSON of an object.")
+    parsed_arguments: Any = Field(None, description="Accepted, as clients add it to what they send back.")
 
 
 class ToolCallBody(Body):
     id: str
     type: Literal["function"]
     function: CalledFunction
+    index: int | None = Field(None, description="Accepted, as pieces of a stream bring it along.")
+
+    def plain(self) -> dict[str, Any]:
+        """As templates know it: the arguments are an object."""
+        function = {"name": self.function.name, "arguments": _object(self.function.arguments)}
+        return {"id": self.id, "type": self.type, "function": function}
 
 
 class MessageBody(Body):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | list[TextPart | RefusalPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCallBody] | None = None
     tool_call_id: str | None = None
     refusal: str | None = Field(None, description="Accepted, as replies of other servers bring it along.")
     annotations: list[Any] | None = Field(None, description="Accepted, likewise.")
+    parsed: Any = Field(None, description="Accepted, as clients add it to what they send back.")
     audio: None = None
     function_call: None = None
 
@@ -58,10 +75,7 @@ class MessageBody(Body):
         found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         found |= {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
         if self.tool_calls:
-            calls = [(call.model_dump(), _object(call.function.arguments)) for call in self.tool_calls]
-            found["tool_calls"] = [
-                {**call, "function": {**call["function"], "arguments": arguments}} for call, arguments in calls
-            ]
+            found["tool_calls"] = [call.plain() for call in self.tool_calls]
         return found
 
 
@@ -100,7 +114,7 @@ class PlainFormat(Body):
 class SchemaBody(Body):
     name: Name
     description: str | None = None
-    schema_: Schema = Field(alias="schema")
+    schema_: Schema = Field(default_factory=lambda: {"type": "object"}, alias="schema")
     strict: bool | None = None
 
 

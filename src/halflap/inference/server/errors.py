@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,12 +70,18 @@ class HungUp(Exception):
 def invalid(error: ValidationError) -> ApiError:
     """What pydantic found, as one sentence about the field that tells most."""
     found = error.errors(include_url=False, include_context=False)
-    # A field of several types fails once for each: a wrong word, a name too much, then what is deepest says most.
-    first = min(found, key=lambda e: (_TELLING.get(e["type"], 2), -len(e["loc"])))
+    # A field of several types fails once for each: a wrong word, a name too much, then the type that was missed least,
+    # and of that what is deepest and furthest, say most.
+    missed = Counter(_type_of(e["loc"]) for e in found) | {(): 0}
+    first = min(
+        found,
+        key=lambda e: (_TELLING.get(e["type"], 2), missed[_type_of(e["loc"])], -len(e["loc"]), *_furthest(e["loc"])),
+    )
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON ({_said(first)}); send one JSON object", code="invalid_json")
     place = _place(first["loc"])
     if first["type"] == "extra_forbidden":
+        place = _place(first["loc"][:-1], str(first["loc"][-1]))
         message = f"unrecognized request argument: {place}; remove it"
         return ApiError(400, message, param=place, code="unknown_parameter")
     if first["type"] == "missing":
@@ -91,14 +98,29 @@ def _said(error: Any) -> str:
     return " ".join(text.split())
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
-    """messages[0].content; what pydantic calls the members of unions, no names of fields, is left out."""
+def _type_of(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The place up to the first of what pydantic calls the members of unions; nothing where there is none."""
+    ends = (end for end, part in enumerate(loc, 1) if isinstance(part, str) and not _is_field(part))
+    return loc[: next(ends, 0)]
+
+
+def _furthest(loc: tuple[int | str, ...]) -> tuple[int, ...]:
+    return tuple(-part for part in loc if isinstance(part, int))
+
+
+def _is_field(part: str) -> bool:
+    return part.isidentifier() and part not in _TYPE_NAMES and not part[0].isupper()
+
+
+def _place(loc: tuple[int | str, ...], name: str = "") -> str:
+    """messages[0].content; what pydantic calls the members of unions, no names of fields, is left out. `name`: of a
+    field that there should not be, whatever it is called."""
     text = ""
     if loc[:1] == ("response_format",):  # its members are called by their `type`
         loc = loc[:1] + loc[2:]
     for part in loc:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part.isidentifier() and part not in _TYPE_NAMES and not part[0].isupper():
+        elif _is_field(part):
             text += f".{part}" if text else part
-    return text
+    return f"{text}.{name}" if text and name else text + name

@@ -39,7 +39,7 @@ class Gate:
         self._active = 0
         self._over = False
         self._limits: set[asyncio.Timeout] = set()
-        self._keys = [key.encode() for key in settings.keys]
+        self._keys = [key.strip().encode() for key in settings.keys]
 
     def guarded(self, path: str, endpoint: Endpoint) -> Endpoint:
         """The endpoint behind the key, its errors as error objects, counted."""

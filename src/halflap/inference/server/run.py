@@ -42,9 +42,14 @@ class Server(uvicorn.Server):
             h11_max_incomplete_event_size=64 << 10,
         )
         super().__init__(config)
-        self._gate = gate
+        self._gate, self._hurried = gate, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the grace, a second ends it, a third drops every connection."""
+        if self._gate.stopping and not self._hurried:
+            self._hurried = True
+            asyncio.get_running_loop().call_soon_threadsafe(self._gate.end)
+            return
         self._gate.stopping = True
         super().handle_exit(sig, frame)
 

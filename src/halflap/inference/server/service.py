@@ -79,7 +79,7 @@ class Service(Gate):
             self.leave()
             self.metrics.whole.observe(time.monotonic() - began)
             if asked.stream:
-                self.count(request.url.path, status)
+                self.count(request.scope["path"], status)
 
         events = self._events(asked, streams, replies, began)
         if asked.stream:

@@ -74,7 +74,7 @@ async def _refused(request: Request, error: HTTPException) -> Response:
     status = error.status_code if error.status_code in TYPES else 400
     if status == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        message = f"{request.url.path} has no {request.method}; allowed are {allowed}: use one of them"
+        message = f"{request.scope['path']} has no {request.method}; allowed are {allowed}: use one of them"
     else:
-        message = f"there is no {request.url.path[:100]!r}; /openapi.json lists what there is"
+        message = f"there is no {request.scope['path'][:100]!r}; /openapi.json lists what there is"
     return ApiError(status, message, code="not_found" if status == 404 else None, headers=error.headers).response()

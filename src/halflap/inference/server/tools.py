@@ -50,16 +50,32 @@ def format_of(template: str) -> ToolFormat:
 
 def call_schema(tools: Sequence[Mapping[str, Any]]) -> str:
     """The JSON schema of a call to one of the functions, `{"name", "parameters"}` each."""
+    places = [f"#/$defs/{tool['name']}" for tool in tools]
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": tool["name"]}, "arguments": tool.get("parameters") or {"type": "object"}},
+            "properties": {"name": {"const": tool["name"]}, "arguments": {"$ref": place}},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for tool in tools
+        for tool, place in zip(tools, places, strict=True)
     ]
-    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
+    parameters = [_moved(tool.get("parameters") or {"type": "object"}, place) for tool, place in zip(tools, places)]
+    schemas = {tool["name"]: schema for tool, schema in zip(tools, parameters)}
+    return json.dumps((calls[0] if len(calls) == 1 else {"anyOf": calls}) | {"$defs": schemas})
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references into itself hold where it is part of another, at `place`."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(part, place) for key, part in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = place + reference[1:]
+    return moved
 
 
 class ToolParser:
@@ -126,13 +142,19 @@ def parse_calls(text: str, names: Collection[str]) -> list[ToolCall]:
     """The calls that a text of JSON asks for, one object, a list or several; none unless all are of known functions."""
     calls = []
     for item in _values(text):
-        if not isinstance(item, dict) or item.get("name") not in names:
+        name = item.get("name") if isinstance(item, dict) else None
+        if not isinstance(name, str) or name not in names:
             return []
         arguments = item.get("arguments", item.get("parameters", {}))
         if isinstance(arguments, str):  # some models write the JSON as text
-            calls.append(ToolCall(item["name"], arguments))
+            calls.append(ToolCall(name, arguments))
+        elif isinstance(arguments, dict):
+            try:
+                calls.append(ToolCall(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)))
+            except (ValueError, RecursionError):  # NaN, or nested too deep
+                return []
         else:
-            calls.append(ToolCall(item["name"], json.dumps(arguments, ensure_ascii=False)))
+            return []
     return calls
 
 

@@ -84,6 +84,38 @@ def test_json_forms(client: Any) -> None:
     assert response.status_code == 400 and "json_schema" in response.json()["error"]["message"]
 
 
+def test_a_schema_that_would_take_long_to_compile_is_refused(client: Any) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(6000)}}
+    form = {"type": "json_schema", "json_schema": {"name": "k", "schema": schema}}
+    response = client.post("/v1/chat/completions", json={"messages": HELLO, "response_format": form})
+    assert response.status_code == 400 and "too big" in response.json()["error"]["message"]
+
+
+def test_a_form_without_a_schema_is_any_object(client: Any) -> None:
+    pytest.importorskip("llguidance")
+    body = {"response_format": {"type": "json_schema", "json_schema": {"name": "k"}}, "max_tokens": 5}
+    assert post(client, **body)["choices"][0]["message"]["content"].startswith("{")
+
+
+def test_references_inside_a_tool_s_parameters_hold(client: Any) -> None:
+    pytest.importorskip("llguidance")
+    inner = {"type": "object", "properties": {"b": {"enum": ["x", "y"]}}, "required": ["b"]}
+    inner["additionalProperties"] = False
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/Inner"}},
+        "required": ["a"],
+        "additionalProperties": False,
+        "$defs": {"Inner": inner},
+    }
+    tools = [ADD, {"type": "function", "function": {"name": "nest", "parameters": parameters}}]
+    choice = {"type": "function", "function": {"name": "nest"}}
+    (call,) = post(client, tools=tools, tool_choice=choice, seed=2)["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["a"]["b"] in ("x", "y")
+    assert post(client, tools=tools, tool_choice="required", seed=2)["choices"][0]["message"]["tool_calls"]
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_a_call_that_is_required_comes(client: Any, events: Any, choice: Any) -> None:
     pytest.importorskip("llguidance")
@@ -105,6 +137,19 @@ def test_marks_that_are_special_tokens_leave_bare_calls(make_service: Any, token
     assert make_service().prompts.tool_format is HERMES
     special = dataclasses.replace(tokenizer, content=tokenizer.content.replace('"<pad>"', '"<tool_call>"'))
     assert make_service(tokenizer=special).prompts.tool_format is WHOLE
+
+
+def test_what_clients_add_to_replies_may_come_back(client: Any) -> None:
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    plain = {"id": "call_1", "type": "function", "function": function}
+    added = plain | {"index": 0, "function": function | {"parsed_arguments": {"a": 1}}}
+    counts = []
+    for call, more in ((plain, {}), (added, {"parsed": None, "refusal": None})):
+        messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]} | more]
+        counts.append(post(client, messages, tools=[ADD], max_tokens=4)["usage"]["prompt_tokens"])
+    assert counts[0] == counts[1]
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    assert post(client, [*HELLO, refusal, *HELLO], max_tokens=4)["choices"]
 
 
 def test_answers_of_tools_go_through_the_template(client: Any) -> None:

@@ -108,6 +108,22 @@ def test_a_wrong_value_of_a_chat_is_named_as_it_was_written(client: Any, field: 
     assert client.post("/v1/chat/completions", json=spoken).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({"Temperature": 0.5}, "Temperature"),
+        ({"max-tokens": 5}, "max-tokens"),
+        ({"str": 5}, "str"),
+        ({"prompt": [5, -1]}, "prompt[1]"),
+        ({"prompt": [[5], "a"]}, "prompt[1]"),
+        ({"prompt": {"a": 1}}, "prompt"),
+    ],
+)
+def test_what_is_wrong_is_named(client: Any, body: dict[str, Any], place: str) -> None:
+    error = refused(client.post(PATH, json=BODY | body), 400)
+    assert error["param"] == place and place in error["message"]
+
+
 def test_paths_methods_and_types(client: Any) -> None:
     refused(client.get("/v2/nothing"), 404)
     assert "POST" in refused(client.get(PATH), 405)["message"]
