@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import threading
 import time
 import urllib.request
@@ -138,6 +139,28 @@ def test_a_context_beyond_the_positions_is_refused(halflap: Cli, directory: Path
     (tmp_path / "llama" / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
     result = halflap("serve", tmp_path / "llama", "--port", "0", "--max-context", "1000000")
     assert result.status == 1 and "--max-context needs 1000000 positions" in result.err
+
+
+def test_the_context_is_what_the_cache_memory_holds(
+    halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else every reply without a length of its own would be refused."""
+    pattern = r"takes [\d,]+ bytes of cache and --cache-memory is 65,536, so a prompt and its reply may have [\d,]+ tokens"
+    typed(monkeypatch, "the cat")
+    words = ("chat", directory, "--cache-memory", "64KiB", "--max-new-tokens", "9999")
+    result = halflap(*words, "--json")
+    assert result.json["turns"] == 1 and re.search(pattern, result.err), result.err
+    asked = halflap(*words, "--max-context", "100000")
+    assert asked.status == 1 and "give more memory, or a --max-context of at most" in asked.err
+    assert "at most 0" in halflap("chat", directory, "--cache-memory", "1KiB").err
+
+
+def test_a_line_that_is_no_text_leaves_the_conversation(
+    halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed(monkeypatch, "a\udcff", "the cat")
+    result = halflap("chat", directory, "--max-new-tokens", "3", "--json")
+    assert "is not valid UTF-8: correct it" in result.err and result.json["turns"] == 1
 
 
 def test_a_model_that_does_not_fit_is_refused_with_numbers() -> None:
