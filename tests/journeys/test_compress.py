@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,30 @@ def test_sizes_need_no_search(halflap: Callable[..., Any], place: Path, scored: 
     assert len(result["pattern"]) == 5 and result["verified"]
     alone = ("prune", place / "nemotron-h-tiny", "--sizes.drop-blocks", 1, 4, "--out", tmp_path / "alone", "--json")
     assert halflap(*alone).json["pattern"] == "MM*M-"
+
+
+def test_what_contradicts_is_refused_before_any_work(
+    halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(place / "nemotron-h-tiny", teacher)
+    assert halflap("prune", teacher, "--sizes.drop-blocks", 3, "--out", tmp_path / "pruned").status == 0
+    generation = json.loads((tmp_path / "pruned" / "checkpoint" / "generation_config.json").read_text())
+    assert generation["use_cache"] is False  # stock transformers has no cache for a model without attention
+    for more in (("--importance", scored), ("--space.hidden-size", 64), ("--norm-correction", "none")):
+        outcome = halflap("prune", teacher, "--plan", tmp_path / "pruned", *more, "--out", tmp_path / "again")
+        assert outcome.status == 2 and "which it has settled" in outcome.err
+    outcome = halflap("prune", teacher, "--importance", scored, "--throughput", 0, "--out", tmp_path / "again")
+    assert outcome.status == 2 and "a budget is above 0" in outcome.err
+    words = ("compress", teacher, "--data", place / "text.jsonl", "--tokens", "1K", "--params", "60%")
+    outcome = halflap(*words, "--importance", scored, "--teacher-correction", "1K", "--out", tmp_path / "all")
+    assert outcome.status == 2 and "teacher_correction trains it first" in outcome.err
+    model = HybridModel(TEACHERS["nemotron-h-tiny"])
+    initialize(model, 1)
+    save_model(model, teacher, tokenizer_from=place / "tokenizer", dtype="bfloat16")
+    words = ("distill", tmp_path / "pruned", "--data", place / "text.jsonl", "--tokens", "1K", *FIT)
+    outcome = halflap(*words, "--out", tmp_path / "distilled")
+    assert outcome.status == 1 and "has changed since" in outcome.err
 
 
 def test_distill_goes_on_from_the_lineage(

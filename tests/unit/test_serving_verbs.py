@@ -145,7 +145,9 @@ def test_the_context_is_what_the_cache_memory_holds(
     halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else every reply without a length of its own would be refused."""
-    pattern = r"takes [\d,]+ bytes of cache and --cache-memory is 65,536, so a prompt and its reply may have [\d,]+ tokens"
+    pattern = (
+        r"takes [\d,]+ bytes of cache and --cache-memory is 65,536, so a prompt and its reply may have [\d,]+ tokens"
+    )
     typed(monkeypatch, "the cat")
     words = ("chat", directory, "--cache-memory", "64KiB", "--max-new-tokens", "9999")
     result = halflap(*words, "--json")

@@ -32,6 +32,7 @@ from halflap.checkpoints.config import (
     find_directory,
     not_stock_because,
     read_config,
+    read_json,
     read_lineage,
     read_quantization,
     uses_own_names,
@@ -310,9 +311,18 @@ def write_checkpoint(
         if "generation_config.json" not in small and not (directory / "generation_config.json").exists():
             write_json(directory / "generation_config.json", _special_ids(config))
         for name, content in small.items():
+            if name == CARD:  # the last
+                _forbid_cache(directory)
             with atomic_write(directory / name) as file:
                 file.write(content.encode() if isinstance(content, str) else content)
     return Checkpoint.open(directory, packed=True)
+
+
+def _forbid_cache(directory: Path) -> None:
+    """Where config.json says use_cache false, which stock `generate` does not read, generation_config.json says it."""
+    file = directory / "generation_config.json"
+    if not read_json(directory / "config.json").get("use_cache", True) and file.exists():
+        write_json(file, read_json(file) | {"use_cache": False})
 
 
 def _special_ids(config: ModelConfig) -> dict[str, Any]:

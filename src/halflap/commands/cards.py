@@ -10,12 +10,12 @@ from halflap.checkpoints.card import CARD, license_of, model_card
 from halflap.checkpoints.config import find_directory, read_config, read_json, read_lineage
 from halflap.commands.show_compress import sizes_text
 from halflap.compress import elastic
-from halflap.compress.plan import PruningPlan
+from halflap.compress.plan import PLAN, PruningPlan
 from halflap.files import atomic_write
 from halflap.models.count import count_parameters
 from halflap.report.shapes import size_rows
 
-PLAN, CERTIFICATE = "pruning_plan.json", "certificate.json"
+CERTIFICATE = "certificate.json"
 
 
 def write_card(

@@ -15,7 +15,7 @@ import torch
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_json
 from halflap.commands import arms, chain, elastic, scoring, searching, students, sweep, teaching, timing
-from halflap.commands.cards import CERTIFICATE, PLAN, write_card
+from halflap.commands.cards import CERTIFICATE, write_card
 from halflap.commands.config_compress import (
     CompressRecipe,
     DistillRecipe,
@@ -33,8 +33,9 @@ from halflap.commands.students import Teacher, has_ceiling, open_teacher
 from halflap.commands.teaching import Origin, Tutor
 from halflap.compress.axes import Sizes, check_sizes, largest_sizes
 from halflap.compress.cost_table import CostTable
+from halflap.compress.costs import BUDGETS
 from halflap.compress.importance import Importance
-from halflap.compress.plan import PruningPlan
+from halflap.compress.plan import PLAN, PruningPlan, plan_file
 from halflap.compress.ranking import plan_for
 from halflap.errors import CheckFailed, HalflapError, RecipeError
 from halflap.models.count import count_non_embedding_parameters, count_parameters
@@ -105,7 +106,7 @@ def prune(recipe: PruneRecipe, run: Run) -> dict[str, Any]:
     directory = find_directory(recipe.model)
     teacher = open_teacher(directory, recipe.common)
     plan, remark, seconds = _plan_to_prune(recipe, teacher, run.path)
-    searched = None if recipe.plan is None else sweep.blocks_beside(Path(recipe.plan))
+    searched = None if recipe.plan is None else sweep.blocks_beside(plan_file(recipe.plan))
     if searched is None:
         certificate = students.prune(run.checkpoint_dir, teacher, plan)
     else:
@@ -149,6 +150,8 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
     """Train a student on its teacher's outputs."""
     directory = find_directory(recipe.student)
     teacher = open_teacher(students.teacher_of(directory, recipe.teacher), recipe.common, recipe.text.data)
+    if recipe.teacher is None:
+        students.check_unchanged(directory, teacher)
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus", recipe.eval_data)
     phases = plan_of(recipe.loss_settings.phases, recipe.fit, len(corpora.train), mesh.world_size())
     loader = training_loader(
@@ -188,6 +191,11 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
     if recipe.importance is not None and recipe.score_settings != ScoreSettings():
         raise RecipeError(
             "importance is a file, so nothing is measured, and settings of measuring were given; leave out one of both"
+        )
+    if recipe.importance is not None and recipe.loss_settings.teacher_correction:
+        raise RecipeError(
+            "importance is a file, which was measured on the teacher as it is, and teacher_correction trains it first; "
+            "leave out one of both"
         )
     chain.check_steps(recipe)
     teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
@@ -278,6 +286,9 @@ def _origin(student: Path, teacher: Teacher) -> Origin | None:
 
 
 def _require_target(budgets: Budgets, sizes: Sizes) -> None:
+    for name in BUDGETS:
+        if (amount := getattr(budgets, name)) is not None and not amount.value > 0:
+            raise RecipeError(f"{name} is {amount}, and a budget is above 0: correct --{name.replace('_', '-')}")
     if not has_ceiling(budgets) and sizes == Sizes():
         raise RecipeError(
             "nothing says how small the student shall be; give a budget (--params 50%, --memory 4GiB, ...) or sizes "
@@ -296,6 +307,11 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[
         if has_ceiling(recipe.budgets) or sizes != Sizes():
             raise RecipeError(
                 "a plan and a budget or sizes were given; the plan says what is kept: leave out the others"
+            )
+        others = (recipe.importance, recipe.space, recipe.norm_correction)
+        if others != (PruneRecipe.importance, PruneRecipe.space, PruneRecipe.norm_correction):
+            raise RecipeError(
+                "a plan was given, and importance, space or norm_correction, which it has settled: leave out the others"
             )
         plan = PruningPlan.load(recipe.plan)
         plan.check_teacher(teacher.digest)

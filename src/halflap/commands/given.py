@@ -14,7 +14,7 @@ from halflap.commands.teaching import Tutor
 from halflap.compress.axes import Sizes
 from halflap.compress.cost_table import CostTable
 from halflap.compress.costs import Budget
-from halflap.compress.importance import Importance
+from halflap.compress.importance import Importance, by_contribution
 from halflap.compress.library import Library, Variant, library_of
 from halflap.compress.plan import PruningPlan
 from halflap.compress.ranking import plan_for, plan_of_variants
@@ -62,8 +62,14 @@ class Given:
         return plan_for(self.importance, teacher.digest, teacher.config, sizes, self.recipe.norm_correction)
 
     def plan_of_variants(self, variants: tuple[Variant, ...]) -> PruningPlan:
-        teacher = self.teacher
-        return plan_of_variants(self.importance, teacher.digest, teacher.config, variants, self.recipe.norm_correction)
+        """Neurons are ranked by what they add to the stream (Bercovich et al. 2024), the rest as measured."""
+        teacher, importance = self.teacher, self._contributions
+        plan = plan_of_variants(importance, teacher.digest, teacher.config, variants, self.recipe.norm_correction)
+        return dataclasses.replace(plan, importance=self.importance.digest)
+
+    @functools.cached_property
+    def _contributions(self) -> Importance:
+        return by_contribution(self.importance, self.teacher.checkpoint.read_plain)
 
 
 def with_dropped(sizes: Sizes, fixed: Sizes) -> Sizes:

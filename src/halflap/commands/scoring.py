@@ -89,7 +89,8 @@ def calibration(loader: Loader, tokens: int) -> list[Batch]:
 
 def shortage(found: Importance, loader: Loader, tokens: int) -> str | None:
     """Says how much calibration text there was, if that is less than was asked for."""
-    if not found.tokens or sum(loader.rows) * loader.sequence_length >= tokens:
+    whole = round(tokens / loader.sequence_length) >= sum(loader.rows)  # no row was left
+    if not found.tokens or found.tokens >= tokens or not whole:
         return None
     return f"{tokens:,} tokens of calibration text were asked for, and there were {found.tokens:,}: all were read"
 

@@ -20,14 +20,14 @@ from torch import Tensor
 from halflap.checkpoints.checkpoint import Checkpoint, float_dtype, load_model, write_checkpoint
 from halflap.checkpoints.config import Lineage, find_directory, lineage_step, read_json, read_lineage
 from halflap.checkpoints.streamed import StreamedModel
-from halflap.commands.cards import CERTIFICATE, PLAN, write_card
+from halflap.commands.cards import CERTIFICATE, write_card
 from halflap.commands.corpora import Corpora, tokenizer_place
 from halflap.commands.device import choose_device
 from halflap.commands.sections import Budgets
 from halflap.compress.cost_table import CostTable
 from halflap.compress.costs import BUDGETS, Budget, costs
 from halflap.compress.local import trained_tensors
-from halflap.compress.plan import PruningPlan
+from halflap.compress.plan import PLAN, PruningPlan
 from halflap.compress.prune import apply_plan
 from halflap.compress.verify import verify
 from halflap.data.batch import Batch
@@ -108,6 +108,16 @@ def teacher_of(student: Path, given: str | None) -> Path:
         return find_directory(named[-1])
     where = f"{named[-1]!r}, where its lineage says it was, is not there" if named else "its lineage names none"
     raise HalflapError(f"the teacher of {str(student)!r} cannot be found: {where}; name it with --teacher")
+
+
+def check_unchanged(student: Path, teacher: Teacher) -> None:
+    """Raise HalflapError when the teacher that a student's lineage names is not what it was at the cut."""
+    named = [step for step in read_lineage(student) if "teacher_path" in step]
+    if named and (before := named[-1]["inputs"].get("teacher")) not in (None, teacher.digest):
+        raise HalflapError(
+            f"the teacher in {str(teacher.checkpoint.path)!r} has changed since {str(student)!r} was cut from it "
+            f"({before[:12]}, now {teacher.digest[:12]}); if it is the right one, name it with --teacher"
+        )
 
 
 def has_ceiling(budgets: Budgets) -> bool:

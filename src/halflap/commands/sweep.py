@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halflap.amounts import Unit, parse_amount
+from halflap.checkpoints.config import read_json
 from halflap.commands.sections import Budgets
 from halflap.commands.students import BLOCKS
 from halflap.compress.costs import BUDGETS
@@ -52,10 +53,25 @@ def place_of(directory: Path, value: str) -> Path:
 
 
 def blocks_beside(search: Path) -> Path | None:
-    """The run in which the blocks of a search.json were trained, itself or the sweep it belongs to; None without."""
+    """The run in which the blocks of a search.json were trained, itself or the sweep it belongs to; None without.
+
+    Raises HalflapError when the search trained some and they are not there.
+    """
     place = search.resolve().parent
     sweep = [place.parents[1]] if place.parent.name == SWEEP else []
-    return next((run for run in (place, *sweep) if (run / BLOCKS).is_dir()), None)
+    found = next((run for run in (place, *sweep) if (run / BLOCKS).is_dir()), None)
+    if found is None and _trained_blocks(search):
+        raise HalflapError(
+            f"the blocks that {str(search)!r} trained are not beside it, in {BLOCKS}/; prune it where it was written, "
+            "or move that directory as a whole"
+        )
+    return found
+
+
+def _trained_blocks(search: Path) -> bool:
+    data = read_json(search)
+    settings = (data.get("made_from") or {}).get("settings") or {}
+    return bool(settings.get("block_tokens"))
 
 
 def combined(budget: str, found: Mapping[str, SearchResult], directory: Path) -> dict[str, Any]:

@@ -170,7 +170,21 @@ def check_sizes(config: ModelConfig, sizes: Sizes) -> None:
             )
     for block in set(config.blocks):
         target_counts(block, sizes)
+        _check_heads(block, sizes)
     _check_depth(config, sizes)
+
+
+def _check_heads(block: BlockConfig, sizes: Sizes) -> None:
+    """Fewer key/value heads leave fewer query heads; a number above those that are left would not be had."""
+    attention, wanted, kept = block.attention, sizes.num_attention_heads, sizes.num_key_value_heads
+    if attention is None or wanted is None or kept is None or wanted >= attention.num_attention_heads:
+        return
+    left = min(kept, attention.num_key_value_heads) * attention.queries_per_key_value_head
+    if wanted > left:
+        raise HalflapError(
+            f"sizes.num_attention_heads is {wanted}, and {kept} key/value heads leave {left}: choose at most {left}, "
+            "or more key/value heads"
+        )
 
 
 def counts_by_type(sizes: Sizes) -> dict[str, int]:

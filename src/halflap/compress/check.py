@@ -25,18 +25,26 @@ def check_scores(importance: Importance, config: ModelConfig) -> None:
     read = {"taylor": "gradients", "weight_norm": "weights"}.get(importance.metric, "activations")
     last = importance.metric == "weight_norm"  # hidden channels belong to all blocks
     for name, value in sorted(scores.items(), key=lambda item: (last and item[0].endswith(".norm"), block_of(item[0]))):
-        place = f"the {WORDS[short_name(name)]} of block {block_of(name)} ({config.pattern()[block_of(name) or 0]})"
+        index = block_of(name) or 0
+        place = f"the {WORDS[short_name(name)]} of block {index} ({config.pattern()[index]})"
         if not bool(value.isfinite().all()):
-            raise HalflapError(
-                f"{read} of {place} are NaN or infinite, so nothing can be ranked; check the checkpoint with "
-                "`halflap evaluate`"
-            )
+            _check_depth(importance, index)  # what came into the block was it already
+            raise _broken(f"{read} of {place} are NaN or infinite, so nothing can be ranked")
         if not bool(value.any()):
             warnings.warn(f"{read} of {place} are all 0, so which of them to cut is arbitrary", stacklevel=2)
-    for name, value in importance.depth.items():
+    _check_depth(importance, len(config.blocks))
+    for name, value in (*importance.energy.items(), *importance.mean.items()):
         if not bool(value.isfinite().all()):
+            raise _broken(f"what the norm {name} puts out is NaN or infinite, so nothing can be ranked")
+
+
+def _check_depth(importance: Importance, end: int) -> None:
+    """Raise HalflapError on a block before `end` whose own score is NaN or infinite."""
+    for name, value in importance.depth.items():
+        if not bool(value[:end].isfinite().all()):
             index = int(value.isfinite().int().argmin())
-            raise HalflapError(
-                f"what block {index} puts out is NaN or infinite by {name}, so blocks cannot be ranked; check the "
-                "checkpoint with `halflap evaluate`"
-            )
+            raise _broken(f"what block {index} puts out is NaN or infinite by {name}, so blocks cannot be ranked")
+
+
+def _broken(what: str) -> HalflapError:
+    return HalflapError(f"{what}; check the checkpoint with `halflap evaluate`")

@@ -135,7 +135,7 @@ class CostTable:
                 rows[condition] = {Stack.from_json(row): tuple(row["seconds"]) for row in part["rows"]}
                 if part["fit"] is not None:
                     models[condition] = CostModel(**part["fit"])
-            return CostTable(data["machine"], ModelConfig.from_json(data["model"]), rows, models)
+            return CostTable(dict(data["machine"]), ModelConfig.from_json(data["model"]), rows, models)
         except FileNotFoundError:
             raise HalflapError(
                 f"cost table {str(path)!r} does not exist; make it with `halflap bench --blocks`"

@@ -10,14 +10,16 @@ of its channels: (D,) or (G, H/G, P), say. `mean` holds means of the same, of La
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from halflap.compress.kinds import block_counts
@@ -149,3 +151,17 @@ SCORES: dict[type, dict[str, tuple[str, ...]]] = {
     Mamba2Config: {"inner": ("group", "head", "channel"), "state": ("group", "state")},
     HybridConfig: {"inner": ("kv", "query", "value_channel"), "state": ("state",)},
 }
+
+
+def by_contribution(importance: Importance, read: Callable[[str], Tensor]) -> Importance:
+    """With each neuron's activation times the norm of its column of down_proj: the size of what it adds to the stream.
+
+    `read` gives a parameter of the teacher by name. Scores that are no activations stay as they are.
+    """
+    widths = dict(importance.widths)
+    for name, scores in importance.widths.items():
+        if importance.metric == "activation" and name.endswith(".neuron"):
+            weight = read(name.replace(".neuron", ".mixer.down_proj.weight"))
+            norms = torch.linalg.vector_norm(weight.float(), dim=0)
+            widths[name] = scores * norms.to(scores.device, scores.dtype)
+    return dataclasses.replace(importance, widths=widths)

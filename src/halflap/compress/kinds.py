@@ -179,6 +179,10 @@ class Change:
         shared: other blocks read its keys and values, or it reads theirs; heads: its key/value heads that are kept.
         """
         own = block.attention
+        if self.pool < 1:
+            raise HalflapError(
+                f"block {index} cannot have {self.pool} key/value heads averaged into one: choose 1 or more"
+            )
         if self.linear and (shared or self.pool > 1 or not isinstance(block, AttentionConfig | MLPConfig)):
             raise HalflapError(
                 f"block {index} ({block.kind}) cannot become linear; it must be attention that shares with no block "

@@ -26,6 +26,7 @@ from halflap.models.config import ModelConfig
 from halflap.models.layout import Axis, layout
 from halflap.models.sharing import keep_blocks as left_blocks
 
+PLAN = "pruning_plan.json"  # beside a student
 FORMAT = "halflap-pruning-plan-1"
 
 Row = tuple[int, ...]
@@ -161,6 +162,8 @@ class PruningPlan:
                 f"{FORMAT!r}); give the pruning_plan.json of a student"
             )
         try:
+            if not isinstance(data["teacher"], str):
+                raise TypeError(f"teacher is {data['teacher']!r}")
             plan = PruningPlan(
                 teacher=data["teacher"],
                 teacher_config=ModelConfig.from_json(data["teacher_config"]),
@@ -172,7 +175,9 @@ class PruningPlan:
                 changes={int(index): Change(**change) for index, change in data.get("changes", {}).items()},
             )
             agrees = plan.student == ModelConfig.from_json(data["student"]) and _lists_of(plan.scales) == data["scales"]
-        except (KeyError, TypeError, AttributeError) as error:
+        except HalflapError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise HalflapError(f"the pruning plan is incomplete or damaged ({error!r}); make it again") from error
         if not agrees:
             raise HalflapError(
@@ -188,7 +193,7 @@ class PruningPlan:
     def load(path: str | Path) -> PruningPlan:
         """The plan in a pruning_plan.json, or of the best candidate in a search.json."""
         try:
-            data = json.loads(Path(path).read_text("utf-8"))
+            data = json.loads(plan_file(path).read_text("utf-8"))
         except FileNotFoundError:
             raise HalflapError(
                 f"pruning plan {str(path)!r} does not exist; give the path of a pruning_plan.json"
@@ -201,6 +206,13 @@ class PruningPlan:
             found = ", ".join(row["path"] for row in data["sweep"]["values"])
             raise HalflapError(f"{str(path)!r} holds the best of several budgets; give one of them: {found}")
         return PruningPlan.from_json(data["plan"] if isinstance(data.get("plan"), Mapping) else data)
+
+
+def plan_file(path: str | Path) -> Path:
+    """The file itself, or of a directory the search or plan in it."""
+    path = Path(path)
+    inside = [path / place for place in ("search.json", PLAN, f"pruned/{PLAN}", f"checkpoint/{PLAN}")]
+    return next((file for file in inside if file.exists()), path / PLAN) if path.is_dir() else path
 
 
 def kept_indices(axis: Axis, keep: Mapping[str, Kept], parents: int = 1) -> Any:

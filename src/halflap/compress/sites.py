@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,7 +44,8 @@ class Site(NamedTuple):
 
     name      of the score; `blocks.i.norm` is row i of `hidden`, `blocks.i.state.B` and `.C` make `blocks.i.state`
     source    a value of `Scoring`; empty where there is no choice
-    channels  of the module's input or output; the transform, if any, keeps their number
+    channels  of the module's input or output
+    transform of these and the runs (B, T) that number a row's documents, if it has several; keeps their number
     """
 
     name: str
@@ -51,7 +53,7 @@ class Site(NamedTuple):
     module: nn.Module
     is_output: bool
     channels: slice = ALL
-    transform: Callable[[Tensor], Tensor] | None = None
+    transform: Callable[[Tensor, Tensor | None], Tensor] | None = None
 
     @property
     def key(self) -> str:
@@ -115,9 +117,11 @@ def _projected_mamba2(inner: Mamba2Inner, projection: nn.Module, prefix: str, st
         yield Site(f"{prefix}.state.{name}", "", projection, True, where, partial(_convolved, inner, rows))
 
 
-def _convolved(inner: Mamba2Inner, rows: slice, a: Tensor) -> Tensor:
-    conv = inner.conv1d
-    return F.silu(causal_conv(a, conv.weight[rows, 0], None if conv.bias is None else conv.bias[rows]))
+def _convolved(inner: Mamba2Inner, rows: slice, a: Tensor, runs: Tensor | None) -> Tensor:
+    """In float32 or wider, as the model convolves."""
+    conv, wide = inner.conv1d, torch.promote_types(a.dtype, torch.float32)
+    bias = None if conv.bias is None else conv.bias[rows].to(wide)
+    return F.silu(causal_conv(a.to(wide), conv.weight[rows, 0].to(wide), bias, runs=runs))
 
 
 def _mamba1(mixer: Mamba1Mixer, prefix: str) -> Iterator[Site]:

@@ -44,6 +44,11 @@ def _same(a: Tensor) -> Tensor:
     return a
 
 
+def _as_it_is(a: Tensor, runs: Tensor | None) -> Tensor:
+    del runs
+    return a
+
+
 # What is summed over time, and what a row's value is of that sum and the row's length, by `Scoring.sequence`.
 SEQUENCES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "mean": ("abs", lambda total, count: total / count),
@@ -94,6 +99,7 @@ class Watch:
         self.columns: dict[str, Tensor] = {}  # squared norms of the columns of projections, for FLAP
         self.batch: Batch | None = None
         self.masks: dict[int, Tensor | None] = {}
+        self.runs: Tensor | None = None
         self.counts = torch.zeros(0)
 
     # ---- what is watched
@@ -127,8 +133,8 @@ class Watch:
         block = self.config.blocks[block_of(site.name) or 0]
         asked = {source_of(block, site.name, scoring) for scoring in self.scorings}
         if site.source in asked:
-            transform = site.transform or _same
-            yield site.hook(lambda a: self.score(site.key, transform(a[..., site.channels])))
+            transform = site.transform or _as_it_is
+            yield site.hook(lambda a: self.score(site.key, transform(a[..., site.channels], self.runs)))
         if site.source == "o" and "flap" in asked:
             weight: Any = site.module.weight
             self.columns[site.name] = weight.detach().double().square().sum(0)
@@ -155,7 +161,8 @@ class Watch:
     def begin(self, batch: Batch) -> None:
         """What runs from here on is this batch; padding (segment 0) counts nowhere."""
         full = torch.full((len(batch.tokens),), batch.tokens.shape[1], device=batch.tokens.device)
-        self.batch, self.masks = batch, {}
+        self.batch, self.masks, segments = batch, {}, batch.segments
+        self.runs = None if segments is None else self.model.context_of(batch.tokens, segments).runs
         self.counts = full if batch.segments is None else (batch.segments > 0).sum(1)
 
     def count(self) -> None:
