@@ -116,7 +116,7 @@ class Scheduler:
     def _new_speculator(self) -> Speculator | None:
         guesser = self.settings.speculate
         if isinstance(guesser, HybridModel):
-            return Draft(guesser, self.model.config, self.settings.prefill_chunk)
+            return Draft(guesser, self.model.config, self.settings.prefill_chunk, self.budget)
         return Lookup() if guesser == "lookup" else None
 
     # ---- ends

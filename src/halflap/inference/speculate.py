@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halflap.errors import HalflapError
 from halflap.inference.chooser import choose_rows
+from halflap.inference.memory import Budget
 from halflap.inference.replies import Reply
 from halflap.models import slots
 from halflap.models.cache import Cache
@@ -90,16 +91,20 @@ class _Index:
 
 
 class Draft:
-    """A smaller model with the same tokenizer writes ahead."""
+    """A smaller model with the same tokenizer writes ahead.
 
-    def __init__(self, model: HybridModel, config: ModelConfig, prefill_chunk: int) -> None:
+    Its rows are all as long as the longest; where they and as many of the model's would not fit the budget, the longest
+    replies go without guesses.
+    """
+
+    def __init__(self, model: HybridModel, config: ModelConfig, prefill_chunk: int, budget: Budget) -> None:
         if model.config.vocab_size != config.vocab_size:
             raise HalflapError(
                 f"the draft model has {model.config.vocab_size} tokens and the model {config.vocab_size}; both must "
                 "share one tokenizer: use a draft of the same family of checkpoints"
             )
         self._model, self._decode, self._chunk = model, Decoder(model), prefill_chunk
-        self._dtype, self._device = model.dtype, model.device
+        self._dtype, self._device, self._budget = model.dtype, model.device, budget
         self._cache = slots.empty(model.config, model.dtype, model.device)
         self._rows: list[Reply] = []  # those of the cache
         self._read: list[int] = []  # tokens of each in it
@@ -127,9 +132,14 @@ class Draft:
             slots.resize(self._cache, 0, 0)
 
     def guess(self, wanted: Mapping[Reply, int]) -> dict[Reply, list[int]]:
-        for reply in wanted:
-            if reply not in self._rows:
+        ahead = max(wanted.values())
+        while self._rows and not self._fit(self._rows, ahead):
+            self.remove(max(self._rows, key=lambda reply: reply.length))
+        for reply in sorted(wanted, key=lambda reply: reply.length):
+            if reply not in self._rows and self._fit([*self._rows, reply], ahead):
                 self._begin(reply)
+        if not self._rows:
+            return {}
         started, most = time.perf_counter(), [wanted.get(reply, 0) for reply in self._rows]
         logits = self._catch_up(max(most))
         guesses: list[list[int]] = [[] for _ in self._rows]
@@ -144,6 +154,10 @@ class Draft:
                 guesses[row].append(token)
         self._seconds.add((time.perf_counter() - started) / max(most))
         return dict(zip(self._rows, guesses, strict=True))
+
+    def _fit(self, replies: Sequence[Reply], ahead: int) -> bool:
+        longest = max(reply.length for reply in replies) + ahead
+        return self._budget.fits([(len(replies), longest + slots.GROW)])
 
     def cost(self) -> float:
         return self._seconds.value or 0.0

@@ -9,9 +9,10 @@ import torch
 
 from halflap.errors import HalflapError
 from halflap.inference.chooser import Chooser, choose_rows
+from halflap.inference.memory import Budget
 from halflap.inference.requests import EngineSettings, Piece, Request, SamplingParams
 from halflap.inference.scheduler import Scheduler
-from halflap.inference.speculate import Pace
+from halflap.inference.speculate import Draft, Pace
 from halflap.inference.stream import Stream
 from halflap.models.model import HybridModel
 
@@ -86,6 +87,25 @@ def test_a_draft_that_is_put_aside_and_comes_back(make: Callable[..., HybridMode
                 scheduler._put_aside()
         scheduler.step()
     assert [[token.id for token in piece.tokens] for stream in streams for piece in stream.result()] == expected
+
+
+def test_a_draft_keeps_within_the_memory(make: Callable[..., HybridModel]) -> None:
+    """Its rows are as long as the longest, so one long prompt among short ones would take many times the budget."""
+    model = make("llama")
+    requests = [Request(tuple(5 + i % 7 for i in range(400)), 8), *(Request((5, 6 + i), 30) for i in range(6))]
+    expected, _ = replies(model, requests, None)
+    memory = 2 * Budget([model.config, model.config], model.dtype, None).row(800)
+    scheduler = Scheduler(model, None, EngineSettings(max_batch=8, speculate=model, memory=memory))
+    scheduler.pace.reach = lambda seconds, acceptance, most, cost: min(3, most)  # type: ignore[method-assign]
+    streams, most = [Stream(request) for request in requests], 0
+    for stream in streams:
+        scheduler.add(stream)
+    while scheduler.busy:
+        scheduler.step()
+        assert isinstance(scheduler.speculator, Draft)
+        most = max(most, scheduler.speculator._cache.nbytes() + scheduler.slots.nbytes())
+    assert [[token.id for token in piece.tokens] for stream in streams for piece in stream.result()] == expected
+    assert most <= memory and scheduler.counts["guessed"] > 0
 
 
 def test_guesses_follow_the_distribution() -> None:
