@@ -103,21 +103,26 @@ def teacher_of(student: Path, given: str | None) -> Path:
     """The teacher's directory: the given one, or the one that the student's lineage names, if it is still there."""
     if given is not None:
         return find_directory(given)
-    named = [step["teacher_path"] for step in read_lineage(student) if "teacher_path" in step]
-    if named and Path(named[-1]).is_dir():
-        return find_directory(named[-1])
-    where = f"{named[-1]!r}, where its lineage says it was, is not there" if named else "its lineage names none"
+    cut = _cut_of(student)
+    if cut is not None and Path(cut["teacher_path"]).is_dir():
+        return find_directory(cut["teacher_path"])
+    where = f"{cut['teacher_path']!r}, where its lineage says it was, is not there" if cut else "its lineage names none"
     raise HalflapError(f"the teacher of {str(student)!r} cannot be found: {where}; name it with --teacher")
 
 
 def check_unchanged(student: Path, teacher: Teacher) -> None:
     """Raise HalflapError when the teacher that a student's lineage names is not what it was at the cut."""
-    named = [step for step in read_lineage(student) if "teacher_path" in step]
-    if named and (before := named[-1]["inputs"].get("teacher")) not in (None, teacher.digest):
+    cut = _cut_of(student)
+    if cut is not None and (before := cut["inputs"].get("teacher")) not in (None, teacher.digest):
         raise HalflapError(
             f"the teacher in {str(teacher.checkpoint.path)!r} has changed since {str(student)!r} was cut from it "
             f"({before[:12]}, now {teacher.digest[:12]}); if it is the right one, name it with --teacher"
         )
+
+
+def _cut_of(student: Path) -> dict[str, Any] | None:
+    """The last step of a student's lineage that cut it from a teacher."""
+    return next((step for step in reversed(read_lineage(student)) if "teacher_path" in step), None)
 
 
 def has_ceiling(budgets: Budgets) -> bool:

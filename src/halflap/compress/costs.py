@@ -84,6 +84,23 @@ class Budget:
         name = self.binding_time if cost == "latency" else cost
         return f"{'lower' if name == 'throughput' else 'raise'} --{name.replace('_', '-')}"
 
+    def unmet_together(self, limits: Mapping[str, float], smallest: Mapping[str, float | None], what: str) -> str:
+        """Each limit can be met, but not all; smallest: what each cost can be under the others, None where it cannot.
+
+        what: may be smaller, so that they can.
+        """
+        parts = [
+            f"with the others kept, the smallest has {self.say(name, value)}"
+            for name, value in smallest.items()
+            if value is not None
+        ]
+        asked = " and ".join(self.say(name, limit) for name, limit in limits.items())
+        mend = " or ".join(map(self.flag, limits))
+        return (
+            f"budgets of {asked} cannot be met together: {'; '.join(parts) or 'no two of them can'}; {mend}, or allow "
+            f"smaller {what} with --space.max-width-cut or --space.max-depth-cut"
+        )
+
     def say(self, cost: str, value: float) -> str:
         """An amount of a cost as people say it."""
         if cost != "latency":

@@ -150,19 +150,11 @@ class Programme:
             raise HalflapError(self._together())
 
     def _together(self) -> str:
-        """Each budget can be met, but not all: what each could be under the others."""
-        parts = []
+        smallest = {}
         for name in self.limits:
             others = self._budgets({other: limit for other, limit in self.limits.items() if other != name})
-            smallest = self._smallest(name, others)
-            if smallest is not None:
-                parts.append(f"with the others kept, the smallest has {self.budget.say(name, smallest)}")
-        names = " and ".join(self.budget.say(name, limit) for name, limit in self.limits.items())
-        return (
-            f"budgets of {names} cannot be met together: {'; '.join(parts) or 'no two of them can'}; "
-            f"{' or '.join(map(self.budget.flag, self.limits))}, or allow smaller blocks with --space.max-width-cut or "
-            "--space.max-depth-cut"
-        )
+            smallest[name] = self._smallest(name, others)
+        return self.budget.unmet_together(self.limits, smallest, "blocks")
 
 
 def student_of(teacher: ModelConfig, variants: Sequence[Variant]) -> ModelConfig:

@@ -158,15 +158,14 @@ def _together(teacher: ModelConfig, space: SearchSpace, grid: SizeLists) -> np.n
     at = dict(zip(grid, np.meshgrid(*grid.values(), indexing="ij", sparse=True), strict=True))
     found = np.ones([len(values) for values in grid.values()], bool)
     found &= go_together(at)
-    if {*ATTENTION_HEADS} <= at.keys():  # what is left of query heads is the whole of them, however many there were
-        wanted, heads = at["num_attention_heads"], [b.attention for b in teacher.blocks if b.attention is not None]
-        most = max(attention.queries_per_key_value_head for attention in heads)
-        found &= (wanted <= most * at["num_key_value_heads"]) | (wanted >= max(a.num_attention_heads for a in heads))
-    if {*ATTENTION_HEADS} <= at.keys() and heads_divide_hidden(teacher) and not space.hidden_size:
-        each = max(block.attention.queries_per_key_value_head for block in teacher.blocks if block.attention)
-        heads = np.minimum(at["num_attention_heads"], each * at["num_key_value_heads"])
-        opens = found & (at["hidden_size"] % heads == 0)
-        found = opens if opens.any() else found
+    if {*ATTENTION_HEADS} <= at.keys():
+        attention = [block.attention for block in teacher.blocks if block.attention]
+        wanted, whole = at["num_attention_heads"], max(a.num_attention_heads for a in attention)
+        left = max(a.queries_per_key_value_head for a in attention) * at["num_key_value_heads"]
+        found &= (wanted <= left) | (wanted >= whole)  # the whole of them is what is left, however many there were
+        if heads_divide_hidden(teacher) and not space.hidden_size:
+            opens = found & (at["hidden_size"] % np.minimum(wanted, left) == 0)
+            found = opens if opens.any() else found
     types = [name for name in BLOCK_COUNTS if name in grid]
     if types:
         given = all(getattr(space, name) for name in types)
@@ -231,16 +230,11 @@ def _refuse(
                 f"has {budget.say(name, reachable[place])} ({sizes or 'no axis may be cut'}); {budget.flag(name)}, "
                 f"or allow smaller sizes with --space.max-width-cut, --space.max-depth-cut or lists such as {flags}"
             )
-    parts = []
+    smallest = {}
     for name in ceilings:
         kept = together & np.all([spent[other] <= ceilings[other] for other in ceilings if other != name], axis=0)
-        if kept.any():
-            parts.append(f"with the others kept, the smallest has {budget.say(name, float(spent[name][kept].min()))}")
-    raise HalflapError(
-        f"budgets of {' and '.join(budget.say(name, limit) for name, limit in ceilings.items())} cannot be met "
-        f"together: {'; '.join(parts) or 'no two of them can'}; {' or '.join(map(budget.flag, ceilings))}, or allow "
-        "smaller sizes with --space.max-width-cut or --space.max-depth-cut"
-    )
+        smallest[name] = float(spent[name][kept].min()) if kept.any() else None
+    raise HalflapError(budget.unmet_together(ceilings, smallest, "sizes"))
 
 
 def _not_close(

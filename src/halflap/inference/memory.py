@@ -28,10 +28,7 @@ class Budget:
 
     def longest(self, tokens: int) -> int:
         """The longest sequence that fits, of at most so many tokens; 0 when none does."""
-        return tokens if self.fits([(1, tokens)]) else bisect(range(1, tokens), False, key=self._too_long)
-
-    def _too_long(self, tokens: int) -> bool:
-        return not self.fits([(1, tokens)])
+        return bisect(range(1, tokens + 1), False, key=lambda length: not self.fits([(1, length)]))
 
     def kinds(self, lengths: Sequence[int]) -> dict[str, int]:
         """Bytes that sequences of these lengths need of the model itself, by what they hold."""

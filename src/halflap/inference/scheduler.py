@@ -9,6 +9,7 @@ change no token.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -69,9 +70,15 @@ class Scheduler:
     def one_row(self, tokens: int) -> Cache:
         """A cache of one row, its meta tokens read, with room for so many tokens."""
         cache = Cache.create(self.model.config, 1, tokens, self.model.dtype, self.device)
-        if self.model.meta_tokens is not None:
-            cache.start_from(self.model.meta_state(cache.dtype, self.device))
+        if self._meta_state is not None:
+            cache.start_from(self._meta_state)
         return cache
+
+    @functools.cached_property
+    def _meta_state(self) -> Cache | None:
+        """Asked for once: while a scheduler runs, the weights stay, as what it remembers of prompts needs, too."""
+        with torch.no_grad():  # it is asked for before the first step, too
+            return None if self.model.meta_tokens is None else self.model.meta_state(self.model.dtype, self.device)
 
     def add(self, stream: Stream, matcher: GrammarMatcher | None = None) -> None:
         """Queue a request that `Engine.check` found fit, with its compiled grammar."""

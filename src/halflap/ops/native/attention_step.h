@@ -68,10 +68,10 @@ __attribute__((noinline)) void scores_of_16(const float* queries, int64_t stride
 #pragma GCC unroll 4
             for (int h = 0; h < H; h++) sums[h][i] = splat(0);
         }
-        auto multiply = [&](int64_t d, auto load_key) __attribute__((always_inline)) {
+        auto multiply = [&](int64_t d, int64_t left) __attribute__((always_inline)) {
             vf x[ROWS];
 #pragma GCC unroll 4
-            for (int i = 0; i < ROWS; i++) x[i] = load_key(k[i] + d);
+            for (int i = 0; i < ROWS; i++) x[i] = load_to(k[i] + d, left);
 #pragma GCC unroll 4
             for (int h = 0; h < H; h++) {
                 const vf q = load(queries + h * stride + d);
@@ -81,8 +81,8 @@ __attribute__((noinline)) void scores_of_16(const float* queries, int64_t stride
         };
         int64_t d = 0;
 #pragma GCC unroll 2
-        for (; d + VL <= size; d += VL) multiply(d, [](const T* p) __attribute__((always_inline)) { return load(p); });
-        if (d < size) multiply(d, [&](const T* p) { return load_some(p, (int)(size - d)); });
+        for (; d + VL <= size; d += VL) multiply(d, VL);
+        if (d < size) multiply(d, size - d);
 #pragma GCC unroll 4
         for (int h = 0; h < H; h++)
 #pragma GCC unroll 4
@@ -99,10 +99,10 @@ __attribute__((noinline)) void add_columns(const T* values, int64_t row, int64_t
     for (int h = 0; h < H; h++)
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) sums[h][c] = load(O + h * stride + c * VL) * keep[h];
-    auto add = [&](int64_t j, auto load_value) __attribute__((always_inline)) {
+    auto add = [&](int64_t j, int64_t there) __attribute__((always_inline)) {
         vf x[C];
 #pragma GCC unroll 8
-        for (int c = 0; c < C; c++) x[c] = load_value(values + j * row + c * VL);
+        for (int c = 0; c < C; c++) x[c] = load_to(values + j * row + c * VL, there);
 #pragma GCC unroll 4
         for (int h = 0; h < H; h++) {
             const vf s = splat(S[h * BLOCK + j]);
@@ -111,9 +111,9 @@ __attribute__((noinline)) void add_columns(const T* values, int64_t row, int64_t
         }
     };
     if (left >= VL)
-        for (int64_t j = 0; j < count; j++) add(j, [](const T* p) __attribute__((always_inline)) { return load(p); });
+        for (int64_t j = 0; j < count; j++) add(j, VL);
     else
-        for (int64_t j = 0; j < count; j++) add(j, [&](const T* p) { return load_some(p, (int)left); });
+        for (int64_t j = 0; j < count; j++) add(j, left);
 #pragma GCC unroll 4
     for (int h = 0; h < H; h++)
 #pragma GCC unroll 8
