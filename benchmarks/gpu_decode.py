@@ -73,13 +73,14 @@ def cases() -> Iterator[Case]:
 
         return "mamba2_mix", f"{batch} x {time}{' packed' if packed else ''}", arguments
 
-    def packed_linear(rows: int, bits: int) -> Case:
-        packed, scale = quantized.quantize(normal(4096, 4096), bits, 64)
+    def packed_linear(rows: int, form: str) -> Case:
+        weight, bits, group = normal(4096, 4096), 4 if form == "int4" else 8, 4096 if form == "fp8" else 64
+        packed, scale = quantized.to_e4m3(weight) if form == "fp8" else quantized.quantize(weight, bits, group)
         x = normal(rows, 4096)
         return (
             "quantized_linear",
-            f"{rows} rows, {bits} bits",
-            lambda dtype: ((x.to(dtype), packed, scale, bits, 64), {}),
+            f"{rows} rows, {form}",
+            lambda dtype: ((x.to(dtype), packed, scale, bits, group), {}),
         )
 
     def selective(batch: int) -> Case:
@@ -107,7 +108,7 @@ def cases() -> Iterator[Case]:
         return "conv_silu", f"{batch} x {time}", arguments
 
     yield from (step(1), step(16), mix(1, 2000, False), mix(2, 700, True), selective(1), selective(16))
-    yield from (packed_linear(rows, bits) for rows in (1, 4, 16, 64, 500) for bits in (4, 8))
+    yield from (packed_linear(rows, form) for rows in (1, 4, 16, 64, 500) for form in ("int4", "int8", "fp8"))
     yield convolution(2, 1000)
 
 

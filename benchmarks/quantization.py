@@ -3,7 +3,7 @@
     python benchmarks/quantization.py [--model DIR|FILE.gguf] [--eval-data FILE...] [--tokens 60k] [--quick]
 
 Forms: float32 (the checkpoint's weights), bfloat16 (rounded to it; arithmetic stays float32, so that the weights alone
-differ), int8, and int4 in groups of 32, 64 and 128; then int4 in groups of 32 with nothing kept, or the head too.
+differ), int8, fp8, and int4 in groups of 32, 64 and 128; then int4 in groups of 32 with nothing kept, or the head too.
 Every form is judged on the same windows. `loss_added` is the difference from float32's loss and `kl` the divergence
 from its predictions, both in nats a token. A decode step writes one token of each of 1, 4 and 16 rows behind 256.
 """
@@ -34,6 +34,7 @@ FORMS: dict[str, Quantization | None] = {
     "float32": None,
     "bfloat16": None,
     "int8": Quantization.asked("int8", None),
+    "fp8": Quantization.asked("fp8"),
     "int4, groups of 32": Quantization.asked("int4", 32),
     "int4, groups of 64": Quantization.asked("int4", 64),
     "int4, groups of 128": Quantization.asked("int4", 128),

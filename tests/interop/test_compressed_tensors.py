@@ -19,6 +19,8 @@ FORMS = {
     "int4": Quantization(4, 32, keep=("embedding",)),
     "int4 but the head": Quantization(4, 32, keep=("embedding", "head")),
     "int8": Quantization(8, keep=("embedding",)),
+    "fp8": Quantization.asked("fp8", keep=("embedding",)),
+    "fp8 but the head": Quantization.asked("fp8", keep=("embedding", "head")),
 }
 
 

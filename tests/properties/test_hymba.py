@@ -177,6 +177,24 @@ def test_the_meta_state_is_computed_once_and_shared_by_rows(model: HybridModel) 
     assert other.meta_state(torch.float64, "cpu") is not first
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_the_meta_state_serves_every_later_position_of_every_row(
+    model: HybridModel, dtype: torch.dtype, tolerance: float
+) -> None:
+    """As if the meta tokens went before each row again, in one pass and in steps behind it; the rows all differ."""
+    net = model if dtype == torch.float64 else random_model(tiny(), dtype)
+    tokens = text(3, 3 * WINDOW + META)
+    again = net(tokens)  # without a cache the meta tokens are computed with the row
+    cache = Cache.create(net.config, 3, tokens.shape[1], dtype)
+    cache.start_from(net.meta_state(dtype, "cpu"))
+    parts = tokens.split([WINDOW + 2, *[1] * (tokens.shape[1] - WINDOW - 2)], 1)
+    assert (torch.cat([net(part, cache=cache) for part in parts], 1) - again).abs().max() < tolerance
+    alone = Cache.create(net.config, 1, tokens.shape[1], dtype)
+    alone.start_from(net.meta_state(dtype, "cpu"))
+    assert (net(tokens[1:2], cache=alone) - again[1:2]).abs().max() < tolerance
+
+
 def states_of(cache: Cache) -> list[Tensor]:
     found = []
     for block in cache.blocks[::2]:
@@ -245,16 +263,22 @@ def test_permuted_rows_give_permuted_outputs(model: HybridModel) -> None:
 # ---- fusion and wide values
 
 
+@settings(max_examples=20)
+@given(st.floats(-2, 6), st.sampled_from([0, 2, 8]), st.sampled_from(["attention_norm", "ssm_norm"]))
 @torch.no_grad()
-def test_the_scale_of_a_branch_does_not_matter(model: HybridModel) -> None:
-    mixer = model.blocks[0].mixer
+def test_the_scale_of_a_branch_does_not_matter(model: HybridModel, power: float, block: int, name: str) -> None:
+    """Of a global layer, a windowed one and one that reads another's keys."""
+    mixer, scale = model.blocks[block].mixer, 10.0**power
     x = torch.randn(1, 12, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    context = SequenceContext(torch.arange(12)[None], meta=META)
-    plain = mixer(x, context)
-    for norm in (mixer.attention_norm, mixer.ssm_norm):
-        handle = norm.register_forward_pre_hook(lambda _, args: (args[0] * 50,))
-        assert (mixer(x, context) - plain).abs().max() < 1e-3 * plain.abs().max()  # but for eps
-        handle.remove()
+    norm, inputs = mixer.get_submodule(name), []
+    outputs = []
+    for factor in (1.0, scale):
+        taken = norm.register_forward_pre_hook(lambda _, args, factor=factor: (args[0] * factor,))
+        seen = norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        outputs.append(mixer(x, SequenceContext(torch.arange(12)[None], meta=META)))
+        taken.remove(), seen.remove()
+    smallest = min(float(branch.square().mean(-1).min()) for branch in inputs)  # eps weighs in where a row is small
+    assert (outputs[1] - outputs[0]).abs().max() <= (1e-12 + norm.eps / smallest) * outputs[0].abs().max()
 
 
 @torch.no_grad()

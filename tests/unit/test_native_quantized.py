@@ -25,6 +25,43 @@ def operands(outputs: int, inputs: int, bits: int, group: int, seed: int) -> tup
 @given(
     rows=st.one_of(st.integers(1, 40), st.sampled_from([128, 129, 300])),
     outputs=st.integers(1, 90),
+    words=st.integers(1, 100),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40)
+def test_products_by_floats_of_8_bits_agree(rows: int, outputs: int, words: int, dtype: torch.dtype, seed: int) -> None:
+    """Subnormal weights, and small activations, among them."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, 4 * words, generator=generator) * 10 ** torch.randn(outputs, 1, generator=generator)
+    packed, scale = quantized.to_e4m3(weight * 10 ** (2 * torch.randn(4 * words, generator=generator)))
+    x = (torch.randn(rows, 4 * words, generator=generator) * 10 ** torch.randn(rows, 1, generator=generator)).to(dtype)
+    y = native.linear(x, packed, scale, 8, 4 * words)
+    assert y is not NotImplemented and y.dtype == dtype
+    weight = quantized.dequantize(packed, scale, 8, 4 * words, 4 * words).double()
+    limit = TOLERANCE[dtype] * (x.double().abs() @ weight.abs().T)
+    assert bool(((y.double() - x.double() @ weight.T).abs() <= limit + 1e-12).all())
+
+
+def test_every_float_of_8_bits_is_the_number_that_pytorch_reads() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    every = every[every & 127 < 127].repeat_interleave(2).view(torch.float8_e4m3fn)[None].contiguous()  # no NaN
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    for place in range(every.shape[1]):
+        x = torch.zeros(1, every.shape[1])
+        x[0, place] = 1
+        for count in (1, 5):  # where the numbers are used as they lie, and where they become floats first
+            assert float(native.linear(x.repeat(count, 1), every, one, 8, 508)[-1, 0]) == float(every[0, place])
+
+
+def test_rows_that_are_no_whole_words_are_declined() -> None:
+    packed, scale = quantized.to_e4m3(torch.ones(3, 30))
+    assert native.linear(torch.ones(2, 30), packed, scale, 8, 30) is NotImplemented
+
+
+@given(
+    rows=st.one_of(st.integers(1, 40), st.sampled_from([128, 129, 300])),
+    outputs=st.integers(1, 90),
     inputs=st.integers(1, 400),
     bits=st.sampled_from([4, 8]),
     group=st.sampled_from([32, 64, 128, None]),

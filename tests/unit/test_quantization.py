@@ -18,6 +18,7 @@ from torch import Tensor
 from halflap import load, save
 from halflap.checkpoints.checkpoint import Checkpoint, fill_model, load_model, save_model, write_checkpoint
 from halflap.checkpoints.config import read_config, read_quantization
+from halflap.checkpoints.files import read_header
 from halflap.errors import HalflapError
 from halflap.inference.generate import generate, prefill
 from halflap.inference.requests import EngineSettings, Request
@@ -29,7 +30,7 @@ from halflap.models.model import HybridModel, initialize
 from halflap.models.presets import preset
 from halflap.models.quantization import KEPT_ROWS, Quantization, matrices, slices, split_part, stored, weight_bytes
 from halflap.models.quantized import pack_matrix, pack_tensors, unpack_matrix
-from halflap.ops.quantized import dequantize, levels, pack, quantize, unpack
+from halflap.ops.quantized import dequantize, levels, pack, quantize, to_e4m3, unpack
 
 Cli = Callable[..., Any]
 FAMILIES = ("nemotron-h-tiny", "llama-tiny", "nemotron-4-tiny", "hymba-tiny")
@@ -38,6 +39,8 @@ FORMS = {
     "int4": Quantization(4, 32),
     "int4, all": Quantization(4, 64, keep=()),
     "int4, some": Quantization(4, 128, keep=("dt", "B", "q", "z", "embedding")),
+    "fp8": Quantization.asked("fp8"),
+    "fp8, all": Quantization.asked("fp8", keep=()),
 }
 TOLERANCE = 2e-5
 """Of logits of size 1: float32 sums in another order, over a few blocks."""
@@ -88,6 +91,21 @@ def test_groups_of_zeros_and_importance() -> None:
         for wanted in (None, importance)
     ]
     assert errors[1] < 0.5 * errors[0]
+
+
+@given(st.integers(1, 9), st.integers(1, 150), st.integers(0, 99))
+def test_floats_of_8_bits_err_by_a_sixteenth_of_a_weight_at_most(rows: int, inputs: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, inputs, generator=generator) * 10 ** (3 * torch.randn(rows, 1, generator=generator))
+    packed, scale = to_e4m3(weight)
+    assert packed.shape == weight.shape and scale.shape == (rows, 1) and scale.dtype == torch.bfloat16
+    back = dequantize(packed, scale, 8, inputs, inputs)
+    normal = weight.abs() >= 2**-6 * scale.float()  # smaller ones have fewer digits, spaced as the smallest normal ones
+    assert ((back - weight).abs() <= torch.where(normal, 2**-4 * weight.abs(), 2**-10 * scale.float() * 1.0001)).all()
+
+
+def test_a_row_of_zeros_stays_one_in_floats_of_8_bits() -> None:
+    assert not dequantize(*to_e4m3(torch.zeros(2, 5)), 8, 5, 5).any()
 
 
 # ---- models
@@ -145,9 +163,10 @@ def test_packed_models_are_their_weights_written_out(name: str, form: str) -> No
     assert torch.equal(packed.head_weight, written.head_weight)
 
 
+@pytest.mark.parametrize("form", ["int4", "fp8"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_engine_batches_packed_models(name: str) -> None:
-    packed, _ = pair(name, "int4")
+def test_the_engine_batches_packed_models(name: str, form: str) -> None:
+    packed, _ = pair(name, form)
     prompts = [tokens_of(packed, 1, time)[0].tolist() for time in (3, 17, 34)]
     alone = [generate(packed, [prompt], 6, ignore_eos=True)[0].tokens for prompt in prompts]
     scheduler = Scheduler(packed, None, EngineSettings(max_batch=3, max_context=64, prefix_cache=0))
@@ -255,11 +274,15 @@ def test_digest_knows_what_is_kept(tmp_path: Path) -> None:
     assert len(digests) == 2
 
 
-def test_stock_config_says_what_is_packed(tmp_path: Path) -> None:
-    model, form = plain("llama-tiny"), Quantization(4, 32, keep=("embedding", "head", "o"))
+@pytest.mark.parametrize(
+    "name, called, suffix", [("int4", "pack-quantized", "_packed"), ("fp8", "float-quantized", "")]
+)
+def test_stock_config_says_what_is_packed(tmp_path: Path, name: str, called: str, suffix: str) -> None:
+    model, form = plain("llama-tiny"), Quantization.asked(name, keep=("embedding", "head", "o"))
     write_checkpoint(tmp_path, model.config, packed_tensors(model, form).items(), dtype="float32", quantization=form)
     said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert said["format"] == "pack-quantized" and said["config_groups"]["group_0"]["weights"]["num_bits"] == 4
+    assert said["format"] == called and said["config_groups"]["group_0"]["weights"]["num_bits"] == form.bits
+    assert "model.layers.0.mlp.up_proj.weight" + suffix in read_header(tmp_path / "model.safetensors")
     assert "model.layers.0.self_attn.o_proj" in said["ignore"]
     (tmp_path / "halflap.json").unlink()  # as another tool would have written it
     assert read_quantization(tmp_path, read_config(tmp_path)) == form
@@ -298,7 +321,11 @@ def test_refusals_say_what_to_do(halflap: Cli, tiny_checkpoint: Path, tmp_path: 
     assert "'zz', which is no part" in sentence(
         "export", tiny_checkpoint, "--quantize", "int4", "--keep", "zz", "--out", tmp_path / "b"
     )
-    assert "add --quantize int8 or" in sentence(
+    assert "floats have 8 bits and one scale a row" in sentence(
+        "export", tiny_checkpoint, "--quantize", "fp8", "--group-size", "64", "--out", tmp_path / "g"
+    )
+    assert "int4 weights already" in sentence("export", four, "--keep", "dt", "--out", tmp_path / "h")
+    assert "add --quantize int8, int4" in sentence(
         "export", tiny_checkpoint, "--group-size", "64", "--out", tmp_path / "c"
     )
     assert "int4 weights already" in sentence("export", four, "--quantize", "int8", "--out", tmp_path / "d")
@@ -318,10 +345,10 @@ def test_unknown_quantization_is_refused(tmp_path: Path) -> None:
     (tmp_path / "halflap.json").unlink()
     file = tmp_path / "config.json"
     data = json.loads(file.read_text())
-    said = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}}
+    said = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}}
     for quantization, words in (
         ({"quant_method": "gptq", "bits": 4}, "a quantization_config; quantized weights are not read"),
-        (said, "of compressed-tensors/float-quantized"),
+        (said, "of compressed-tensors/nvfp4-pack-quantized"),
         (said | {"format": "pack-quantized"}, "is not understood"),
     ):
         file.write_text(json.dumps(data | {"quantization_config": quantization}))

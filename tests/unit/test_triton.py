@@ -248,6 +248,25 @@ def test_packed_linear(
     assert bool(((y.cpu().double() - x @ weight.T).abs() <= limit + 1e-12).all())
 
 
+@quick
+@given(
+    rows=st.sampled_from([1, 3, 17, 70]), outputs=st.sampled_from([1, 33]), inputs=st.sampled_from([4, 32, 300]),
+    dtype=DTYPES, seed=st.integers(0, 1000),
+)  # fmt: skip
+@example(rows=3, outputs=33, inputs=300, dtype=torch.float32, seed=0)
+@example(rows=17, outputs=33, inputs=300, dtype=torch.float32, seed=1)
+@example(rows=70, outputs=33, inputs=32, dtype=torch.float32, seed=2)
+def test_linear_by_floats_of_8_bits(rows: int, outputs: int, inputs: int, dtype: torch.dtype, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    packed, scale = quantized.to_e4m3(normal(g, outputs, inputs) * 10 ** normal(g, inputs))  # some are subnormal
+    x = normal(g, rows, inputs)
+    y = triton_quantized.linear(x.to(DEVICE, dtype), packed.to(DEVICE), scale.to(DEVICE), 8, inputs)
+    assert y.dtype == dtype
+    weight = quantized.dequantize(packed, scale, 8, inputs, inputs).double()
+    limit = TOLERANCE[dtype] * (x.abs() @ weight.abs().T)
+    assert bool(((y.cpu().double() - x @ weight.T).abs() <= limit + 1e-12).all())
+
+
 def test_time_steps_are_exact_when_small() -> None:
     """softplus of very negative numbers, where 1 + exp(x) has lost them."""
     c = Mamba2Config(6, 1, 1, 1)
@@ -280,4 +299,6 @@ def test_what_the_kernels_decline() -> None:
     x = torch.zeros(1, 64, device=DEVICE)
     packed, scale = (t.to(DEVICE) for t in quantized.quantize(torch.randn(3, 64), 4, 32))
     assert triton_quantized.linear(x.double(), packed, scale, 4, 32) is NotImplemented
+    uneven, one = (t.to(DEVICE) for t in quantized.to_e4m3(torch.ones(3, 30)))
+    assert triton_quantized.linear(x[:, :30].contiguous(), uneven, one, 8, 30) is NotImplemented
     assert triton_quantized.linear(x.requires_grad_(), packed, scale, 4, 32) is NotImplemented

@@ -81,10 +81,12 @@ def call_all(dtype: Any) -> None:
         rate, held = make(96, 16, kind=torch.float32), make(2, 96, 16, kind=torch.float32)
         triton_selective_scan.selective_step(rows, rows, rate, B, B, make(96), held, dt_bias=make(96), gate=rows)
         triton_selective_scan.selective_step(rows, rows, rate, B, B, None, held)
-        for bits in (4, 8):
-            packed, scale = make(96, 1024 * bits // 32, kind=torch.int32), make(96, 16, kind=torch.bfloat16)
-            for count in (1, 3, 16, 64, 100):
+        for count in (1, 3, 16, 64, 100):
+            for bits in (4, 8):
+                packed, scale = make(96, 1024 * bits // 32, kind=torch.int32), make(96, 16, kind=torch.bfloat16)
                 triton_quantized.linear(make(count, 1024), packed, scale, bits, 64)
+            packed, scale = make(96, 1024, kind=torch.float8_e4m3fn), make(96, 1, kind=torch.bfloat16)
+            triton_quantized.linear(make(count, 1024), packed, scale, 8, 1024)
 
 
 def call_mamba2(make: Any, c: Any) -> None:

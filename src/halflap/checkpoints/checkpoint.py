@@ -44,7 +44,7 @@ from halflap.errors import HalflapError
 from halflap.files import atomic_write, write_json
 from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel
-from halflap.models.quantization import FLOAT, Quantization, matrices, split_part, stored
+from halflap.models.quantization import FLOAT, PACKED, SCALE, Quantization, matrices, split_part, stored
 from halflap.models.quantized import prepare, unpack_matrix
 
 __all__ = ["FAMILIES", "Checkpoint", "load_model", "read_config", "save_model", "write_checkpoint"]
@@ -94,7 +94,7 @@ class Checkpoint:
         found = match_tensors(
             str(directory),
             {name: shape for name, (_, shape) in wanted.items()},
-            _spelled(wanted, file_names(config, own=own)),
+            _spelled(wanted, file_names(config, own=own), quantization),
             {name: entry.spec.shape for name, entry in entries.items()},
             prefixes=() if own else family.prefixes,
             ignored=ignored,
@@ -295,7 +295,7 @@ def write_checkpoint(
         tensors = itertools.chain([] if first is None else [first], tensors)
         dtype = "float32" if first is None else _name(first[1].dtype)
     announced = _specs(config, dtype, quantization)
-    names = _spelled(announced, file_names(config, own=reason is not None))
+    names = _spelled(announced, file_names(config, own=reason is not None), quantization)
     specs = {names[ours]: spec for ours, spec in announced.items()}
     spelled = ((names.get(ours, ours), tensor) for ours, tensor in tensors)
     files.write_shards(directory, specs, spelled, max_shard_bytes=max_shard_bytes)
@@ -344,19 +344,23 @@ def _specs(
 
 
 def _stored_type(name: str, dtype: str | Mapping[str, str]) -> torch.dtype:
-    """The type that a tensor of our name is written in; kept rows have that of their matrix."""
-    if isinstance(dtype, str):
-        chosen = float_dtype(dtype)
-        return torch.promote_types(chosen, torch.float32) if name.endswith(ALWAYS_WIDE) else chosen
-    given = dtype.get(name) or dtype.get(split_part(name)[0])
+    """The type that a tensor of our name is written in; kept rows and scales have that of their matrix."""
+    parameter, suffix = split_part(name)
+    given = dtype if isinstance(dtype, str) else dtype.get(name) or dtype.get(parameter)
     if given is None:
         raise HalflapError(f"no dtype is given for tensor {name}: name one for every parameter of the layout")
-    return float_dtype(given)
+    chosen = float_dtype(given)
+    if suffix == SCALE and chosen == torch.float16:
+        return torch.bfloat16  # a scale may lie below float16's range
+    wide = isinstance(dtype, str) and name.endswith(ALWAYS_WIDE)
+    return torch.promote_types(chosen, torch.float32) if wide else chosen
 
 
-def _spelled(names: Iterable[str], table: Mapping[str, str]) -> dict[str, str]:
+def _spelled(names: Iterable[str], table: Mapping[str, str], quantization: Quantization | None) -> dict[str, str]:
     """Our names, those of parts among them, to the file's; table: our parameter to the file's."""
-    return {name: table[parameter] + suffix for name in names for parameter, suffix in (split_part(name),)}
+    spelled = {PACKED: ""} if quantization is not None and quantization.number == "float" else {}
+    parts = {name: split_part(name) for name in names}
+    return {name: table[parameter] + spelled.get(suffix, suffix) for name, (parameter, suffix) in parts.items()}
 
 
 def copy_tokenizer(source: Path, directory: Path) -> list[str]:

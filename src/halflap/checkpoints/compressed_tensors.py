@@ -1,4 +1,6 @@
-"""The "pack-quantized" form of compressed-tensors, read by transformers and vLLM: packed weights said in config.json.
+"""Two forms of compressed-tensors, read by transformers and vLLM: packed weights said in config.json.
+
+"pack-quantized" holds whole numbers, "float-quantized" floats of 8 bits.
 
 It knows whole linear maps only, so it can say what we store where every matrix is packed whole or left whole, and its
 groups divide the inputs. The tensors themselves lie alike in both. No torch.
@@ -8,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
 from halflap.models.quantization import VOCABULARY, Quantization, matrices, slices
 
-METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+METHOD = "compressed-tensors"
+FORMATS: dict[str, Literal["int", "float"]] = {"pack-quantized": "int", "float-quantized": "float"}
 
 
 def cannot_say(config: ModelConfig, quantization: Quantization) -> str | None:
@@ -24,7 +27,7 @@ def cannot_say(config: ModelConfig, quantization: Quantization) -> str | None:
             return "its embedding is packed, which compressed-tensors does to linear maps alone"
         if matrix.kept_rows:
             return f"some rows of {name} are packed and others not, which compressed-tensors does not have"
-        if matrix.inputs % matrix.group_size or matrix.inputs * matrix.bits % 32:
+        if matrix.number == "int" and (matrix.inputs % matrix.group_size or matrix.inputs * matrix.bits % 32):
             return f"{name} has {matrix.inputs} inputs, which groups of {matrix.group_size} do not divide"
     return None
 
@@ -33,12 +36,12 @@ def describe(config: ModelConfig, quantization: Quantization, names: Mapping[str
     """The `quantization_config` of config.json; names: our parameter to the file's."""
     packed = matrices(config, quantization)
     linear = [name for name in dict.fromkeys(part.parameter for part in slices(config)) if name != "embedding.weight"]
-    groups = {"group_0": _group(["Linear"], quantization.bits, quantization.group_size)}
+    groups = {"group_0": _group(["Linear"], quantization)}
     if "head.weight" in packed and (quantization.bits, quantization.group_size) != (8, None):
-        groups["group_1"] = _group([_module(names["head.weight"])], 8, None)
+        groups["group_1"] = _group([_module(names["head.weight"])], Quantization(8))
     return {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": next(name for name, number in FORMATS.items() if number == quantization.number),
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [_module(names[name]) for name in linear if name not in packed]
@@ -46,13 +49,13 @@ def describe(config: ModelConfig, quantization: Quantization, names: Mapping[str
     }
 
 
-def _group(targets: list[str], bits: int, group_size: int | None) -> dict[str, Any]:
+def _group(targets: list[str], form: Quantization) -> dict[str, Any]:
     weights = {
-        "num_bits": bits,
-        "type": "int",
+        "num_bits": form.bits,
+        "type": form.number,
         "symmetric": True,
-        "strategy": "group" if group_size else "channel",
-        "group_size": group_size,
+        "strategy": "group" if form.group_size else "channel",
+        "group_size": form.group_size,
         "dynamic": False,
     }
     return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
@@ -67,18 +70,19 @@ def read(data: Mapping[str, Any], config: ModelConfig, names: Mapping[str, str])
 
     Raises HalflapError for every other method, for activations of few bits, and for all that `describe` would not say.
     """
-    if data.get("quant_method") != METHOD or data.get("format") != FORMAT:
+    if data.get("quant_method") != METHOD or data.get("format") not in FORMATS:
         method = "/".join(str(data.get(key)) for key in ("quant_method", "format") if data.get(key))
         raise HalflapError(
             f"config.json has a quantization_config of {method or 'an unknown method'}; of quantized weights those of "
-            f"{METHOD}/{FORMAT} are read: dequantize the checkpoint to bfloat16 or float32 first"
+            f"{METHOD}/{' or '.join(FORMATS)} are read: dequantize the checkpoint to bfloat16 or float32 first"
         )
     try:
         weights = data["config_groups"]["group_0"]["weights"]
         group = weights["group_size"] if weights["strategy"] == "group" else None
         ignored = re.compile("|".join(_pattern(item) for item in data.get("ignore", ())) or r"(?!)")
         kept = {part.name for part in slices(config) if ignored.fullmatch(_module(names[part.parameter]))}
-        found = Quantization(weights["num_bits"], group, tuple(sorted(kept | {VOCABULARY["embedding.weight"]})))
+        keep = tuple(sorted(kept | {VOCABULARY["embedding.weight"]}))
+        found = Quantization(weights["num_bits"], group, keep, FORMATS[data["format"]])
     except (KeyError, TypeError, re.error) as error:
         raise HalflapError(
             f"the quantization_config of config.json is not understood ({error!r}): copy it again"
@@ -86,7 +90,7 @@ def read(data: Mapping[str, Any], config: ModelConfig, names: Mapping[str, str])
     if _meaning(data) != _meaning(describe(config, found, names)):
         raise HalflapError(
             "the quantization_config of config.json says more than symmetric packed weights of 4 or 8 bits, the same "
-            "in all layers: dequantize the checkpoint to bfloat16 or float32 first"
+            "in all layers, and activations as they are: dequantize the checkpoint to bfloat16 or float32 first"
         )
     return found
 

@@ -25,7 +25,7 @@ from halflap.run import Run
 def analyze(recipe: AnalyzeRecipe, run: Run) -> dict[str, Any]:
     """Each path of --data is a domain of its own."""
     if recipe.group_size is not None and recipe.quantize is None:
-        raise RecipeError("group_size says how weights are packed; add --quantize int8 or --quantize int4")
+        raise RecipeError("group_size says how weights are packed; add --quantize int8 or int4")
     if not recipe.text.data:
         raise HalflapError("no text was given; name files or folders with --data, each a domain of its own")
     directory = find_directory(recipe.model)

@@ -82,12 +82,13 @@ class ExportRecipe:
     """Target form: stock classes of transformers; a file for llama.cpp; Megatron's names and fused QKV (Nemotron-4)."""
     pad_to_stock: Annotated[bool, SWITCH] = False
     """Pad unequal blocks with zeros to equal widths, so that stock classes load them with the same logits."""
-    quantize: Literal["int8", "int4", "off"] | None = None
+    quantize: Literal["int8", "int4", "fp8", "off"] | None = None
     """Pack linear maps to 8 or 4 bits (hf), or write packed ones plain; as they are when not given."""
     group_size: Literal[32, 64, 128] | None = None
-    """Inputs that share a scale: 32 for int4 when not given, all of a row for int8."""
-    keep: tuple[str, ...] = ("dt", "embedding")
-    """Parts that are not packed: z x B C dt q k v o out gate up down embedding head."""
+    """Inputs that share a scale: 32 for int4 when not given, all of a row for int8 and always for fp8."""
+    keep: tuple[str, ...] | None = None
+    """Parts that are not packed, of z x B C dt q k v o out gate up down embedding head; dt and embedding when not
+    given, and head for fp8."""
     common: ExportCommon = ExportCommon()
 
 
@@ -299,10 +300,10 @@ class AnalyzeRecipe:
     """Tokens read of each path of --data; a path is a domain of its own."""
     removal_tokens: Positive = 4096
     """Tokens on which branches are left out, and parts rounded, one by one."""
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: Literal["int8", "int4", "fp8"] | None = None
     """Also measure what packing each part of the model to so many bits costs, alone."""
     group_size: Literal[32, 64, 128] | None = None
-    """Inputs that share a scale then: 32 for int4 when not given, all of a row for int8."""
+    """Inputs that share a scale then: 32 for int4 when not given, all of a row for int8 and always for fp8."""
     context: Positive = 512
     """Tokens of a row."""
     common: Common = Common()

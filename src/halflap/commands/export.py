@@ -26,7 +26,7 @@ from halflap.files import write_json
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.layout import layout
-from halflap.models.quantization import KEPT, Quantization
+from halflap.models.quantization import Quantization
 from halflap.models.quantized import pack_tensors
 from halflap.progress import track
 from halflap.run import Run
@@ -125,15 +125,15 @@ def _quantization(recipe: ExportRecipe, opened: Checkpoint) -> Quantization | No
     """How the weights are to be packed. Raises RecipeError for flags and HalflapError for weights that do not fit."""
     asked, before = recipe.quantize, opened.quantization
     if asked == "off" or (asked is None and before is None):
-        if recipe.group_size or recipe.keep != KEPT:
-            raise RecipeError("group_size and keep say how weights are packed; add --quantize int8 or --quantize int4")
+        if recipe.group_size or recipe.keep is not None:
+            raise RecipeError("group_size and keep say how weights are packed; add --quantize int8, int4 or fp8")
         return None
     if recipe.format != "hf":
         found = f"{opened.path} holds {before.name} weights; " if before else ""
         raise RecipeError(f"{found}packed weights are written as --format hf alone; add --quantize off for plain ones")
     if before is None:
         return Quantization.asked(str(asked), recipe.group_size, recipe.keep)
-    if asked is not None or recipe.pad_to_stock:
+    if asked is not None or recipe.group_size or recipe.keep is not None or recipe.pad_to_stock:
         raise HalflapError(
             f"{opened.path} holds {before.name} weights already, and packing or padding them anew would add to their "
             "error; take the checkpoint that they were made from"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from halflap.models.model import HybridModel
-from halflap.models.quantization import VOCABULARY, Quantization, Slice, slices
-from halflap.ops.quantized import dequantize, quantize
+from halflap.models.quantization import VOCABULARY, Quantization, Slice, form_of, slices
+from halflap.models.quantized import pack_matrix, unpack_matrix
 from halflap.progress import Progress
 
 CHUNK = 256  # tokens whose logits are held at once
@@ -63,9 +63,8 @@ def rounded(model: HybridModel, parts: Sequence[Slice], quantization: Quantizati
     for part in parts:
         rows = model.get_parameter(part.parameter).data[part.start : part.stop]
         before.append((rows, rows.clone()))
-        bits, group = (8, None) if part.parameter in VOCABULARY else (quantization.bits, quantization.group_size)
-        group = group or rows.shape[1]
-        rows.copy_(dequantize(*quantize(rows, bits, group), bits, group, rows.shape[1]))
+        matrix = form_of(part.parameter, rows.shape[1], quantization, ((len(rows), True),))
+        rows.copy_(unpack_matrix(pack_matrix(rows, matrix), matrix))
     model.forget_meta_state()
     try:
         yield

@@ -33,6 +33,7 @@ from halflap.ops import select
 from halflap.ops.native import program as native
 from halflap.ops.native.common import DTYPES
 from halflap.ops.native.program import ACTIVATIONS, NORMS, Norm, Place, Program, State
+from halflap.ops.native.quantized import words_of
 
 FLOAT_BITS = {torch.float32: 32, torch.bfloat16: 16}
 NOTHING = State()
@@ -209,12 +210,14 @@ class _Writer:
                 "bias": self.program.keep(None if bias is None else bias[begin : begin + rows], torch.float32),
             }  # fmt: skip
             if is_packed:
-                words = self.program.keep(module.weight_packed[first : first + rows])
+                words, format = words_of(module.weight_packed[first : first + rows], m.bits)
+                if words is None:
+                    raise _Unknown
                 scales = self.program.keep(module.weight_scale[first : first + rows])
                 narrow = int(module.weight_scale.dtype == torch.bfloat16)
                 self._product(
-                    source, to.behind(begin), m.inputs, rows, m.bits,
-                    weight=words, scales=scales, group=m.group_size, narrow_scales=narrow, **own,
+                    source, to.behind(begin), m.inputs, rows, format,
+                    weight=self.program.keep(words), scales=scales, group=m.group_size, narrow_scales=narrow, **own,
                 )  # fmt: skip
             else:
                 assert module.weight_kept is not None

@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from halflap.models.config import ModelConfig
 from halflap.models.quantization import KEPT_ROWS, PACKED, SCALE, SHAPE, VOCABULARY, Matrix, Quantization, matrices
 from halflap.ops import select
-from halflap.ops.quantized import dequantize, quantize
+from halflap.ops.quantized import dequantize, quantize, to_e4m3
 
 if TYPE_CHECKING:
     from halflap.models.model import HybridModel
 
-TYPES = {"I32": torch.int32, "I64": torch.int64, "BF16": torch.bfloat16}
+TYPES = {
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    None: torch.float32,
+}
 
 
 class Packed(nn.Module):
@@ -24,7 +30,6 @@ class Packed(nn.Module):
 
     weight_packed: Tensor
     weight_scale: Tensor
-    weight_shape: Tensor
     weight_kept: Tensor | None
 
     def __init__(self, matrix: Matrix) -> None:
@@ -32,7 +37,7 @@ class Packed(nn.Module):
         self.matrix = matrix
         self.weight_kept = None
         for suffix, (code, shape) in matrix.parts().items():
-            if code is None:
+            if suffix == KEPT_ROWS:
                 self.weight_kept = nn.Parameter(torch.empty(shape), requires_grad=False)
             else:
                 self.register_buffer(f"weight{suffix}", torch.empty(shape, dtype=TYPES[code]))
@@ -90,8 +95,12 @@ def pack_matrix(weight: Tensor, matrix: Matrix, importance: Tensor | None = None
     """The parts of a matrix (out, in) by their suffixes; importance (in,) as in `ops.quantized.quantize`."""
     runs = weight.split([rows for rows, _ in matrix.runs])
     chosen = torch.cat([run for run, (_, packed) in zip(runs, matrix.runs, strict=True) if packed])
-    packed, scale = quantize(chosen, matrix.bits, matrix.group_size, importance)
-    parts = {PACKED: packed, SCALE: scale, SHAPE: torch.tensor(chosen.shape)}
+    if matrix.number == "float":
+        packed, scale = to_e4m3(chosen)
+        parts: dict[str, Tensor] = {PACKED: packed, SCALE: scale}
+    else:
+        packed, scale = quantize(chosen, matrix.bits, matrix.group_size, importance)
+        parts = {PACKED: packed, SCALE: scale, SHAPE: torch.tensor(chosen.shape)}
     if matrix.kept_rows:
         parts[KEPT_ROWS] = torch.cat([run for run, (_, packed) in zip(runs, matrix.runs, strict=True) if not packed])
     return parts

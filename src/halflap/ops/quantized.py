@@ -2,7 +2,8 @@
 
 R rows, K inputs, g of them to a scale. Whole numbers lie in little-endian int32 words, the first input in the lowest
 bits. Scales take either sign: with the levels -8 .. 7 of 4 bits the value of largest size gets the larger end, which
-at equal size of the file rounds as well as a zero point for each group does, and needs none.
+at equal size of the file rounds as well as a zero point for each group does, and needs none. Floats of 8 bits (E4M3)
+are a tensor of that type, with a scale a row; functions of packed weights tell them by it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 START_FACTORS = (1.0, 0.9, 0.8)  # of the scale at which a group's largest value gets the outermost level
 REFINEMENTS = 2
+E4M3_MOST = 448.0
 CHUNK = 1 << 18  # weights rounded at a time, so that the search stays in the cache
 
 
@@ -60,6 +62,13 @@ def _quantize(weight: Tensor, bits: int, group_size: int, importance: Tensor | N
     return pack((whole - low).to(torch.uint8).flatten(1)[:, :inputs], bits), scale.squeeze(-1).bfloat16()
 
 
+def to_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (R, K) to (float8_e4m3fn (R, K), scale (R, 1) bfloat16): a row's largest value gets E4M3's, 448."""
+    scale = (weight.float().abs().amax(1, keepdim=True) / E4M3_MOST).bfloat16()
+    rounded = (weight.float() / _divisor(scale.float())).clamp_(-E4M3_MOST, E4M3_MOST)
+    return rounded.to(torch.float8_e4m3fn), scale
+
+
 def _divisor(scale: Tensor) -> Tensor:
     """Without zeros: a group of zeros may have any scale."""
     return torch.where(scale == 0, 1.0, scale)
@@ -88,6 +97,8 @@ def unpack(packed: Tensor, bits: int, inputs: int) -> Tensor:
 
 def dequantize(packed: Tensor, scale: Tensor, bits: int, group_size: int, inputs: int) -> Tensor:
     """The weights (R, inputs) in float32."""
+    if packed.dtype == torch.float8_e4m3fn:
+        return packed.float() * scale.float()
     whole = unpack(packed, bits, inputs).float() + levels(bits)[0]
     return whole * scale.float().repeat_interleave(group_size, 1)[:, :inputs]
 

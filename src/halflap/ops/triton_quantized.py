@@ -2,6 +2,9 @@
 # pyright: reportIndexIssue=false, reportOperatorIssue=false
 """Linear maps by packed weights in Triton: `ops.quantized.linear` on a GPU, for inference only.
 
+Floats of 8 bits (E4M3) are shifted into the place of a float16's bits, where they are 256 times too small; so any GPU
+reads them.
+
 One to four rows of activations are multiplied with the numbers in the words, and scaled a word at a time; up to
 SOME_ROWS the words become weights in the dtype of the activations, tile by tile, for matrix products; for more, blocks
 of rows of the weight are written out for the general product.
@@ -25,7 +28,11 @@ WRITTEN_BYTES = 128 << 20  # of a block of weights that is written out at once
 
 @triton.jit
 def _number(word, j: tl.constexpr, BITS: tl.constexpr):
-    """The j-th number of each word, in float32."""
+    """The j-th number of each word, in float32; BITS 0 means floats of 8 bits."""
+    if BITS == 0:
+        byte = word >> (j * 8)
+        half = ((byte & 0x80) << 8 | (byte & 0x7F) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+        return half.to(tl.float32) * 256.0
     return (((word >> (j * BITS)) & ((1 << BITS) - 1)) - (1 << (BITS - 1))).to(tl.float32)
 
 
@@ -37,7 +44,7 @@ def _few_rows(
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     m = tl.arange(0, BLOCK_M)
     in_outputs, in_rows = r < outputs, m < rows
-    per_word: tl.constexpr = 32 // BITS
+    per_word: tl.constexpr = 32 // BITS if BITS else 4
     product = tl.zeros((BLOCK_M, BLOCK_R, BLOCK_W), tl.float32)
     for start in range(0, words, BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
@@ -65,7 +72,7 @@ def _some_rows(
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_outputs, in_rows = r < outputs, m < rows
-    per_word: tl.constexpr = 32 // BITS
+    per_word: tl.constexpr = 32 // BITS if BITS else 4
     product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, words, BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
@@ -90,7 +97,7 @@ def _write_out(
 ):  # fmt: skip
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    per_word: tl.constexpr = 32 // BITS
+    per_word: tl.constexpr = 32 // BITS if BITS else 4
     in_outputs = (r < outputs)[:, None]
     inside = in_outputs & (w < words)[None, :]
     word = tl.load(packed + r[:, None] * words + w[None, :], mask=inside, other=0)
@@ -108,6 +115,8 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group_size: int)
     groups, words = tiles(inputs, group_size), tiles(inputs * bits, 32)
     if (x.requires_grad and torch.is_grad_enabled()) or bits not in (4, 8) or torch.is_autocast_enabled(x.device.type):
         return NotImplemented
+    if packed.dtype == torch.float8_e4m3fn and inputs % 4 == 0 and packed.is_contiguous():
+        packed, bits = packed.view(torch.int32), 0
     if not (TAKEN.fits(x, *x.shape) and TAKEN.fits(scale, outputs, groups)) or packed.dtype != torch.int32:
         return NotImplemented
     if packed.shape != (outputs, words) or not (packed.is_contiguous() and scale.is_contiguous()):

@@ -4,6 +4,8 @@
 // word. A vector of VL words is a block of VL * PER inputs; shifted by s * BITS, lane i holds input PER * i + s. So no
 // weight is moved between lanes: the activations are put in that order once for all rows of the weight. A lane's PER
 // inputs share a scale. The offset that makes the numbers unsigned is taken out through the sum of a lane's activations.
+// Floats of 8 bits lie like whole numbers of 8 bits; shifted into the place of a float's sign, exponent and mantissa,
+// they are 2^120 times too small, the subnormal ones too. (Not the one that means NaN, which no weight is.)
 // For more than four rows of activations the weights become floats first, a dozen rows of them at a time.
 #pragma once
 #include "few_rows.h"
@@ -19,10 +21,15 @@ struct Weights {  // mirrored by ops/native/quantized.py
 constexpr int AT_ONCE = 4;  // rows of activations that one reading of a block serves
 constexpr int DOZEN = Columns::GROUP;  // rows of weights that are floats at a time: as many as a group of columns.h
 
-template <int BITS>
+constexpr int E4M3 = 43;  // a FORMAT; the others are the bits of a whole number
+
+template <int FORMAT>
 struct Form {
-    static constexpr int PER = 32 / BITS, BLOCK = VL * PER;
-    static constexpr float OFFSET = 1 << (BITS - 1);
+    static constexpr bool FLOATS = FORMAT == E4M3;
+    static constexpr int BITS = FLOATS ? 8 : FORMAT, PER = 32 / BITS, BLOCK = VL * PER;
+    static constexpr float OFFSET = FLOATS ? 0 : 1 << (BITS - 1);
+    // the part of a number's unit that activations cannot take without leaving float's range, and sums therefore do
+    static constexpr float SUM_UNIT = FLOATS ? 0x1p60f : 1;
 
     static vu load_some_words(const uint32_t* p, int64_t left) {
         vu words = {};
@@ -46,23 +53,27 @@ struct Form {
         for (int i = 0; i < VL; i++) words[i] = own[i / PER % WORDS];
         for (int i = 0; i < VL; i++) shifts[i] = (i % PER) * BITS;
         if (VL < PER) shifts += (uint32_t)(k % PER) * BITS;
-        return __builtin_convertvector((vi)(words >> shifts & ((1u << BITS) - 1)), vf);
+        words = words >> shifts & ((1u << BITS) - 1);
+        return FLOATS ? SUM_UNIT * (unit(0) * as_float(words << 24)) : __builtin_convertvector((vi)words, vf);
     }
+    // of a float of 8 bits in the highest ones
+    LANES static vf as_float(vu words) { return (vf)((vu)((vi)words >> 4) & 0x87f00000u); }
     // a lane's number s where it lies in the word, so without a shift but for the last, which would have a sign: unit(s) of it is 1
     LANES static vf number(vu words, int s) {
+        if constexpr (FLOATS) return as_float(words << (24 - s * BITS));
         const vu own = s == PER - 1 ? words >> (s * BITS) : words & (((1u << BITS) - 1) << (s * BITS));
         return __builtin_convertvector((vi)own, vf);
     }
-    LANES static float unit(int s) { return s == PER - 1 ? 1.0f : 1.0f / (1u << (s * BITS)); }
+    LANES static float unit(int s) { return FLOATS ? 0x1p60f : s == PER - 1 ? 1.0f : 1.0f / (1u << (s * BITS)); }
 };
 
-// Each lane's scale in a block of BITS: groups are powers of two, or one for all inputs.
-template <int BITS>
+// Each lane's scale in a block: groups are powers of two, or one for all inputs.
+template <int FORMAT>
 struct Spread {
     int64_t blocks_of_a_group = 0, groups_of_a_block = 0;  // whichever is at least 1; neither where one group holds all
     vi lane_group;                                         // a lane's group within the block
     Spread(int64_t inputs, int64_t group) {
-        const int64_t lanes = group * BITS / 32;
+        const int64_t lanes = group / Form<FORMAT>::PER;
         for (int i = 0; i < VL; i++) lane_group[i] = lanes ? (int32_t)(i / lanes) : 0;
         if (group >= inputs) return;
         if (lanes >= VL) blocks_of_a_group = lanes / VL;
@@ -92,9 +103,9 @@ struct Spread {
 };
 
 // one row of weights times ROWS rows of activations; a function of its own, whose loop has all registers
-template <int BITS, int ROWS>
-__attribute__((noinline)) void multiply(const uint32_t* words, const float* scales, const Spread<BITS>& spread, int64_t K, int64_t blocks, const float* x, const float* sums, float* y) {
-    using F = Form<BITS>;
+template <int FORMAT, int ROWS>
+__attribute__((noinline)) void multiply(const uint32_t* words, const float* scales, const Spread<FORMAT>& spread, int64_t K, int64_t blocks, const float* x, const float* sums, float* y) {
+    using F = Form<FORMAT>;
     constexpr int CHAINS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // sums that do not wait for one another
     const int64_t count = (K + F::PER - 1) / F::PER;
     const int shift = spread.shift();
@@ -116,8 +127,8 @@ __attribute__((noinline)) void multiply(const uint32_t* words, const float* scal
         for (int m = 0; m < ROWS; m++) {
             const vf *p = parts[m];
             vf part = CHAINS == 4 ? (p[0] + p[1 % CHAINS]) + (p[2 % CHAINS] + p[3 % CHAINS]) : CHAINS == 2 ? p[0] + p[1 % CHAINS] : p[0];
-            part -= F::OFFSET * load(sums + (m * blocks + b) * VL);
-            totals[m] += part * scale;
+            if (F::OFFSET) part -= F::OFFSET * load(sums + (m * blocks + b) * VL);
+            totals[m] += F::SUM_UNIT * part * scale;
         }
     }
     for (int m = 0; m < ROWS; m++) y[m] = sum(totals[m]);
@@ -130,9 +141,9 @@ inline void widen_scales(const Weights& w, int64_t row, int64_t groups, float* t
         for (int64_t g = 0; g < groups; g += VL) store_to(to + g, load_to((const bf16*)w.scales + row * groups + g, groups - g), groups - g);
 }
 
-template <int BITS>
+template <int FORMAT>
 struct PackedRows {
-    using F = Form<BITS>;
+    using F = Form<FORMAT>;
     int64_t M, K, blocks;
     float *ordered, *rest;  // activations (M, blocks, PER, VL), number s in units; the sums of each lane's (M, blocks, VL), or what FewRows has
 
@@ -176,7 +187,7 @@ struct PackedRows {
     template <class Put>
     void range(const Weights& w, int64_t begin, int64_t end, float* scales, const Put& put) const {
         const int64_t per_row = (K + F::PER - 1) / F::PER, groups = (K + w.group - 1) / w.group;
-        const Spread<BITS> spread(K, w.group);
+        const Spread<FORMAT> spread(K, w.group);
         if (as_floats(M)) {
             static thread_local std::vector<float> wide;
             const int64_t width = PackedRows::width(M, K);
@@ -197,10 +208,10 @@ struct PackedRows {
             const uint32_t* words = w.words + n * per_row;
             float out[AT_ONCE];
             switch (M) {
-                case 1: multiply<BITS, 1>(words, scales, spread, K, blocks, ordered, rest, out); break;
-                case 2: multiply<BITS, 2>(words, scales, spread, K, blocks, ordered, rest, out); break;
-                case 3: multiply<BITS, 3>(words, scales, spread, K, blocks, ordered, rest, out); break;
-                default: multiply<BITS, 4>(words, scales, spread, K, blocks, ordered, rest, out);
+                case 1: multiply<FORMAT, 1>(words, scales, spread, K, blocks, ordered, rest, out); break;
+                case 2: multiply<FORMAT, 2>(words, scales, spread, K, blocks, ordered, rest, out); break;
+                case 3: multiply<FORMAT, 3>(words, scales, spread, K, blocks, ordered, rest, out); break;
+                default: multiply<FORMAT, 4>(words, scales, spread, K, blocks, ordered, rest, out);
             }
             for (int64_t m = 0; m < M; m++) put(m, n, out + m, 1);
         }
@@ -208,7 +219,7 @@ struct PackedRows {
 
 private:
     // a row of weights as floats, in the order of the activations; zeros behind the last input
-    __attribute__((noinline)) void write_in_order(const uint32_t* words, const float* scales, const Spread<BITS>& spread, float* to) const {
+    __attribute__((noinline)) void write_in_order(const uint32_t* words, const float* scales, const Spread<FORMAT>& spread, float* to) const {
         const int64_t count = (K + F::PER - 1) / F::PER;
         const int shift = spread.shift();
         for (int64_t b = 0; b < blocks; b++) {
@@ -216,7 +227,7 @@ private:
             const vf scale = spread.of(scales, b, shift);
 #pragma GCC unroll 8
             for (int s = 0; s < F::PER; s++, to += VL) {
-                const vf weight = (F::unit(s) * F::number(w, s) - F::OFFSET) * scale;
+                const vf weight = (F::SUM_UNIT * (F::unit(s) * F::number(w, s)) - F::OFFSET) * scale;
                 const vi input = (int32_t)(b * F::BLOCK + s) + F::PER * iota();
                 store(to, b + 1 < blocks ? weight : select(input < (int32_t)K, weight, splat(0)));
             }

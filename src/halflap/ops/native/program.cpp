@@ -85,7 +85,7 @@ enum Activation { LINEAR, SQUARED_RELU, SILU };
 struct Product : Instruction {
     Place from, to, beside;
     Norm norm;
-    int64_t inputs, outputs, format, group, narrow_scales, activation, gated, adds;  // format: bits of a weight
+    int64_t inputs, outputs, format, group, narrow_scales, activation, gated, adds;  // format: bits of a weight, or E4M3
     const void *weight, *scales;
     const float* bias;
 };
@@ -162,6 +162,7 @@ void work(const Product& p, const Run& run, int64_t task, Prepared& prepared, in
     switch (p.format) {
         case 4: return whole(std::integral_constant<int, 4>());
         case 8: return whole(std::integral_constant<int, 8>());
+        case E4M3: return whole(std::integral_constant<int, E4M3>());
         case 16: return floats((const bf16*)p.weight);
         default: return floats((const float*)p.weight);
     }
