@@ -324,6 +324,10 @@ def test_refusals_say_what_to_do(halflap: Cli, tiny_checkpoint: Path, tmp_path: 
     assert "floats have 8 bits and one scale a row" in sentence(
         "export", tiny_checkpoint, "--quantize", "fp8", "--group-size", "64", "--out", tmp_path / "g"
     )
+    parts = ["z", "x", "B", "C", "dt", "q", "k", "v", "o", "out", "gate", "up", "down", "embedding", "head"]
+    assert "keep names all there is to pack" in sentence(
+        "export", tiny_checkpoint, "--quantize", "int4", "--keep", *parts, "--out", tmp_path / "i"
+    )
     assert "int4 weights already" in sentence("export", four, "--keep", "dt", "--out", tmp_path / "h")
     assert "add --quantize int8, int4" in sentence(
         "export", tiny_checkpoint, "--group-size", "64", "--out", tmp_path / "c"

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import threading
 import time
 import urllib.request
@@ -155,6 +156,35 @@ def test_the_context_is_what_the_cache_memory_holds(
     asked = halflap(*words, "--max-context", "100000")
     assert asked.status == 1 and "give more memory, or a --max-context of at most" in asked.err
     assert "at most 0" in halflap("chat", directory, "--cache-memory", "1KiB").err
+
+
+@pytest.mark.parametrize("word", ["off", "lookup"])
+def test_what_speculate_may_say_is_no_folder(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    from halflap.commands.engines import plan_engine
+    from halflap.commands.sections import Decoding
+    from halflap.recipe import Common
+
+    (tmp_path / word).mkdir()
+    monkeypatch.chdir(tmp_path)
+    plan_engine(directory.resolve(), Decoding(speculate=word), Common())
+
+
+def test_a_context_that_cache_memory_shortens_is_what_must_fit(directory: Path, tmp_path: Path) -> None:
+    from halflap.amounts import parse_amount
+    from halflap.commands.engines import plan_engine
+    from halflap.commands.sections import Decoding
+    from halflap.recipe import Common
+
+    shutil.copytree(directory, tmp_path / "long")
+    file = tmp_path / "long" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 1 << 40}))
+    (tmp_path / "long" / "halflap.json").unlink(missing_ok=True)
+    plan = plan_engine(tmp_path / "long", Decoding(cache_memory=parse_amount("64MiB", "bytes", share=False)), Common())
+    assert plan.max_context < 1 << 30 and plan.remark
+    with pytest.raises(HalflapError, match=r"a reply of .* tokens \(--max-context and --cache-memory bound it\)"):
+        plan_engine(tmp_path / "long", Decoding(), Common())
 
 
 def test_a_line_that_is_no_text_leaves_the_conversation(

@@ -50,7 +50,7 @@ def check_memory(
     cuda = device.type == "cuda"
     copies = -(-replicas // torch.cuda.device_count()) if cuda else replicas
     if copies * (weights + sum(beside.values())) > free:
-        more = "".join(f", {what} {size / 2**30:.1f} GiB," for what, size in beside.items())
+        more = "".join(f", {what} {size / 2**30:.1f} GiB" for what, size in beside.items()) + "," * bool(beside)
         times = f" {copies} times over, for {replicas} replicas," if copies > 1 else ""
         raise HalflapError(
             f"the weights take {weights / 2**30:.1f} GiB as {kind}{more}{times} and "

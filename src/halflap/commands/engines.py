@@ -25,6 +25,8 @@ from halflap.models.model import HybridModel
 from halflap.models.quantization import weight_bytes
 from halflap.recipe import Common
 
+GUESSES = ("off", "lookup")
+
 
 class Opened(NamedTuple):
     """An engine and what it was made from."""
@@ -61,16 +63,17 @@ def plan_engine(path: str | Path, decoding: Decoding, common: Common, replicas: 
     prefix = _prefix_bytes(decoding.prefix_cache)
     device = choose_device(common.device)
     dtype = choose_dtype(common.dtype, device)
-    one = cache_bytes(config, context, kv_bits=32 if device.type == "cpu" and dtype != "bfloat16" else 16)
-    beside = {f"a reply of {context:,} tokens": one, "the prefix cache": prefix}
-    keeping = [config]
-    if Path(decoding.speculate).is_dir():
+    keeping, beside = [config], {"the prefix cache": prefix}
+    if decoding.speculate not in GUESSES and Path(decoding.speculate).is_dir():
         other = find_directory(decoding.speculate)
         guesser = read_config(other)
         packed = read_quantization(other, guesser)
         beside["the model that guesses"] = weight_bytes(guesser, packed, 4 if dtype == "float32" else 2)
         keeping.append(guesser)
     context, remark = _context_within(decoding, keeping, dtype, context)
+    bits = 32 if device.type == "cpu" and dtype != "bfloat16" else 16
+    one = sum(cache_bytes(each, context, kv_bits=bits) for each in keeping)
+    beside[f"a reply of {context:,} tokens (--max-context and --cache-memory bound it)"] = one
     check_memory(config, dtype, device, beside, read_quantization(directory, config), replicas=replicas)
     return Plan(directory, config, tokenizer, context, device, dtype, prefix, remark)
 
@@ -119,7 +122,7 @@ def _prefix_bytes(value: str) -> int:
 
 def _guesser(value: str, tokenizer: Tokenizer, dtype: str, common: Common) -> HybridModel | str | None:
     """What guesses tokens: nothing, the text itself, or a draft model."""
-    if value in ("off", "lookup"):
+    if value in GUESSES:
         return None if value == "off" else value
     if not Path(value).is_dir():
         raise RecipeError(f"speculate is {value!r}; allowed are off, lookup, or the directory of a model: correct it")

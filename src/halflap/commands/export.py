@@ -26,7 +26,7 @@ from halflap.files import write_json
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.layout import layout
-from halflap.models.quantization import Quantization
+from halflap.models.quantization import Quantization, matrices
 from halflap.models.quantized import pack_tensors
 from halflap.progress import track
 from halflap.run import Run
@@ -132,7 +132,10 @@ def _quantization(recipe: ExportRecipe, opened: Checkpoint) -> Quantization | No
         found = f"{opened.path} holds {before.name} weights; " if before else ""
         raise RecipeError(f"{found}packed weights are written as --format hf alone; add --quantize off for plain ones")
     if before is None:
-        return Quantization.asked(str(asked), recipe.group_size, recipe.keep)
+        wanted = Quantization.asked(str(asked), recipe.group_size, recipe.keep)
+        if not matrices(opened.config, wanted):
+            raise RecipeError("keep names all there is to pack; leave some of it out")
+        return wanted
     if asked is not None or recipe.group_size or recipe.keep is not None or recipe.pad_to_stock:
         raise HalflapError(
             f"{opened.path} holds {before.name} weights already, and packing or padding them anew would add to their "

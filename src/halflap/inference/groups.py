@@ -67,7 +67,8 @@ class Slots:
         wanted = self._wanted(width, arriving)
         for slack in ((True, slots.GROW), (False, slots.GROW), (False, 8), EXACT):
             sizes = {bound: self._size(bound, *size, *slack) for bound, size in wanted.items()}
-            if self._fits(sizes, beside):
+            counted = [(rows, self._counted(room, wanted[bound])) for bound, (rows, room) in sizes.items()]
+            if (not only_ask and self._is_held(sizes)) or self._budget.fits(counted, beside):
                 if not only_ask:
                     self._apply(sizes)
                 return True
@@ -83,6 +84,12 @@ class Slots:
         group = self._groups[self._bound(reply.length)]
         slots.insert(group.cache, row, len(group.rows))
         group.rows.append(reply)
+
+    def adopt(self, reply: Reply, row: Cache, width: int) -> None:
+        """The only reply: its cache of one row becomes its group's, with room for `width` more tokens, uncopied."""
+        slots.resize(row, 1, reply.length + width)
+        bound = self._bound(reply.length)
+        self._groups[bound] = Group(bound, row, [reply])
 
     def remove(self, reply: Reply) -> None:
         """Its group's last row moves to its place."""
@@ -133,12 +140,14 @@ class Slots:
             return count, longer
         return (have if count <= have else min(self.most, max(count, 2 * have))), max(room, longer)
 
-    def _fits(self, sizes: dict[int, Size], beside: int) -> bool:
-        """Whether nothing new is taken, or all of it together fits."""
-        held = {group.bound: slots.capacity(group.cache) for group in self.groups}
-        if sizes == held:
-            return True
-        return self._budget.fits(sizes.values(), beside)
+    @staticmethod
+    def _counted(room: int, wanted: Size) -> int:
+        """Tokens of a row for the budget; one whose own state does not grow has room without end, a draft's may not."""
+        return wanted[1] if room == slots.UNLIMITED else room
+
+    def _is_held(self, sizes: dict[int, Size]) -> bool:
+        """Whether nothing new is taken."""
+        return sizes == {group.bound: slots.capacity(group.cache) for group in self.groups}
 
     def _apply(self, sizes: dict[int, Size]) -> None:
         for bound in sorted(sizes, reverse=True):  # so that who leaves a group has left when it is cut to size

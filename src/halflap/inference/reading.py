@@ -95,7 +95,7 @@ class Reader:
             device = self._model.device
             tokens = torch.tensor([job.prompt[start:end]], device=device)
             hidden = self._model.hidden_states(tokens, cache=job.cache)[0]
-            job.hidden, job.place = hidden[-1], end
+            job.hidden, job.place = hidden[-1].clone(), end  # a view would keep the whole pass
             if job.request.prompt_logprobs is not None:
                 self._score(job, hidden, start)
             if self._prefix is not None:

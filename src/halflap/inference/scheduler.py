@@ -9,6 +9,7 @@ change no token.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections import deque
@@ -112,7 +113,8 @@ class Scheduler:
     def abandon(self, reason: FinishReason, error: str | None = None) -> None:
         """End every request."""
         for job in list(self.jobs.values()):
-            self._end_job(job, reason, error)
+            with contextlib.suppress(Exception):  # what failed may fail again at a reply's last words
+                self._end_job(job, reason, error)
         for parked in self.parked:
             parked.drop()
         self.parked, self.reading = [], None
@@ -143,9 +145,11 @@ class Scheduler:
 
     def _end_job(self, job: Job, reason: FinishReason, error: str | None = None) -> None:
         """End whatever of a request has not ended."""
-        job.abort(reason)
-        job.stream.end(job.usage(), error)
-        self.jobs.pop(job.order, None)
+        try:
+            job.abort(reason)
+        finally:
+            job.stream.end(job.usage(), error)
+            self.jobs.pop(job.order, None)
 
     def _finished(self, reply: Reply) -> None:
         """A reply said its last piece."""
@@ -234,11 +238,15 @@ class Scheduler:
         """Fill free slots with what is parked, the oldest first."""
         self.parked.sort(key=lambda parked: (parked.reply.order, parked.reply.choice))
         while self.parked and len(self.rows) < self.settings.max_batch:
-            reply, width = self.parked[0].reply, AHEAD if self.rows else 1
-            if not self._make_room(width, reply):
+            parked = self.parked[0]
+            reply, owners = parked.reply, sum(other.cache is parked.cache for other in self.parked)
+            if not self.rows and owners == 1:  # a single one was found fit when it was asked for, once and not twice
+                self.slots.adopt(reply, parked.bring(), 1)
+            elif self._make_room(AHEAD if self.rows else 1, reply):
+                self.slots.add(reply, parked.bring())
+            else:
                 return
-            parked = self.parked.pop(0)
-            self.slots.add(reply, parked.bring())
+            self.parked.pop(0)
             parked.drop()
 
     def _make_room(self, width: int, arriving: Reply | None = None) -> bool:

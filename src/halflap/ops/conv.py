@@ -62,7 +62,7 @@ def final_conv_state(x: Tensor, width: int, initial_state: Tensor | None, length
     else:
         padded = torch.cat([initial_state.to(x.dtype), x], 1)
     if lengths is None:
-        return padded[:, padded.shape[1] - (width - 1) :].contiguous()
+        return padded[:, padded.shape[1] - (width - 1) :].clone()  # of a view, one row would keep the whole pass
     index = lengths[:, None] + torch.arange(width - 1, device=x.device)
     return padded.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 

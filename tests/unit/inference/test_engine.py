@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +14,16 @@ from torch.nn import functional as F
 
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
+from halflap.inference.detokenize import TextStream
 from halflap.inference.engine import Engine, QueueFull
 from halflap.inference.generate import generate
 from halflap.inference.requests import EngineSettings, Piece, Request, SamplingParams
 from halflap.inference.scheduler import Scheduler
 from halflap.inference.stream import Stream, joined
-from halflap.models.model import HybridModel
+from halflap.models.cache import fields, parts
+from halflap.models.model import HybridModel, initialize
+
+from .conftest import FAMILIES
 
 PROMPTS = [(5,), tuple(range(7, 25)), (200, 3, 17, 250, 9, 1, 1, 42), (299, 0), tuple(range(50, 61))]
 
@@ -122,6 +127,77 @@ def test_memory_is_kept(make: Callable[..., HybridModel]) -> None:
         reasons.add(stats["waiting_for"])
     assert any(reason and reason.startswith("memory") for reason in reasons)
     assert [len(stream.result()[0].tokens) for stream in streams] == [150] * len(PROMPTS)
+
+
+def bytes_held(scheduler: Scheduler) -> int:
+    """Of all states' storage, whatever part of it a tensor shows."""
+    jobs = [scheduler.reading.cache] if scheduler.reading is not None else []
+    caches = [*jobs, *(group.cache for group in scheduler.slots.groups), *(parked.cache for parked in scheduler.parked)]
+    tensors = [t for cache in caches for state in parts(cache) for t in fields(state).values()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("chunk", [64, 1000])
+def test_states_hold_no_more_than_is_counted(model: HybridModel, chunk: int) -> None:
+    """A single request that just fits, however its prompt is read."""
+    scheduler = Scheduler(model, None, EngineSettings(prefill_chunk=chunk))
+    limit = scheduler.budget.bytes = scheduler.budget.row(330)
+    scheduler.add(Stream(Request(tuple(range(280)), 50, ignore_eos=True)))
+    most = 0
+    while scheduler.busy:
+        scheduler.step()
+        most = max(most, bytes_held(scheduler))
+    assert 0.5 * limit < most <= limit
+
+
+def test_a_prompt_waits_until_what_reads_it_fits(make: Callable[..., HybridModel]) -> None:
+    """The slots that a long reply leaves are room for a next one, and not for what reads its prompt."""
+    model = make("llama")
+    scheduler = Scheduler(model, None, EngineSettings(prefill_chunk=128))
+    limit = scheduler.budget.bytes = 2 * scheduler.budget.row(920)
+    requests = [Request((1, 2, 3), 895), Request((4, 5, 6), 600), Request(tuple(range(250)) * 3, 3)]
+    streams = [Stream(request) for request in requests]
+    scheduler.add(streams[0])
+    steps = 0
+    while scheduler.busy:
+        scheduler.step()
+        steps += 1
+        if steps in (500, 950):
+            scheduler.add(streams[1 + (steps > 500)])
+        assert bytes_held(scheduler) <= limit, steps
+    assert [len(ids(stream.result()[0])) for stream in streams] == [895, 600, 3]
+
+
+def test_rows_of_constant_state_run_together_beside_a_draft_that_grows(make: Callable[..., HybridModel]) -> None:
+    blocks = (FAMILIES["nemotron_h"].blocks[0],) * 2
+    model = HybridModel(dataclasses.replace(FAMILIES["nemotron_h"], blocks=blocks)).eval()
+    initialize(model, 0)
+    settings = EngineSettings(memory=50_000_000, speculate=make("llama"), prefill_chunk=1024)
+    scheduler = Scheduler(model, None, settings)
+    for prompt in ((5, 6, 7), tuple(range(290)), tuple(range(1, 290))):
+        scheduler.add(Stream(Request(prompt, 40, ignore_eos=True)))
+    most = 0
+    while scheduler.busy:
+        scheduler.step()
+        most = max(most, len(scheduler.rows))
+    assert most == 3
+
+
+def test_every_stream_ends_when_a_reply_cannot_say_its_last_words(
+    model: HybridModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise ValueError("no text")
+
+    with Engine(model, tokenizer) as engine:
+        monkeypatch.setattr(TextStream, "push", fail)
+        monkeypatch.setattr(TextStream, "finish", fail)
+        streams = [engine.submit(Request(prompt, 5, ignore_eos=True)) for prompt in PROMPTS[:2]]
+        for stream in streams:
+            with pytest.raises(HalflapError, match=r"the engine failed .*no text"):
+                stream.result()
+        monkeypatch.undo()
+        assert len(ids(engine.submit(Request(PROMPTS[0], 5, ignore_eos=True)).result()[0])) == 5
 
 
 def test_cancel_frees_the_slot(model: HybridModel) -> None:
