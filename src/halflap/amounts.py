@@ -62,31 +62,33 @@ class Amount:
         return min(exact or candidates, key=len)
 
 
-def parse_amount(value: str | float | Amount, unit: Unit | None = None, *, share: bool = True) -> Amount:
+def parse_amount(
+    value: str | float | Amount, unit: Unit | None = None, *, share: bool = True, largest_share: float = 1.0
+) -> Amount:
     """Read an amount of `unit` (of the unit its suffix names when None; `4.3B` is then a count).
 
     A plain number is a count. Raises HalflapError on anything else: a suffix of another unit, a bare number where
-    a unit is needed, a share above 100 % or where `share=False`, a negative number, or infinity.
+    a unit is needed, a share above the largest or where `share=False`, a negative number, or infinity.
     """
     if isinstance(value, Amount):
         if unit is not None and value.unit != unit and not value.share:
-            raise _wrong(str(value), unit, share)
+            raise _wrong(str(value), unit, share, largest_share)
         return value
     match = None if isinstance(value, bool) else _NUMBER.fullmatch(str(value))
     if match is None:
-        raise _wrong(value, unit, share)
+        raise _wrong(value, unit, share, largest_share)
     number, suffix = Decimal(match[1].replace("_", "")), match[2]
     if suffix == "%":
-        if not share or not 0 < number <= 100:
-            raise _wrong(value, unit, share)
+        if not share or not 0 < number <= 100 * Decimal(repr(largest_share)):
+            raise _wrong(value, unit, share, largest_share)
         return Amount(float(number / 100), unit or "count", share=True)
     kind, scale = _scale(suffix, unit)
     if kind is None or number < 0 or abs(number.adjusted()) > 30:
-        raise _wrong(value, unit, share)
+        raise _wrong(value, unit, share, largest_share)
     exact = number * scale
     if kind != "seconds" and exact != exact.to_integral_value():
         if kind == "count" or suffix == "B":
-            raise _wrong(value, unit, share)
+            raise _wrong(value, unit, share, largest_share)
         exact = exact.to_integral_value()  # 31.7GiB ends in a fraction of a byte
     return Amount(float(exact) if kind == "seconds" else int(exact), kind)
 
@@ -111,7 +113,8 @@ def _plain(number: Decimal) -> str:
     return text if len(text) <= 20 else f"{float(number):g}"
 
 
-def _wrong(value: object, unit: Unit | None, share: bool) -> HalflapError:
+def _wrong(value: object, unit: Unit | None, share: bool, largest_share: float) -> HalflapError:
     allowed = EXAMPLES[unit] if unit else ", or ".join(EXAMPLES.values())
-    percent = ", or a share of the teacher's such as 50%" if share else ""
+    example = "50%" if largest_share == 1 else "150%"
+    percent = f", or a share of the teacher's such as {example}, at most {100 * largest_share:g}%" if share else ""
     return HalflapError(f"{str(value)!r} is not an amount that fits here: write {allowed}{percent}")

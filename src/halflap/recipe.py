@@ -27,9 +27,9 @@ INPUT, SHAPE, STUDY = "halflap input", "halflap shape", "halflap study"
 that of a shipped one."""
 
 
-def _amount(unit: Unit) -> Parameter:
+def _amount(unit: Unit, largest_share: float = 1.0) -> Parameter:
     def convert(_: type, tokens: Any) -> Amount:
-        return parse_amount(tokens[0].value, unit)
+        return parse_amount(tokens[0].value, unit, largest_share=largest_share)
 
     return Parameter(converter=convert, n_tokens=1, accepts_keys=False)
 
@@ -43,6 +43,13 @@ def _positive(_: type, tokens: Any) -> int:
     if value < 1:
         raise RecipeError(f"{value} is too small; at least 1 is allowed")
     return value
+
+
+def _seed(_: type, tokens: Any) -> int:
+    text = tokens[0].value
+    if not text.isascii() or not text.isdigit() or int(text) > LARGEST_SEED:
+        raise RecipeError(f"{text!r} is no seed; it is a whole number from 0 to 2^63 - 1")
+    return int(text)
 
 
 def _positives(_: type, tokens: Any) -> tuple[int, ...]:
@@ -80,7 +87,11 @@ SWITCH = Parameter(negative=())
 Count = Annotated[Amount, _amount("count")]
 Bytes = Annotated[Amount, _amount("bytes")]
 Duration = Annotated[Amount, _amount("seconds")]
+FASTEST = 100.0  # of the teacher's throughput, as a share
+Rate = Annotated[Amount, _amount("count", FASTEST)]
 Tokens = Annotated[int, Parameter(converter=_count, n_tokens=1)]
+LARGEST_SEED = 2**63 - 1
+Seed = Annotated[int, Parameter(converter=_seed, n_tokens=1)]
 Positive = Annotated[int, Parameter(converter=_positive, n_tokens=1)]
 Positives = Annotated[tuple[int, ...], Parameter(converter=_positives)]
 File = Annotated[str, INPUT]
@@ -97,7 +108,7 @@ class Common:
 
     out: str | None = None
     """Directory of the run; runs/VERB-DIGEST when not given."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
@@ -281,7 +292,7 @@ def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _without_repetition(path, what))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise RecipeError(f"the {what} {str(path)!r} is not a file; give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -293,6 +304,25 @@ def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
             "write one `name: value` a line"
         )
     return content
+
+
+def _without_repetition(path: str | Path, what: str) -> Any:
+    """A loader of plain YAML that refuses a name given twice, of which the standard one keeps the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            lines: dict[str, int] = {}
+            for key, _ in node.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if name in lines and name != "<<":
+                    raise RecipeError(
+                        f"the {what} {str(path)!r} says {name!r} twice, at lines {lines[name]} and {line}; keep one"
+                    )
+                lines[name] = line
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def to_yaml(verb: str, settings: Mapping[str, Any]) -> str:

@@ -129,6 +129,35 @@ def test_logits_to_keep_and_hidden_states(model: Any) -> None:
     torch.testing.assert_close(model.lm_head(whole.hidden_states[-1]), whole.logits)
 
 
+def test_tuples_and_what_the_config_asks_for(model: Any) -> None:
+    inputs, config = padded(), model.config
+    with torch.no_grad():
+        whole = model(**inputs, labels=inputs["input_ids"])
+        loss, logits, *_ = model(**inputs, labels=inputs["input_ids"], return_dict=False)
+        assert torch.equal(loss, whole.loss) and torch.equal(logits, whole.logits)
+        config.output_hidden_states = True
+        try:
+            assert len(model(**inputs).hidden_states) == len(model.model.network.blocks) + 1
+            assert model(**inputs, output_hidden_states=False).hidden_states is None
+        finally:
+            config.output_hidden_states = False
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_prompts_read_in_pieces_give_the_same_text(model: Any, size: int) -> None:
+    """Pieces of one column, of which a padded row has nothing, among them."""
+    assert greedy(model, padded(), prefill_chunk_size=size) == greedy(model, padded())
+
+
+def test_a_pass_that_fails_is_not_counted(model: Any) -> None:
+    cache = HalflapCache()
+    with torch.no_grad():
+        model(torch.tensor([[5, 9, 31]]), past_key_values=cache)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.tensor([[10**6]]), past_key_values=cache)
+    assert cache.get_seq_length() == 3
+
+
 def test_half_precision_under_autocast(model: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert len(greedy(model, padded())) == len(PROMPTS)

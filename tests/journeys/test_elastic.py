@@ -109,6 +109,14 @@ def test_a_size_between_trained_ones_lies_between_them(halflap: Cli, run: Path, 
             assert few <= kept <= many, name
 
 
+def test_lists_say_what_may_be_tried_between_trained_sizes(halflap: Cli, run: Path, tmp_path: Path) -> None:
+    one = ("prune", run / "checkpoint", "--from-elastic", "--params", "78%", "--out")
+    listed = halflap(*one, tmp_path / "run", "--space.hidden-size", 84, "--json").json
+    assert listed["ratio"] <= 0.78 and Checkpoint.open(tmp_path / "run").config.hidden_size == 84
+    outside = halflap(*one, tmp_path / "other", "--space.hidden-size", 40)
+    assert outside.status == 1 and "space.hidden_size has 40, and between the sizes trained" in outside.err
+
+
 def test_sizes_are_cut_too(halflap: Cli, run: Path, tmp_path: Path) -> None:
     sizes = ("--sizes.mamba-num-heads", 8, "--sizes.num-blocks", 5)
     result = halflap("prune", run / "sorted", "--from-elastic", *sizes, "--out", tmp_path / "run", "--json").json

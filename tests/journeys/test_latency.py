@@ -13,9 +13,11 @@ import pytest
 
 from halflap.checkpoints.checkpoint import save_model
 from halflap.checkpoints.config import read_config
-from halflap.commands import timing
+from halflap.commands import sweep, timing
+from halflap.compress.axes import Sizes
 from halflap.compress.cost_model import Condition
 from halflap.compress.plan import PruningPlan
+from halflap.compress.search import SearchResult, Trial
 from halflap.data.tokenizer import train_tokenizer
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_non_embedding_parameters
@@ -174,6 +176,41 @@ def test_a_sweep_finds_the_best_of_each_value(halflap: Callable[..., Any], place
     assert pruned.status == 1 and "best of several budgets" in pruned.err and "60%/search.json" in pruned.err
     one = result["sweep"]["values"][0]["path"]
     assert halflap("prune", place / "teacher", "--plan", one, "--out", tmp_path / "b").status == 0
+
+
+def test_a_value_takes_what_a_tighter_one_found_where_that_is_better(tmp_path: Path) -> None:
+    def result(params: float, loss: float) -> SearchResult:
+        trial = Trial(Sizes(hidden_size=int(params)), {"params": params}, 0.0, loss)
+        return SearchResult({"budgets": {}}, 1, (trial,))
+
+    found = {"50%": result(48, 6.3), "60%": result(59, 6.4), "70%": result(68, 6.2), "80%": result(79, 6.2)}
+    ceilings = {value: {"params": float(value[:-1])} for value in found}
+    data = sweep.combined("params", found, ceilings, tmp_path)
+    assert [row["candidate"] for row in data["sweep"]["values"]] == [0, 0, 2, 3]  # its own among equals
+    assert [row["chosen"] for row in data["candidates"]] == [True, False, True, True]
+    assert data["sweep"]["values"][1]["path"].endswith("50%/search.json")
+    assert data["sweep"]["values"][1]["remark"] == "nothing tried within it beats the best of 50%"
+
+
+def test_the_page_of_a_sweep_of_memory_draws_memory(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
+    words = ("search", place / "teacher", "--importance", place / "scored", "--data", place / "text.jsonl", *FIT)
+    words = (*words, "--score-tokens", 128, "--shortlist", 2, "--out", tmp_path / "run")
+    assert halflap(*words, "--sweep", "memory", "70%", "80%").status == 0
+    page = halflap("report", tmp_path / "run", "--out", tmp_path / "page.html", "--json").json["path"]
+    assert "MiB of memory against held-out loss" in Path(page).read_text()
+
+
+def test_a_sweep_of_throughput_takes_more_than_the_teachers(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path
+) -> None:
+    words = ("search", place / "teacher", "--importance", place / "scored", "--data", place / "text.jsonl", *FIT, *AT)
+    words = (*words, "--score-tokens", 128, "--shortlist", 2, "--out", tmp_path / "run")
+    result = halflap(*words, "--sweep", "throughput", "120%", "150%", "--json").json
+    whole = made_up_seconds(read_config(place / "teacher"), Condition("decode", 64, 2))
+    for row, share in zip(result["sweep"]["values"], (1.2, 1.5), strict=True):
+        assert result["candidates"][row["candidate"]]["costs"]["latency"] <= whole / share * (1 + 1e-6)
+    refused = halflap(*words[:-2], "--params", "150%", "--out", tmp_path / "other")
+    assert refused.status == 2 and "at most 100%" in refused.err
 
 
 @pytest.mark.parametrize(

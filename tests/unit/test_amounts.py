@@ -66,6 +66,12 @@ def test_a_share_is_of_the_whole_and_a_value_is_not() -> None:
     assert parse_amount("25").of(200) == 25
 
 
+def test_a_floor_may_be_more_than_the_whole() -> None:
+    assert parse_amount("150%", "count", largest_share=100.0) == Amount(1.5, share=True)
+    with pytest.raises(HalflapError, match="such as 150%, at most 10000%"):
+        parse_amount("20000%", "count", largest_share=100.0)
+
+
 def test_counts_of_tokens_take_no_shares() -> None:
     assert parse_count("2M") == 2_000_000
     with pytest.raises(HalflapError, match=r"12M$"):

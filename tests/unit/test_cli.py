@@ -281,3 +281,9 @@ def test_show_as_json_is_one_object(halflap: Cli) -> None:
 
 def _needs_a_word(recipe: type) -> bool:
     return any(not field.kw_only and field.default is dataclasses.MISSING for field in dataclasses.fields(recipe))
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", "9223372036854775808", "x"])
+def test_a_seed_is_a_whole_number_from_zero(halflap: Callable[..., Any], seed: str) -> None:
+    outcome = halflap("generate", "nowhere", "--seed", seed)
+    assert outcome.status == 2 and "seed" in outcome.err and "whole number from 0 to 2^63 - 1" in outcome.err

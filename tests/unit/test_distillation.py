@@ -128,6 +128,12 @@ def test_fit_from_a_stored_teacher(tmp_path: Path) -> None:
     assert float(plain_kl(student, teacher, batches(99)).detach()) < first
 
 
+def test_bytes_a_token_are_of_all_batches_whatever_their_sizes(tmp_path: Path) -> None:
+    growing = lambda step: batches(step).rows(0, 1 if step < 3 else ROWS)
+    stored = store_teacher_logits(make(CONFIG, 0), growing, 5, tmp_path, k=8)
+    assert stored.bytes_per_token == stored.bytes / ((3 + 2 * ROWS) * LENGTH)
+
+
 def test_storing_goes_on_where_it_stopped(tmp_path: Path) -> None:
     teacher, asked = make(CONFIG, 0), []
 

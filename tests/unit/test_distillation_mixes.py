@@ -102,6 +102,16 @@ def test_the_last_block_maps_to_the_last() -> None:
     assert proportional_map(4, 6) == (0, 2, 3, 5)
 
 
+def test_blocks_may_be_named_in_any_order_and_share_a_teachers() -> None:
+    student, teacher, batch = make(STUDENT, 1), make(TEACHER, 0), batches(0)
+    sums = []
+    for blocks in ((0, 2), (2, 0)):
+        inner = InnerStates(STUDENT, TEACHER, pair_states(STUDENT, TEACHER, ("blocks",), (1, 1, 1), blocks))
+        terms = Distillation(teacher, inner=inner).loss(student, batch)
+        sums.append(number(terms.sum))
+    assert sums[0] == sums[1]
+
+
 @pytest.mark.parametrize("distance", ["mse", "cosine"])
 def test_inner_states_of_equal_width_equal_plain_ones(distance: Any) -> None:
     config = dataclasses.replace(TEACHER, blocks=TEACHER.blocks[:3])

@@ -47,6 +47,23 @@ def test_the_tokens_that_exist_come_first_and_find_their_way_back(mask: list[lis
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 3], [1, 5], [2, 1, 1, 1, 1]])
+def test_a_single_column_may_be_padding_too(network: Any, sizes: list[int]) -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])[:, : sum(sizes)]
+    tokens = tokens_like(mask)
+    cache, parts, start = Cache.create(network.config, 3), [], 0
+    for size in sizes:
+        rows = arrange(tokens[:, start : start + size], mask[:, : start + size], cached=True)
+        parts.append(rows.restore(network.hidden_states(rows.tokens, cache=cache, lengths=rows.lengths)))
+        start += size
+    hidden = torch.cat(parts, 1)
+    for row in range(3):
+        there = mask[row] == 1
+        alone = network.hidden_states(tokens[row : row + 1, there])[0]
+        torch.testing.assert_close(hidden[row, there], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_masked_row_gives_what_its_tokens_give_alone(network: Any, cached: bool) -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 1, 1]])

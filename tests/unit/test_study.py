@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from halflap.commands.study import check_demands
 from halflap.commands.study_file import SIZES, Speed, read_study, shipped
+from halflap.commands.study_readings import check
 from halflap.errors import HalflapError, RecipeError
 from halflap.evaluate.paired import paired
 from halflap.models.count import count_parameters
@@ -145,14 +146,56 @@ def test_a_study_by_a_wrong_name_names_the_nearest(halflap: Callable[..., Any], 
         ({"seeds": []}, r"seeds is \[\]; at least one, and each once"),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; at least one, and each once"),
         ({"seeds": "x"}, "seeds is 'x'; it must be a list of whole numbers"),
+        ({"seeds": [-1]}, r"seeds is \[-1\]; it must be a list of whole numbers from 0"),
+        ({"seeds": [True, False]}, r"seeds is \[True, False\]; it must be"),
+        ({"seeds": [1 << 70]}, "it must be a list of whole numbers from 0 to 2"),
+        ({"tokens": 0}, "tokens is 0; it must be at least 1"),
+        ({"readings": {"tokens_to_reach": None}}, "the reading tokens_to_reach has no arm"),
+        (
+            {"claims": [{"says": "x", "lower": "mamba", "higher": "attention", "measure": "loss_as_cut"}]},
+            "arm 'mamba' will have no loss_as_cut, only loss, bits_per_byte, perplexity, recall",
+        ),
+        ({"baseline": 1}, "1 is no name of an arm, as YAML reads it; write it in quotes"),
+        (
+            {"arms": STUDY["arms"] | {"a b": {"pattern": "*-"}, "a-b": {"pattern": "M-"}}},  # type: ignore[operator]
+            "arm 'a-b' would be kept in the folder of arm 'a b'",
+        ),
+        ({"arms": STUDY["arms"] | {"..": {"pattern": "*-"}}}, "arm '..' is no name of a folder"),  # type: ignore[operator]
         ({"speed": {"prompt": []}}, r"speed.prompt is \[\]; it must be a list of whole numbers above 0"),
         ({"arms": ["attention"]}, "study.yaml has a value of the wrong kind"),
         ({"arms": {"attention": {"pattern": 5}}}, "arm 'attention' has a value of the wrong kind"),
     ],
 )
 def test_values_of_the_wrong_kind_are_refused_as_a_wrong_recipe(tmp_path: Path, changes: Any, said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
-        read_study(str(write(tmp_path, **changes)), "small").models(300)
+    with pytest.raises(HalflapError, match=said):
+        plan = read_study(str(write(tmp_path, **changes)), "small")
+        plan.models(300), check(plan)
+
+
+def test_a_name_given_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "study: tiny\narms:\n  attention: {pattern: '*-'}\n  mamba: {pattern: M-}\n  attention: {pattern: M*-}\n"
+    )
+    with pytest.raises(RecipeError, match="says 'attention' twice, at lines 3 and 5; keep one"):
+        read_study(str(file), "small")
+
+
+def test_a_number_is_no_name(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(write(tmp_path).read_text().replace('"mamba"', "1"))
+    with pytest.raises(RecipeError, match="1 is no name of an arm, as YAML reads it; write it in quotes"):
+        read_study(str(file), "small")
+
+
+def test_a_dry_run_counts_every_arm_and_trains_none(halflap: Callable[..., Any], tmp_path: Path) -> None:
+    words = ("study", write(tmp_path), "--data", TEXT, "--out", tmp_path / "run", "--dry-run", "--json")
+    found = halflap(*words).json
+    assert [row["arm"] for row in found["arms"]] == ["attention", "mamba"] and found["seeds"] == [0, 1]
+    assert found["tokens"] == 4000 and found["flops"] == sum(row["flops"] for row in found["arms"]) > 0
+    assert not (tmp_path / "run").exists() and "mamba" in halflap(*words[:-1]).out
+    refused = halflap("study", write(tmp_path, parameters=100), *words[2:])
+    assert refused.status == 1 and "from the 100" in refused.err
 
 
 def test_text_may_be_one_path(tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ def test_arms_share_their_work_and_an_interrupted_study_ends_the_same(
             "arm 'heads': .*metric is 'actvation'.*did you mean 'activation'",
         ),
         ({"arms": {"heads": {"seed": 3}}}, "arm 'heads': seed is not for one arm to set"),
+        ({"arms": {"heads": {"eval_tokens": 60}}}, "arm 'heads': eval_tokens is not for one arm to set"),
+        ({"base": {"eval_tokens": 60}}, "base has eval_tokens"),
         ({"arms": ARMS | {"blind": {"control": "blind", "of": "heads"}}}, "a control is one of scratch, group_blind"),
         ({"arms": ARMS | {"blind": {"control": "group_blind"}}}, "`of` another arm; give both, or neither"),
         (
@@ -163,7 +165,15 @@ def test_a_wrong_study_is_refused(tmp_path: Path, changes: dict[str, Any], messa
         ({"claims": [STUDY["claims"][0] | {"measure": "los"}]}, "did you mean 'loss'"),  # type: ignore[index]
         ({"readings": {"ranks": {}}}, "'ranks' is not a reading that exists"),
         ({"readings": {"rank_correlation": {"chep": "loss"}}}, "did you mean 'cheap'"),
-        ({"readings": {"tokens_to_reach": {"arm": "head", "by": []}}}, "did you mean 'heads'"),
+        ({"readings": {"tokens_to_reach": {"arm": "head", "by": ["scratch"]}}}, "did you mean 'heads'"),
+        ({"readings": {"tokens_to_reach": {"arm": "heads"}}}, "the reading tokens_to_reach has no by"),
+        ({"readings": {"rank_correlation": {"cheap": "lss"}}}, "did you mean 'loss'"),
+        ({"readings": {"rank_correlation": {"arms": ["heads", "scratch"]}}}, "arm 'scratch' will have no loss_as_cut"),
+        (
+            {"readings": {"rank_correlation": {"arms": ["heads"]}}},
+            "finds 1 of the arms that it may rank with loss_as_cut and loss",
+        ),
+        ({"claims": [STUDY["claims"][0] | {"measure": "recall"}]}, "will have no recall"),  # type: ignore[index]
         ({"arms": {"heads": {"sizes": {"mamba_num_heads": 10}}}, "claims": [], "readings": {}}, "multiple of 4"),
     ],
 )
@@ -172,6 +182,30 @@ def test_what_cannot_be_is_said_before_any_work(
 ) -> None:
     said = halflap(*words(write(tmp_path, **changes), place, tmp_path / "run"))
     assert said.status == 1 and message in said.err and not (tmp_path / "run" / "teacher.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arms, message",
+    [
+        ({"tiny": {"params": "1%"}}, "arm 'tiny': a budget of"),
+        (
+            {"states": {"sizes": {"ssm_state_size": 8}}, "blind": {"control": "group_blind", "of": "states"}},
+            "arm 'blind': it is the control group_blind of 'states', whose students keep all their Mamba heads",
+        ),
+    ],
+)
+def test_what_no_student_can_be_is_said_before_others_are_trained(
+    halflap: Cli, place: Path, tmp_path: Path, arms: dict[str, Any], message: str
+) -> None:
+    file = write(tmp_path, arms={"heads": ARMS["heads"], **arms}, claims=[], readings={})
+    said = halflap(*words(file, place, tmp_path / "run"))
+    assert said.status == 1 and message in said.err and not list(tmp_path.glob("run/arms/*"))
+
+
+def test_a_dry_run_counts_arms_as_their_teacher(halflap: Cli, place: Path, tmp_path: Path) -> None:
+    found = halflap(*words(write(tmp_path), place, tmp_path / "run"), "--dry-run").json
+    assert [row["arm"] for row in found["arms"]] == list(ARMS)
+    assert found["parameters"] == found["arms"][0]["parameters"] > 400_000 and found["flops"] > 0
 
 
 def test_a_teacher_or_text_that_is_not_there_is_named(halflap: Cli, place: Path, tmp_path: Path) -> None:

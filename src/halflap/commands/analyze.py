@@ -50,7 +50,7 @@ def analyze(recipe: AnalyzeRecipe, run: Run) -> dict[str, Any]:
         "pattern": model.config.pattern(),
         "meta_tokens": model.config.num_meta_tokens,
         "context": context,
-        "tokens": recipe.tokens,
+        "tokens": sum(found.tokens_by_domain.values()),
         **dataclasses.asdict(found),
         **({} if costs is None else {"quantization": costs}),
     }

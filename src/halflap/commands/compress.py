@@ -29,7 +29,7 @@ from halflap.commands.device import must_stream
 from halflap.commands.given import Given, with_dropped
 from halflap.commands.resolve import plan_of
 from halflap.commands.sections import Budgets, ScoreSettings
-from halflap.commands.students import Teacher, has_ceiling, open_teacher
+from halflap.commands.students import Teacher, budget_of, has_ceiling, open_teacher
 from halflap.commands.teaching import Origin, Tutor
 from halflap.compress.axes import Sizes, check_sizes, largest_sizes
 from halflap.compress.cost_table import CostTable
@@ -96,7 +96,11 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
         each[value] = Given(one, place, run.path, teacher, importance, loader, training, tutor, table)
         searching.check(each[value])  # before any work
     found = {value: searching.search(given) for value, given in each.items()}
-    result = sweep.combined(recipe.sweep[0], found, run.path) if swept else found[""].to_json()
+    if swept:
+        ceilings = {value: budget_of(own, teacher.config, table).ceilings for value, own in swept.items()}
+        result = sweep.combined(recipe.sweep[0], found, ceilings, run.path)
+    else:
+        result = found[""].to_json()
     shown = {name: value for name, value in result.items() if name != "plan"}
     return shown | {"pattern": teacher.config.pattern(), "path": str(run.path / searching.SEARCH)}
 

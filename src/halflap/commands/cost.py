@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from halflap.commands import study
 from halflap.commands.fleet import vllm_command
 from halflap.commands.resolve import check_inputs, plan_of, shape_of
 from halflap.inputs import size_of
@@ -24,6 +25,8 @@ def estimate(verb: str, recipe: Any) -> dict[str, Any]:
     The student of `compress` is counted as its teacher, so its figures are upper bounds.
     """
     check_inputs(recipe)
+    if verb == "study":
+        return {"verb": verb, **_study(recipe)}
     settings, inputs = settings_of(recipe), inputs_of(recipe)
     read = sum(size_of(Path(value)) for values in inputs.values() for value in values)
     result: dict[str, Any] = {"verb": verb, "input_bytes": read}
@@ -47,6 +50,32 @@ def estimate(verb: str, recipe: Any) -> dict[str, Any]:
     if verb == "serve":
         result["memory_bytes"] *= recipe.listening.replicas
     return result
+
+
+def _study(recipe: Any) -> dict[str, Any]:
+    """Each arm's share of the work over all seeds; what is cut from a teacher is counted as the teacher."""
+    plan, shapes = study.arms_of(recipe)
+    rows = []
+    for name, shape in shapes.items():
+        length, tokens, passes = plan.fit.sequence_length, plan.tokens, PASSES["pretrain"]
+        if name in plan.compressions:
+            own = plan.compressions[name].recipe
+            length, tokens, passes = own.fit.sequence_length, own.tokens, PASSES["distill"] + 1
+        flops = tokens * passes * flops_per_token(shape, length, "prefill")
+        if plan.recall is not None:
+            asked = plan.recall.steps * plan.fit.batch_size * plan.recall.length
+            flops += asked * PASSES["pretrain"] * flops_per_token(shape, plan.recall.length, "prefill")
+        row = {"arm": name, "parameters": count_parameters(shape), "tokens": len(plan.seeds) * tokens}
+        rows.append(row | {"flops": len(plan.seeds) * flops})
+    largest = max(shapes.values(), key=count_parameters)
+    return {
+        "seeds": list(plan.seeds),
+        "parameters": count_parameters(largest),
+        "tokens": sum(row["tokens"] for row in rows),
+        "flops": sum(row["flops"] for row in rows),
+        "arms": rows,
+        "memory_bytes": recipe.workers * _memory("pretrain" if plan.teacher is None else "distill", largest, None),
+    }
 
 
 def _phases(plan: Plan, each: int) -> list[dict[str, Any]]:

@@ -179,9 +179,10 @@ def _largest_first(
     ceilings = {value: budget_of(own, teacher.config, times) for value, own in budgets.items()}
     for value, budget in ceilings.items():
         if costs(teacher.config, budget)[cost] <= budget.ceilings[cost]:
+            better = "above its own, such as 130% 160%" if name == "throughput" else "below it, such as 75% 50%"
             raise RecipeError(
                 f"elastic has {name} {value}, and the model itself is within it; the whole is always trained, so give "
-                "budgets below it, such as 75% 50%"
+                f"budgets {better}"
             )
     return {value: budgets[value] for value in sorted(budgets, key=lambda v: -ceilings[v].ceilings[cost])}
 

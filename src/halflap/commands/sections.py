@@ -29,6 +29,7 @@ from halflap.recipe import (
     File,
     Files,
     Positive,
+    Rate,
     Tokens,
     flat,
 )
@@ -76,8 +77,8 @@ class Budgets:
     """Weights and cache together: 31.7GiB or 50%."""
     latency: Duration | None = None
     """Time of one pass in the given phase: 20ms or 50%."""
-    throughput: Count | None = None
-    """At least this many tokens a second in the given phase."""
+    throughput: Rate | None = None
+    """At least this many tokens a second in the given phase: 400 or 150%."""
     flops: Count | None = None
     """Floating-point operations a token in the given phase."""
     costs: File | None = None

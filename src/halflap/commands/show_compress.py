@@ -56,7 +56,8 @@ def score(result: Mapping[str, Any], console: Console) -> None:
 def search(result: Mapping[str, Any], console: Console) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     rows, sweep = result["candidates"], result.get("sweep")
-    shown = [rows[best["candidate"]] for best in sweep["values"]] if sweep else rows[:SHOWN_CANDIDATES]
+    bests = [rows[best["candidate"]] | {"value": best["value"]} for best in sweep["values"]] if sweep else []
+    shown = bests or rows[:SHOWN_CANDIDATES]
     rounds = sorted({done["tokens"] for row in rows for done in row["rounds"]})
     shares = [name for name in ("accuracy", "agreement") if any(row[name] is not None for row in rows)]
     for column in ("parameters", *shares, "loss as cut", *(f"after {short(tokens)}" for tokens in rounds)):

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from halflap.checkpoints.config import find_directory, read_config
 from halflap.commands import study_readings, study_students
 from halflap.commands.config import StudyRecipe
 from halflap.commands.corpora import Corpora, choose_tokenizer, open_corpora, training_loader
 from halflap.commands.device import choose_device
 from halflap.commands.students import open_teacher
-from halflap.commands.study_file import Study, read_study
+from halflap.commands.study_file import Study, place_of, read_study
 from halflap.commands.study_shapes import Task, train_and_judge
-from halflap.commands.study_students import place_of
 from halflap.commands.study_table import Results, rows_of, write_arms
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
@@ -35,7 +35,7 @@ from halflap.run import Run
 def study(recipe: StudyRecipe, run: Run) -> dict[str, Any]:
     """Train and judge every arm with every seed, measure speed, and write the table, the readings and the page."""
     how = {"cluster": _cluster(recipe), "processes": recipe.workers}
-    plan = _plan(recipe)
+    plan = plan_of(recipe)
     recipe = _with_text(recipe, plan)
     teacher, times = None, None
     if plan.teacher is None:
@@ -66,7 +66,23 @@ def study(recipe: StudyRecipe, run: Run) -> dict[str, Any]:
     }
 
 
-def _plan(recipe: StudyRecipe) -> Study:
+def arms_of(recipe: StudyRecipe) -> tuple[Study, dict[str, ModelConfig]]:
+    """The study, and every arm's shape, or of one that is cut from a teacher the teacher's; nothing is trained or read.
+
+    Raises HalflapError for what `study` itself would refuse by then.
+    """
+    plan = plan_of(recipe)
+    _with_text(recipe, plan)
+    if plan.teacher is not None:
+        return plan, dict.fromkeys(plan.arms, read_config(find_directory(_teacher(plan.teacher))))
+    size = plan.vocab_size if recipe.tokenizer is None else Tokenizer.load(recipe.tokenizer).vocab_size
+    models = plan.models(size)
+    check_demands(plan, models)
+    return plan, models
+
+
+def plan_of(recipe: StudyRecipe) -> Study:
+    """What the study's file says, with what the recipe says instead."""
     given = {
         "tokens": recipe.tokens,
         "seeds": recipe.seeds,
@@ -150,9 +166,10 @@ def _tasks(
     """One a seed and arm, seed by seed, with whole paths: they may be read from another directory."""
     train, held_out = (tuple(c.path.resolve() for c in group) for group in (corpora.train, corpora.held_out))
     text = tuple(corpus.manifest.digest for corpus in (*corpora.train, *corpora.held_out))
+    place, tokenizer = run.path.resolve(), (run.path / "tokenizer").resolve()
     return [
         Task(
-            arm, seed, config, place_of(run, arm, seed).resolve(), (run.path / "tokenizer").resolve(), train, held_out,
+            arm, seed, config, place_of(place, arm, seed), tokenizer, train, held_out,
             text, recipe.text.weights, recipe.text.packing, plan.tokens, plan.eval_tokens, plan.fit, plan.recall,
             recipe.common.device, recipe.common.dtype, context=plan.fit.sequence_length,
         )

@@ -26,6 +26,8 @@ STUDYS_OWN = (
     *("model", "data", "data.field", "data.weights", "data.packing", "data.held_out", "eval_data", "importance"),
     *("costs", "controls", "elastic", "top_k_in", "out", "seed", "device", "dtype", "json", "quiet", "overwrite"),
 )
+JUDGED_ON = "eval_tokens"
+
 """Settings of `compress` that arms share, that follow from how arms belong together, or that make several students."""
 CONTROLS = ("scratch", "group_blind", "random")
 MATCHED = ("params", "latency")
@@ -86,6 +88,10 @@ def _read(where: str, whole: Mapping[str, Any], own: Mapping[str, Any]) -> Compr
             raise HalflapError(f"{where}: {left[0]} is that of arm {of!r}, whose control this is; leave it out")
     if unknown := [name for name in match or {} if name not in MATCHED]:
         raise HalflapError(f"{where}: {unknown_name(unknown[0], list(MATCHED), 'budget to match')}")
+    if JUDGED_ON in normalise(CompressRecipe, {n: own[n] for n in own if n in fields and n != "match"}, where)[0]:
+        raise HalflapError(
+            f"{where}: {JUDGED_ON} is not for one arm to set, since all are judged on the same; leave it out"
+        )
     settings, _ = normalise(CompressRecipe, fields, where)
     if taken := [name for name in settings if name in STUDYS_OWN]:
         raise HalflapError(f"{where}: {taken[0]} is not for one arm to set; leave it out")

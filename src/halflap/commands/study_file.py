@@ -36,12 +36,12 @@ from pathlib import Path
 from typing import Any
 
 from halflap.amounts import parse_count
-from halflap.commands.study_compressions import Compression, read_compressions
+from halflap.commands.study_compressions import JUDGED_ON, Compression, read_compressions
 from halflap.errors import HalflapError, RecipeError
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.stack import Stack, build, read_stack, with_parameters
-from halflap.recipe import read_yaml, unknown_name
+from halflap.recipe import LARGEST_SEED, read_yaml, unknown_name
 from halflap.train.config import Fit
 
 SHIPPED = Path(__file__).parent / "studies"
@@ -167,7 +167,9 @@ def _read(path: Path, size: str, given: Mapping[str, Any]) -> Study:
     _check_names(path, data, size)
     data = _merged(data, dict(data.get("sizes", {})).get(size, {}))
     data |= {name: value for name, value in given.items() if value}
-    arms = {arm: dict(fields or {}) for arm, fields in data["arms"].items()}
+    arms = {_name(path, arm): dict(fields or {}) for arm, fields in data["arms"].items()}
+    _check_folders(path, arms)
+    _name(path, data["baseline"])
     against = _against(path, {arm: fields.pop("against", None) for arm, fields in arms.items()})
     if data["baseline"] not in arms and arms:
         raise HalflapError(f"{path}: {unknown_name(str(data['baseline']), list(arms), 'baseline arm')}")
@@ -177,16 +179,16 @@ def _read(path: Path, size: str, given: Mapping[str, Any]) -> Study:
         size=size,
         asks=data.get("asks", ""),
         baseline=data["baseline"],
-        tokens=parse_count(str(data["tokens"])),
+        tokens=_count(path, "tokens", data["tokens"]),
         seeds=_seeds(path, data["seeds"]),
         against=against,
         fit=_section(path, "fit", Fit, data.get("fit", {})),
         data=_paths(data.get("data", ())),
         eval_data=_paths(data.get("eval_data", ())),
-        eval_tokens=parse_count(str(data.get("eval_tokens", EVAL_TOKENS))),
+        eval_tokens=_count(path, "eval_tokens", data.get("eval_tokens", EVAL_TOKENS)),
         speed=_speed(path, data.get("speed", {}), models.get("stacks", {})),
-        claims=tuple(_section(path, "claims", Claim, claim) for claim in data.get("claims", ())),
-        readings=dict(data.get("readings", {})),
+        claims=tuple(_section(path, "claims", Claim, claim) for claim in data.get("claims") or ()),
+        readings={name: dict(fields or {}) for name, fields in (data.get("readings") or {}).items()},
         **models,
     )
 
@@ -196,9 +198,42 @@ def _paths(given: str | Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
+def place_of(directory: Path, arm: str, seed: int) -> Path:
+    """The run of one arm and seed in the study's directory."""
+    return directory / "arms" / _folder(arm) / f"seed-{seed}"
+
+
+def _folder(arm: str) -> str:
+    return arm.replace(" ", "-").replace("/", "-")
+
+
+def _check_folders(path: Path, arms: Mapping[str, Any]) -> None:
+    folders: dict[str, str] = {}
+    for arm in arms:
+        if (other := folders.setdefault(_folder(arm), arm)) != arm or _folder(arm) in ("", ".", ".."):
+            reason = f"would be kept in the folder of arm {other!r}" if other != arm else "is no name of a folder"
+            raise HalflapError(f"{path}: arm {arm!r} {reason}; give it another name")
+
+
+def _name(path: Path, arm: Any) -> str:
+    if not isinstance(arm, str):
+        raise HalflapError(f"{path}: {arm!r} is no name of an arm, as YAML reads it; write it in quotes")
+    return arm
+
+
+def _count(path: Path, name: str, value: Any) -> int:
+    count = parse_count(str(value))
+    if count < 1:
+        raise HalflapError(f"{path}: {name} is {value!r}; it must be at least 1: correct it")
+    return count
+
+
 def _seeds(path: Path, seeds: Any) -> tuple[int, ...]:
-    if not isinstance(seeds, list | tuple) or not all(isinstance(seed, int) for seed in seeds):
-        raise HalflapError(f"{path}: seeds is {seeds!r}; it must be a list of whole numbers: correct it")
+    right = isinstance(seeds, list | tuple) and all(type(seed) is int and 0 <= seed <= LARGEST_SEED for seed in seeds)
+    if not right:
+        raise HalflapError(
+            f"{path}: seeds is {seeds!r}; it must be a list of whole numbers from 0 to 2^63 - 1: correct it"
+        )
     if not seeds or len(set(seeds)) < len(seeds):
         raise HalflapError(f"{path}: seeds is {list(seeds)}; at least one, and each once: correct the list")
     return tuple(seeds)
@@ -230,7 +265,10 @@ def _shapes(path: Path, data: Mapping[str, Any], given: Mapping[str, Mapping[str
 
 def _compressions(path: Path, data: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     shared = {"tokens": data["tokens"], "eval_tokens": data.get("eval_tokens", EVAL_TOKENS), "fit": data.get("fit", {})}
-    whole = _arms(path, given, _merged(shared, data.get("base", {})))
+    base = data.get("base") or {}
+    if JUDGED_ON in base:
+        raise HalflapError(f"{path}: base has {JUDGED_ON}, on which the teacher is judged too; give it beside `arms:`")
+    whole = _arms(path, given, _merged(shared, base))
     return {"teacher": data["teacher"], "compressions": read_compressions(path, whole, given)}
 
 

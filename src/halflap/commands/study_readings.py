@@ -17,6 +17,7 @@ import dataclasses
 import inspect
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,24 +30,62 @@ from halflap.recipe import unknown_name
 
 MEASURES = ("loss", "loss_as_cut", "bits_per_byte", "perplexity", "recall", "latency_seconds")
 """What a row has a value a seed of, where it was measured."""
+OF_ALL = ("loss", "bits_per_byte", "perplexity")
 
 Rows = Mapping[str, Mapping[str, Any]]
 
 
 def check(plan: Study) -> None:
-    """Raise HalflapError for a claim or reading of arms, or by a name, that does not exist: before hours of work."""
-    asked = [arm for claim in plan.claims for arm in (claim.lower, claim.higher)]
-    if unknown := [claim.measure for claim in plan.claims if claim.measure not in MEASURES]:
-        raise HalflapError(f"study {plan.name}: {unknown_name(unknown[0], list(MEASURES), 'measure')}")
-    for name, fields in plan.readings.items():
-        if name not in READINGS:
-            raise HalflapError(f"study {plan.name}: {unknown_name(name, list(READINGS), 'reading')}")
-        known = [*inspect.signature(READINGS[name]).parameters][1:]
-        if unknown := [field for field in fields if field not in known]:
-            raise HalflapError(f"study {plan.name}: {unknown_name(unknown[0], known, f'field of the reading {name}')}")
-        asked += [arm for field in ("arm", "by", "arms") for arm in _listed(fields.get(field))]
-    if absent := [arm for arm in asked if arm not in plan.arms]:
-        raise HalflapError(f"study {plan.name}: {unknown_name(absent[0], list(plan.arms), 'arm to read from')}")
+    """Raise HalflapError for a claim or reading that the results will not hold: before hours of work."""
+    try:
+        for claim in plan.claims:
+            _require(plan, claim.measure, (claim.lower, claim.higher))
+        for name, fields in plan.readings.items():
+            _check_reading(plan, name, fields)
+    except HalflapError as error:
+        raise HalflapError(f"study {plan.name}: {error}") from None
+
+
+def _check_reading(plan: Study, name: str, fields: Mapping[str, Any]) -> None:
+    if name not in READINGS:
+        raise HalflapError(unknown_name(name, list(READINGS), "reading"))
+    parameters = dict([*inspect.signature(READINGS[name]).parameters.items()][1:])
+    if unknown := [field for field in fields if field not in parameters]:
+        raise HalflapError(unknown_name(unknown[0], list(parameters), f"field of the reading {name}"))
+    needed = [field for field, parameter in parameters.items() if parameter.default is parameter.empty]
+    if missing := [field for field in needed if not fields.get(field)]:
+        raise HalflapError(f"the reading {name} has no {missing[0]}; it needs {', '.join(needed)}: add it")
+    measures = [str(fields.get(f, parameters[f].default)) for f in ("cheap", "dear") if f in parameters] or ["loss"]
+    arms = [arm for field in ("arm", "by", "arms") for arm in _listed(fields.get(field))]
+    for measure in measures:
+        _require(plan, measure, arms)
+    ranked = arms or [arm for arm in plan.arms if {*measures} <= {*measures_of(plan, arm)}]
+    if name == "rank_correlation" and len(ranked) < 2:
+        raise HalflapError(
+            f"the reading {name} finds {len(ranked)} of the arms that it may rank with {' and '.join(measures)}; it "
+            "needs at least two"
+        )
+
+
+def _require(plan: Study, measure: str, arms: Sequence[str]) -> None:
+    if measure not in MEASURES:
+        raise HalflapError(unknown_name(measure, list(MEASURES), "measure"))
+    for arm in arms:
+        if arm not in plan.arms:
+            raise HalflapError(unknown_name(str(arm), list(plan.arms), "arm to read from"))
+        if measure not in (known := measures_of(plan, arm)):
+            raise HalflapError(
+                f"arm {arm!r} will have no {measure}, only {', '.join(known)}; read one of these, or leave the arm out"
+            )
+
+
+def measures_of(plan: Study, arm: str) -> tuple[str, ...]:
+    """What a row of that arm will have a value a seed of."""
+    if plan.teacher is None:
+        return (*OF_ALL, *(["recall"] if plan.recall else []))
+    as_cut = [] if plan.compressions[arm].control == "scratch" else ["loss_as_cut"]
+    timed = ["latency_seconds"] if any(one.needs_times for one in plan.compressions.values()) else []
+    return (*OF_ALL, *as_cut, *timed)
 
 
 def read(plan: Study, table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -127,31 +166,36 @@ def rank_correlation(
 ) -> dict[str, Any]:
     """Whether one measure puts arms in the order of another: Spearman's and Kendall's coefficients, seed by seed.
 
-    `regret` is what choosing the best by `cheap` costs in `dear`, by the means over seeds.
+    Without `arms` all that have both are ranked. `regret` is what choosing the best by `cheap` costs in `dear`, by the
+    means over seeds.
     """
-    names = list(arms or rows)
+    names = list(arms) or [name for name, row in rows.items() if {f"{cheap}_by_seed", f"{dear}_by_seed"} <= row.keys()]
     each = [[_by_seed(rows, name, measure) for name in names] for measure in (cheap, dear)]
     seeds = list(zip(*(zip(*values) for values in each)))
     correlate: dict[str, Callable[..., Any]] = {"spearman": stats.spearmanr, "kendall": stats.kendalltau}
-    coefficients = {name: [float(of(a, b).statistic) for a, b in seeds] for name, of in correlate.items()}
+    with warnings.catch_warnings(action="ignore", category=stats.ConstantInputWarning):
+        coefficients = {name: [float(of(a, b).statistic) for a, b in seeds] for name, of in correlate.items()}
     means = [[statistics.fmean(values) for values in measure] for measure in each]
     chosen = min(range(len(names)), key=lambda place: means[0][place])
     place, regret = sorted(means[1]).index(means[1][chosen]) + 1, means[1][chosen] - min(means[1])
-    ranges = ", ".join(
-        f"{name.capitalize()} {statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f} over the seeds)"
-        for name, values in coefficients.items()
-    )
+    ranges = ", ".join(_over_seeds(name, values) for name, values in coefficients.items())
     says = (
         f"{cheap.replace('_', ' ')} ranks {len(names)} students as {dear.replace('_', ' ')} does with {ranges}; "
         f"the best by the first, {names[chosen]}, is number {place} by the second, {regret:.3f} behind"
     )
     return {
-        **{f"{name}_by_seed": values for name, values in coefficients.items()},
+        **{f"{name}_by_seed": [None if math.isnan(v) else v for v in values] for name, values in coefficients.items()},
         "students": len(names),
         "chosen": names[chosen],
         "regret": regret,
         "says": says,
     }
+
+
+def _over_seeds(name: str, values: Sequence[float]) -> str:
+    if any(map(math.isnan, values)):  # where a measure is the same of all
+        return f"{name.capitalize()} of no value, for there are no ranks"
+    return f"{name.capitalize()} {statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f} over the seeds)"
 
 
 READINGS: Mapping[str, Callable[..., dict[str, Any]]] = {
@@ -161,13 +205,7 @@ READINGS: Mapping[str, Callable[..., dict[str, Any]]] = {
 
 
 def _by_seed(rows: Rows, name: str, measure: str) -> Sequence[float]:
-    values = rows[name].get(f"{measure}_by_seed")
-    if values is None:
-        known = [key.removesuffix("_by_seed") for key in rows[name] if key.endswith("_by_seed")]
-        raise HalflapError(
-            f"arm {name!r} has no measure {measure!r} a seed; it has {', '.join(known)}: correct the study"
-        )
-    return values
+    return rows[name][f"{measure}_by_seed"]
 
 
 def _listed(value: Any) -> list[str]:

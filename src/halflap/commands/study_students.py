@@ -12,7 +12,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,21 @@ from typing import Any
 from halflap.amounts import Amount
 from halflap.checkpoints.config import read_config, read_json
 from halflap.commands import compress as verbs
-from halflap.commands import scoring, students, timing
+from halflap.commands import scoring, searching, students, timing
 from halflap.commands.config import StudyRecipe
 from halflap.commands.config_compress import CompressRecipe, ScoreRecipe
-from halflap.commands.corpora import Corpora
+from halflap.commands.corpora import Corpora, training_loader
+from halflap.commands.given import Given
 from halflap.commands.sections import ScoreSettings, Text
 from halflap.commands.students import Teacher
 from halflap.commands.study_compressions import Compression
-from halflap.commands.study_file import Study
+from halflap.commands.study_file import Study, place_of
 from halflap.commands.study_shapes import Task, train_and_judge
+from halflap.commands.teaching import Tutor
 from halflap.compress.axes import check_sizes
 from halflap.compress.cost_model import Condition
 from halflap.compress.cost_table import CostTable
+from halflap.compress.importance import Importance
 from halflap.errors import HalflapError
 from halflap.models.count import count_parameters
 from halflap.parallel import fanout
@@ -39,12 +43,17 @@ from halflap.recipe import inputs_of, settings_of
 from halflap.run import Run, open_run
 
 LOGITS = "teacher-logits"
+NO_BLIND_CUT = (
+    "it is the control {control} of {of!r}, whose students keep all their Mamba heads, so that there is no such "
+    "control; leave the arm out, or cut heads"
+)
 
 
 @dataclass(frozen=True)
 class Cut:
     """One arm and seed in plain values: it may go to another process. `match`: budgets and whose student sets them."""
 
+    arm: str
     recipe: CompressRecipe
     match: Mapping[str, Path]
     teacher: Mapping[str, Any]
@@ -76,21 +85,29 @@ def train(
 ) -> dict[str, list[dict[str, Any]]]:
     """The results of every arm, one a seed. `how`: processes and cluster of parallel.fanout."""
     arms = plan.compressions
-    for arm in arms.values():
-        check_sizes(teacher.config, arm.recipe.sizes)
-        scoring.check_settings(teacher.config, arm.recipe.score_settings)
+    for name, arm in arms.items():
+        with _named(name):
+            check_sizes(teacher.config, arm.recipe.sizes)
+            scoring.check_settings(teacher.config, arm.recipe.score_settings)
+            _check_control(plan, arm)
     judged = judge_teacher(run, plan, teacher, corpora)
-    cost_table(run, plan, teacher)
+    times = cost_table(run, plan, teacher)
     pairs = [(seed, name) for seed in plan.seeds for name in arms]
     cuts = {
         (seed, name): Cut(
+            name,
             _recipe(recipe, run, plan, teacher, corpora, name, seed),
-            {budget: place_of(run, other, seed).resolve() for budget, other in arms[name].match.items()},
+            {budget: place_of(run.path, other, seed).resolve() for budget, other in arms[name].match.items()},
             judged,
         )
         for seed, name in pairs
         if arms[name].control is None
     }
+
+    for (seed, _), cut in cuts.items():
+        if seed == plan.seeds[0] and not cut.match and students.has_ceiling(cut.recipe.budgets):
+            with _named(cut.arm):
+                _check_reachable(cut.recipe, run, teacher, corpora, times[0] if times else None)
 
     def each(function: Callable[[Any], Any], items: Sequence[Any], words: str) -> list[Any]:
         return fanout.map(function, items, what=f"{len(items)} {words}", **how) if items else []
@@ -109,8 +126,35 @@ def train(
     }
 
 
-def place_of(run: Run, arm: str, seed: int) -> Path:
-    return run.path / "arms" / arm.replace(" ", "-").replace("/", "-") / f"seed-{seed}"
+@contextmanager
+def _named(arm: str) -> Iterator[None]:
+    """Errors say whose they are."""
+    try:
+        yield
+    except HalflapError as error:
+        raise HalflapError(f"arm {arm!r}: {error}") from None
+
+
+def _check_control(plan: Study, arm: Compression) -> None:
+    """Raise HalflapError for blind cuts of heads beside an arm that, by its sizes, cuts none."""
+    if arm.control != "group_blind":
+        return
+    of = plan.compressions[str(arm.of)]
+    if not of.match and not students.has_ceiling(of.recipe.budgets) and of.recipe.sizes.mamba_num_heads is None:
+        raise HalflapError(NO_BLIND_CUT.format(control=arm.control, of=arm.of))
+
+
+def _check_reachable(
+    recipe: CompressRecipe, run: Run, teacher: Teacher, corpora: Corpora, times: CostTable | None
+) -> None:
+    """Raise HalflapError for budgets that no student of that arm can meet: before others are trained."""
+    if recipe.loss_settings.steps > 1:
+        return
+    loader = training_loader(
+        corpora, recipe.text, recipe.fit.sequence_length, recipe.fit.batch_size, recipe.common.seed
+    )
+    none, tutor = Importance("none", {}), Tutor(teacher)
+    searching.check_unmeasured(Given(recipe, run.path, run.path, teacher, none, loader, loader, tutor, times))
 
 
 # ---- recipes
@@ -121,7 +165,7 @@ def _recipe(
 ) -> CompressRecipe:
     """The arm's, with what all arms share."""
     arm = plan.compressions[name]
-    recipe, out = arm.recipe, place_of(run, name, seed)
+    recipe, out = arm.recipe, place_of(run.path, name, seed)
     train, held_out = (
         tuple(str(corpus.path.resolve()) for corpus in group) for group in (corpora.train, corpora.held_out)
     )
@@ -195,6 +239,11 @@ def measure(recipe: ScoreRecipe) -> None:
 
 def cut_and_judge(cut: Cut) -> None:
     """A run of `compress` that finds the teacher judged; one that is finished is passed over, another's is refused."""
+    with _named(cut.arm):
+        _cut_and_judge(cut)
+
+
+def _cut_and_judge(cut: Cut) -> None:
     recipe = _matched(cut)
     with open_run("compress", settings_of(recipe), inputs_of(recipe)) as run:
         if run.result is None:
@@ -213,8 +262,8 @@ def _from_scratch(
     return Task(
         arm=name,
         seed=seed,
-        config=read_config(place_of(run, str(arm.of), seed)),
-        place=place_of(run, name, seed).resolve(),
+        config=read_config(place_of(run.path, str(arm.of), seed)),
+        place=place_of(run.path, name, seed).resolve(),
         tokenizer=teacher.tokenizer_place.resolve(),
         train=train,
         held_out=held_out,
@@ -234,7 +283,7 @@ def _from_scratch(
 
 def _result(run: Run, arm: Compression, name: str, seed: int) -> dict[str, Any]:
     """What tables need of a student, or of a control that was trained beside one."""
-    place = place_of(run, arm.of or name, seed)
+    place = place_of(run.path, arm.of or name, seed)
     found = read_json(place / "status.json")["result"]
     role, checkpoint = arm.control or "student", place / "checkpoint"
     row, tokens = found["student"], sum(step["student"]["tokens_trained"] for step in found.get("steps", ()))
@@ -242,10 +291,7 @@ def _result(run: Run, arm: Compression, name: str, seed: int) -> dict[str, Any]:
         row = next((one for one in found["controls"] if one["name"] == role), None)
         checkpoint, tokens = place / "arms" / role / "checkpoint", 0
         if row is None:
-            raise HalflapError(
-                f"arm {name!r} is the control {role} of {arm.of!r}, whose students keep all their Mamba heads, so that "
-                "there is no such control; leave the arm out, or cut heads"
-            )
+            raise HalflapError(f"arm {name!r}: {NO_BLIND_CUT.format(control=role, of=arm.of)}")
     return {
         **row,
         "tokens_trained": row["tokens_trained"] + tokens,

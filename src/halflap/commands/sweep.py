@@ -1,4 +1,8 @@
-"""`search --sweep`: one search for each of several values of a budget, and the best of each in one search.json."""
+"""`search --sweep`: one search for each of several values of a budget, and the best of each in one search.json.
+
+What is best within a tight value may beat all that was tried within a looser one, which it also keeps; then it is the
+best of both.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from halflap.compress.costs import BUDGETS
 from halflap.compress.search import SearchResult
 from halflap.errors import HalflapError, RecipeError
 from halflap.files import write_json
+from halflap.recipe import FASTEST
 
 SWEEP = "sweep"
 OF_UNIT: dict[str, Unit] = {"memory": "bytes", "latency": "seconds"}
@@ -40,7 +45,8 @@ def budgets_of(sweep: tuple[str, ...], beside: Budgets, flag: str = SWEEP) -> di
         given = f"--{name.replace('_', '-')}"
         raise RecipeError(f"--{flag} has values of {name}, which is also given as {given}; leave out one of the two")
     try:
-        amounts = [parse_amount(value, OF_UNIT.get(name, "count")) for value in values]
+        most = FASTEST if name == "throughput" else 1.0
+        amounts = [parse_amount(value, OF_UNIT.get(name, "count"), largest_share=most) for value in values]
     except HalflapError as error:
         raise RecipeError(f"{flag}: {error}") from None
     changes: list[dict[str, Any]] = [{name: amount} for amount in amounts]
@@ -74,15 +80,26 @@ def _trained_blocks(search: Path) -> bool:
     return bool(settings.get("block_tokens"))
 
 
-def combined(budget: str, found: Mapping[str, SearchResult], directory: Path) -> dict[str, Any]:
-    """All scored candidates, each value's best marked as chosen, and those bests by value; kept as search.json."""
-    rows, best = [], []
+def combined(
+    budget: str, found: Mapping[str, SearchResult], ceilings: Mapping[str, Mapping[str, float]], directory: Path
+) -> dict[str, Any]:
+    """All scored candidates, each value's best marked as chosen, and those bests by value; kept as search.json.
+
+    ceilings: of each value, cost name to limit. A best's `path` is the search that found it.
+    """
+    rows: list[dict[str, Any]] = []
+    places: dict[str, int] = {}  # of each value's own best
     for value, result in found.items():
-        data = result.to_json()
-        scored = [row for row in data["candidates"] if row["loss"] is not None]
-        path = str(place_of(directory, value) / "search.json")
-        best.append({"value": value, "candidate": len(rows), "path": path, "remark": data["remark"]})
-        rows += [row | {"value": value} for row in scored]
+        places[value] = len(rows)
+        scored = [row for row in result.to_json()["candidates"] if row["loss"] is not None]
+        rows += [row | {"value": value, "chosen": False} for row in scored]
+    best = []
+    for value, result in found.items():
+        winner = _best_within(value, found, ceilings[value])
+        rows[places[winner]]["chosen"] = True
+        remark = result.remark if winner == value else f"nothing tried within it beats the best of {winner}"
+        path = str(place_of(directory, winner) / "search.json")
+        best.append({"value": value, "candidate": places[winner], "path": path, "remark": remark})
     first = next(iter(found.values())).to_json()
     data = {
         "format": first["format"],
@@ -95,3 +112,13 @@ def combined(budget: str, found: Mapping[str, SearchResult], directory: Path) ->
     }
     write_json(directory / "search.json", data)
     return data
+
+
+def _best_within(value: str, found: Mapping[str, SearchResult], limits: Mapping[str, float]) -> str:
+    """The value whose search found the best student within the limits of `value`; its own among equals."""
+
+    def fits(other: str) -> bool:
+        spent = found[other].chosen.costs
+        return other == value or all(spent[name] <= limit for name, limit in limits.items())
+
+    return min(filter(fits, found), key=lambda other: (found[other].chosen.last_loss, other != value))

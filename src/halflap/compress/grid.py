@@ -169,7 +169,8 @@ def choices_by_type(
 def between(grid: Grid, least: Sizes | None, most: Sizes) -> Grid:
     """The same grid from the sizes of one student to those of another, both included; without `least` all below.
 
-    A size that a student leaves out is the teacher's.
+    A size that a student leaves out is the teacher's. What a list of the space says is tried alone, and the grid raises
+    HalflapError for one that has nothing in the range.
     """
 
     def limited(
@@ -179,7 +180,15 @@ def between(grid: Grid, least: Sizes | None, most: Sizes) -> Grid:
         for name, values in grid(teacher, space, with_depth, step).items():
             high = getattr(most, name) or whole.get(name, values[0])
             low = 0 if least is None else getattr(least, name) or whole.get(name, values[0])
-            tried = {value for value in values if low <= value <= high} | ({low, high} - {0})
+            tried = {value for value in values if low <= value <= high}
+            if not getattr(space, name):
+                tried |= {low, high} - {0}
+            elif not tried:
+                listed = ", ".join(map(str, getattr(space, name)))
+                raise HalflapError(
+                    f"space.{name} has {listed}, and between the sizes trained above and below this budget it is from "
+                    f"{low or 1} to {high}: list some of these, or leave it out"
+                )
             found[name] = tuple(sorted(tried, reverse=True))
         return found
 

@@ -2,9 +2,9 @@
 
     loss = MSE(o_teacher, o_variant) / MSE(o_teacher, 0)          o: what the mixer adds to the residual stream
 
-Blocks do not know of one another, so each is trained by itself and its variants side by side on the same stream. What
-was learnt stands in a file a variant, named by what the plan makes of the block, so that every plan finds the blocks
-that it shares with the library.
+The means are over the tokens of documents: padding and meta tokens are left out. Blocks do not know of one another, so
+each is trained by itself and its variants side by side on the same stream. What was learnt stands in a file a variant,
+named by what the plan makes of the block, so that every plan finds the blocks that it shares with the library.
 """
 
 from __future__ import annotations
@@ -50,10 +50,12 @@ def distill_block(
     losses = [1.0] * len(variants)
     with Progress(f"distil variants of block {index}", steps, unit="steps") as progress:
         for step in range(steps):
-            stream, context, wanted = _lesson(model, batches(step).to(model.head_weight.device), index)
-            scale_of = wanted.square().mean().clamp(min=torch.finfo(wanted.dtype).tiny)
+            batch = batches(step).to(model.head_weight.device)
+            stream, context, wanted = _lesson(model, batch, index)
+            scale_of = _of_text(wanted, batch).square().mean().clamp(min=torch.finfo(wanted.dtype).tiny)
             for place, (variant, optimizer) in enumerate(zip(variants, optimizers, strict=True)):
-                loss = (variant(stream, context) - stream - wanted).square().mean() / scale_of
+                missed = variant(stream, context) - stream - wanted
+                loss = _of_text(missed, batch).square().mean() / scale_of
                 loss.backward()
                 if settings.clip:
                     nn.utils.clip_grad_norm_(parameters[place].values(), settings.clip)
@@ -64,6 +66,12 @@ def distill_block(
             progress.note(loss=f"{sum(losses) / len(losses):.3g}")
             progress.advance()
     return losses
+
+
+def _of_text(states: Tensor, batch: Batch) -> Tensor:
+    """Rows (N, D) of the tokens of documents, of states (B, meta tokens + T, D)."""
+    text = states[:, states.shape[1] - batch.tokens.shape[1] :]
+    return text.flatten(0, 1) if batch.segments is None else text[batch.segments > 0]
 
 
 class _Reached(Exception):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -26,8 +26,10 @@ from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
 from halflap.models.sharing import keep_blocks
 
-GAP = 1e-3
-"""Share of the best sum of scores by which a choice may miss it."""
+GAP, NODES = 1e-3, 20_000
+"""A choice is the best, or where that is not proven after so many nodes of the search, misses the best sum of scores by
+such a share at most. Nodes, not seconds: the choice is the same on every machine."""
+SOLVED, INFEASIBLE = 0, 2  # scipy's status
 ATTEMPTS = 10  # a solver keeps a limit to 1e-7 of it, where a count may be over by single parameters
 
 
@@ -118,13 +120,15 @@ class Programme:
 
     def _solve(self, objective: np.ndarray, rows: Sequence[LinearConstraint], gap: float) -> Solved | None:
         scale = float(np.abs(objective).max()) or 1.0  # HiGHS stops at an absolute gap of 1e-6 too
-        result = milp(
-            1000 * objective / scale,
-            integrality=np.ones(len(objective)),
-            bounds=Bounds(0, 1),
-            constraints=list(rows),
-            options={"mip_rel_gap": gap},
-        )
+        given: dict[str, Any] = {
+            "integrality": np.ones(len(objective)),
+            "bounds": Bounds(0, 1),
+            "constraints": list(rows),
+        }
+        result = milp(1000 * objective / scale, **given, options={"mip_rel_gap": 0.0, "node_limit": NODES})
+        unfinished = result.status not in (SOLVED, INFEASIBLE)
+        if unfinished and (result.x is None or result.mip_gap > gap):
+            result = milp(1000 * objective / scale, **given, options={"mip_rel_gap": gap})
         if result.x is None:
             return None
         return Solved(tuple(np.flatnonzero(result.x > 0.5).tolist()), float(result.mip_gap) if result.fun else 0.0)

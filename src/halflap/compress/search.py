@@ -57,13 +57,24 @@ class Trial:
         """After the last round; None before any."""
         return self.rounds[-1].loss if self.rounds else None
 
+    @property
+    def last_loss(self) -> float:
+        """The last that was measured, infinite before any."""
+        found = self.refined_loss if self.rounds else self.loss
+        return math.inf if found is None else found
+
 
 Order = Callable[[Iterable[Trial]], list[Trial]]
 """Of trials measured as cut, the best first."""
 
 
 def by_loss(trials: Iterable[Trial]) -> list[Trial]:
-    return sorted(trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)
+    return sorted(trials, key=lambda trial: (math.inf if trial.loss is None else trial.loss, *_spent(trial)))
+
+
+def _spent(trial: Trial) -> tuple[float, float]:
+    """What decides between equal losses: the time of a pass where it is known, then the parameters."""
+    return trial.costs.get("latency", 0.0), trial.costs.get("params", 0.0)
 
 
 def by_agreement(trials: Iterable[Trial]) -> list[Trial]:
@@ -193,7 +204,7 @@ def ranked_search(
                 dataclasses.replace(trial, rounds=(*trial.rounds[:number], done))
                 for trial, done in zip(best, found, strict=True)
             ]
-        trials = [*sorted(best, key=lambda trial: trial.rounds[number].loss), *rest]
+        trials = [*sorted(best, key=lambda trial: (trial.rounds[number].loss, *_spent(trial))), *rest]
         _result(made_from, fitting, trials, unseen).save(path)
     result = _result(made_from, fitting, trials, unseen)
     result = dataclasses.replace(result, plan=plan_for(result.chosen).to_json())

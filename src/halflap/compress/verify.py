@@ -13,6 +13,7 @@ and `calibrated` the masked teacher's norms divide by the kept channels (`masked
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,12 @@ def verify(
         for (size, one), (error,), scale in zip(by_axis.items(), differences, scales, strict=False)
     ]
     (exact, stored), scale = differences[-1], scales[-1]
+    if not math.isfinite(scale):
+        broken = [name for name, tensor in teacher.tensors() if not tensor.isfinite().all()]
+        raise HalflapError(
+            f"the teacher's logits are no finite numbers ({f'as those of tensor {broken[0]}' if broken else scale}) "
+            "and cannot be compared; take a checkpoint whose weights are finite"
+        )
     tolerance, stored_tolerance = WIDE_TOLERANCE[dtype] * scale, STORED_TOLERANCE[student.dtype] * scale
     return {
         "passed": all(axis["passed"] for axis in axes) and exact <= tolerance and stored <= stored_tolerance,
@@ -118,7 +125,7 @@ def changed_tensors(student: Checkpoint, expected: Iterable[tuple[str, Tensor]])
     """Names of the student's tensors that differ in any bit from the expected, after the rounding of storage."""
     for name, tensor in expected:
         stored = student.read(name)
-        if not torch.equal(stored, tensor.to(stored.dtype)):
+        if not torch.equal(stored.view(torch.uint8), tensor.to(stored.dtype).contiguous().view(torch.uint8)):
             yield name
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halflap.errors import HalflapError
 from halflap.evaluate.documents import Document
 from halflap.models.config import HybridConfig, ModelConfig
 from halflap.models.model import HybridModel
@@ -49,9 +50,10 @@ class Attention:
 
 @dataclass
 class Analysis:
-    """One row a block, and over all blocks the attention on each meta token by domain of text."""
+    """One row a block, and over all blocks the attention on each meta token by domain of text; tokens read of each."""
 
     layers: list[dict[str, Any]]
+    tokens_by_domain: dict[str, int]
     domains: dict[str, list[float]] = field(default_factory=dict)
     similarity: list[list[float]] = field(default_factory=list)
 
@@ -64,6 +66,11 @@ def analyze(
     texts: documents by name of the domain. Raises HalflapError when a domain has no row of two tokens.
     """
     rows = {name: list(_rows(documents, context, tokens)) for name, documents in texts.items()}
+    if empty := [name for name, domain in rows.items() if not domain]:
+        raise HalflapError(
+            f"the text of {empty[0]!r} has no row of two tokens, which is the least that can be analysed; give longer "
+            "text, or --tokens and --context of at least 2"
+        )
     attention = _blocks_with_attention(model.config)
     total = {index: _empty(model.config) for index in attention}
     domains: dict[str, list[float]] = {}
@@ -79,7 +86,8 @@ def analyze(
                 domains[name] = _mean_over_blocks(found.values())
     removed = _removals(model, _share(rows, removal_tokens))
     layers = [_layer(model.config, index, total.get(index), removed[index]) for index in range(len(model.blocks))]
-    return Analysis(layers, domains, _cosines(list(domains.values())))
+    read = {name: sum(row.shape[1] for row in domain) for name, domain in rows.items()}
+    return Analysis(layers, read, domains, _cosines(list(domains.values())))
 
 
 def _blocks_with_attention(config: ModelConfig) -> list[int]:
@@ -175,7 +183,7 @@ def branches(model: HybridModel, index: int) -> dict[str, nn.Module]:
     block, mixer = model.config.blocks[index], model.blocks[index].mixer  # type: ignore[union-attr]
     if isinstance(block, HybridConfig):
         return {"attention": mixer.attention_norm, "ssm": mixer.ssm_norm}  # type: ignore[dict-item]
-    kind = "attention" if block.attention is not None else "ssm" if block.ssm is not None else "mlp"
+    kind = "attention" if block.attention is not None else "ssm" if block.ssm is not None else block.kind
     return {kind: mixer}  # type: ignore[dict-item]
 
 

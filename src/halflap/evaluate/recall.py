@@ -252,7 +252,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         found[metric] = mean
         if metric == "loss":
             reach = Z * _standard_error([outcome.metrics[metric] for outcome in outcomes])
-            found["loss_interval"] = [mean - reach, mean + reach]
+            found["loss_interval"] = [mean - reach, mean + reach] if len(outcomes) > 1 else None
         elif metric != "chance":
             found[f"{metric}_interval"] = wilson(mean, len(outcomes))
     return found | {"items": len(outcomes)}

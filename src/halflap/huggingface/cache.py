@@ -38,8 +38,11 @@ class HalflapCache(TransformersCache):
                 f"past_key_values holds {len(self.state.lengths)} rows and the tokens have {batch}: pass as many rows, "
                 "or repeat the cache with batch_repeat_interleave"
             )
-        self.columns += columns
         return self.state
+
+    def advance(self, columns: int) -> None:
+        """Count the columns of a pass that has been made."""
+        self.columns += columns
 
     def __len__(self) -> int:
         return 0 if self.state is None else len(self.state.blocks)

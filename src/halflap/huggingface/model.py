@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from halflap.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from halflap.checkpoints.config import lineage_step
@@ -69,6 +70,7 @@ class HalflapModel(HalflapPreTrainedModel):
         vocabulary = len(value.weight)  # pyright: ignore[reportArgumentType]
         self.network.config = dataclasses.replace(self.network.config, vocab_size=vocabulary)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -110,7 +112,8 @@ class HalflapModel(HalflapPreTrainedModel):
             self._refuse_silent_adapters()
         if caching and past_key_values is None:
             past_key_values = HalflapCache(input_ids.shape[1] + RESERVED)
-        return self._run(input_ids.shape, rows, past_key_values, bool(output_hidden_states))
+        every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return self._run(input_ids.shape, rows, past_key_values, bool(every))
 
     def _run(self, shape: torch.Size, rows: Rows, cache: HalflapCache | None, every: bool) -> BaseModelOutputWithPast:
         state = None if cache is None else cache.begin(shape[0], shape[1], self._new_state)
@@ -119,6 +122,8 @@ class HalflapModel(HalflapPreTrainedModel):
         lengths = rows.lengths if cache is not None else None
         with self._recorded(every) as recorded:
             hidden = self.network.hidden_states(rows.tokens, segments=rows.segments, cache=state, lengths=lengths)
+        if cache is not None:
+            cache.advance(shape[1])
         hidden = rows.restore(hidden)
         earlier = (rows.restore(self._without_meta(output, rows)) for output in recorded[:-1])
         return BaseModelOutputWithPast(
@@ -194,6 +199,7 @@ class HalflapForCausalLM(HalflapPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -216,7 +222,7 @@ class HalflapForCausalLM(HalflapPreTrainedModel, GenerationMixin):
         """
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
-            use_cache, output_hidden_states, output_attentions, seq_idx,
+            use_cache, output_hidden_states, output_attentions, seq_idx, return_dict=True,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])

@@ -46,8 +46,9 @@ def arrange(
     Without a cache, right padding stays as it is: causality keeps it out of what it follows, and no loss looks at it.
     """
     time = tokens.shape[1]
-    if time == 1:  # the next token of each row: it exists, and a cache knows the rest
-        return Rows(tokens)
+    if time == 1:  # the next token of each row; a cache knows the rest
+        exists = None if attention_mask is None or not cached else _mask(attention_mask, tokens)
+        return Rows(tokens) if exists is None or bool(exists.all()) else Rows(tokens, lengths=exists.sum(1))
     positions, numbers = _a_token("position_ids", position_ids, tokens), _a_token("seq_idx", seq_idx, tokens)
     mask = None if attention_mask is None else _mask(attention_mask, tokens)
     if mask is None or bool(mask.all()) or (not cached and bool((mask[:, 1:] <= mask[:, :-1]).all())):

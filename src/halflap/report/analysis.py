@@ -14,7 +14,7 @@ from halflap.report.plots import Drawing, Frame, both, tick
 from halflap.report.svg import element, group, picture
 
 TARGETS = {"meta": "meta tokens", "first": "first token", "self": "itself", "others": "other tokens"}
-BRANCHES = {"attention": "attention", "ssm": "SSM", "mlp": "MLP"}
+BRANCHES = {"attention": "attention", "ssm": "SSM", "mlp": "MLP", "linear": "linear map"}
 COLOURS = {"ssm": "mamba2"}  # class of a branch where it is not its own name
 
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from halflap.report import units
 from halflap.report.artifacts import Fact, Node, RunFiles, derive
@@ -31,11 +32,29 @@ SIZES = {
 # ---- candidates
 
 
+class Swept(NamedTuple):
+    """A cost in search.json, what its axis is called, and what its numbers are multiplied with there."""
+
+    cost: str
+    axis: str
+    scale: float = 1.0
+
+
+SWEPT = {
+    "non_embedding_params": Swept("non_embedding_params", "parameters without embeddings"),
+    "memory": Swept("memory", "MiB of memory", 2.0**-20),
+    "flops": Swept("flops", "FLOPs a token"),
+    "latency": Swept("latency", "ms a pass", 1e3),
+    "throughput": Swept("latency", "ms a pass", 1e3),
+}
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One row of the search: its sizes, what it says as cut, and its losses as cut and after each short distillation.
 
-    `accuracy` and `agreement` are shares of the text's and of the teacher's tokens; `rounds` are (tokens, loss).
+    `accuracy` and `agreement` are shares of the text's and of the teacher's tokens; `rounds` are (tokens, loss);
+    `swept` is the cost whose budget had several values, as `SWEPT` measures it.
     """
 
     number: int
@@ -47,6 +66,7 @@ class Candidate:
     accuracy: Fact | None = None
     agreement: Fact | None = None
     rounds: tuple[tuple[Fact, Fact], ...] = ()
+    swept: float | None = None
 
     @property
     def best(self) -> float:
@@ -59,9 +79,8 @@ class Candidate:
         parts += [f"{units.loss(float(self.refined))} after distillation"] if self.refined else []
         zero_shot, refined = (float(fact) if fact is not None else None for fact in (self.zero_shot, self.refined))
         detail = f"{', '.join(parts)}; {self.sizes}"
-        return CandidatePoint(
-            f"Candidate {self.number}", float(self.parameters), zero_shot, refined, self.chosen, detail
-        )
+        cost = float(self.parameters) if self.swept is None else self.swept
+        return CandidatePoint(f"Candidate {self.number}", cost, zero_shot, refined, self.chosen, detail)
 
 
 def read_candidates(runs: Sequence[RunFiles]) -> tuple[Node, list[Candidate]] | None:
@@ -71,7 +90,7 @@ def read_candidates(runs: Sequence[RunFiles]) -> tuple[Node, list[Candidate]] | 
         rows = node.get("candidates") if node is not None else None
         if node is None or rows is None:
             continue
-        found = [_candidate(int(key) + 1, row) for key, row in rows.items()]
+        found = [_candidate(int(key) + 1, row, swept_by(node)) for key, row in rows.items()]
         known = [candidate for candidate in found if candidate is not None]
         return node, sorted(
             known, key=lambda candidate: (not candidate.chosen, candidate.refined is None, candidate.best)
@@ -79,10 +98,18 @@ def read_candidates(runs: Sequence[RunFiles]) -> tuple[Node, list[Candidate]] | 
     return None
 
 
-def _candidate(number: int, row: Node) -> Candidate | None:
-    parameters = (row.get("costs") or row).number("params", "parameters")
+def swept_by(node: Node) -> Swept | None:
+    """The cost over which a sweep's candidates are compared; None of another search, and of parameters."""
+    budget = node.get("sweep", "budget")
+    return SWEPT.get(str(budget.value)) if budget is not None else None
+
+
+def _candidate(number: int, row: Node, by: Swept | None) -> Candidate | None:
+    costs = row.get("costs") or row
+    parameters = costs.number("params", "parameters")
     if parameters is None:
         return None
+    spent = costs.number(by.cost) if by is not None else None
     chosen = row.fact("chosen")
     variants = row.get("variants")
     if variants is not None and variants.value:
@@ -101,6 +128,7 @@ def _candidate(number: int, row: Node) -> Candidate | None:
         row.number("accuracy"),
         row.number("agreement"),
         tuple((tokens, loss) for tokens, loss in found if tokens is not None and loss is not None),
+        None if spent is None or by is None else float(spent) * by.scale,
     )
 
 

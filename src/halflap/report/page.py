@@ -23,10 +23,19 @@ from halflap.errors import HalflapError
 from halflap.files import atomic_write
 from halflap.report import history, plots, strips, units
 from halflap.report.analysis import read_analysis
-from halflap.report.artifacts import Fact, RunFiles, Source, read_run
+from halflap.report.artifacts import Fact, Node, RunFiles, Source, read_run
 from halflap.report.importance import Importance, read_importance
 from halflap.report.judgements import Judgements, read_judgements, verdict, with_parameters
-from halflap.report.measures import Series, Speed, read_candidates, read_series, read_speed, rounds_of
+from halflap.report.measures import (
+    Candidate,
+    Series,
+    Speed,
+    read_candidates,
+    read_series,
+    read_speed,
+    rounds_of,
+    swept_by,
+)
 from halflap.report.shapes import KINDS, Shapes, read_shapes, size_rows
 from halflap.report.study import read_study
 from halflap.report.svg import element
@@ -176,7 +185,7 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
         "candidates": candidates[1] if candidates else [],
         "agreements": any(one.agreement for one in candidates[1]) if candidates else False,
         "rounds": rounds_of(candidates[1]) if candidates else [],
-        "candidates_plot": _candidates_plot(candidates[1] if candidates else [], teacher and teacher.loss),
+        "candidates_plot": _candidates_plot(candidates, teacher and teacher.loss),
         "study": study,
         "tasks": read_tasks(runs),
         "series": series,
@@ -264,15 +273,17 @@ def _importance_plots(importance: Importance | None, shapes: Shapes | None) -> d
     return {"hidden": hidden, "depth": depth, "strip": strips.heat_strip}
 
 
-def _candidates_plot(candidates: Sequence[Any], teacher: Fact | None) -> Markup | None:
-    points = [
-        candidate.point()
-        for candidate in candidates
-        if candidate.zero_shot is not None or candidate.refined is not None
-    ]
-    return (
-        plots.both(plots.candidates_plot(points, float(teacher) if teacher is not None else None)) if points else None
-    )
+def _candidates_plot(candidates: tuple[Node, Sequence[Candidate]] | None, teacher: Fact | None) -> Markup | None:
+    if candidates is None:
+        return None
+    node, found = candidates
+    points = [one.point() for one in found if one.zero_shot is not None or one.refined is not None]
+    if not points:
+        return None
+    by, at = swept_by(node), float(teacher) if teacher is not None else None
+    if by is None:
+        return plots.both(plots.candidates_plot(points, at))
+    return plots.both(plots.candidates_plot(points, at, by.axis, plots.tick if by.scale != 1 else None))
 
 
 def _curves_plot(series: Sequence[Series], *, divergence: bool) -> Markup | None:

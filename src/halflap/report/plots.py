@@ -35,10 +35,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class CandidatePoint:
-    """One candidate: parameters, and the loss as cut and after its short distillation where measured."""
+    """One candidate: its cost, and the loss as cut and after its short distillation where measured."""
 
     name: str
-    parameters: float
+    cost: float
     zero_shot: float | None
     refined: float | None
     chosen: bool
@@ -94,8 +94,13 @@ class Frame:
         return group(parts)
 
 
-def candidates_plot(points: Sequence[CandidatePoint], teacher: float | None) -> Drawing:
-    """Parameters against loss: hollow as cut, filled after short distillation, the Pareto front, the chosen one."""
+def candidates_plot(
+    points: Sequence[CandidatePoint],
+    teacher: float | None,
+    cost: str = "parameters",
+    cost_text: Callable[[float], str] | None = None,
+) -> Drawing:
+    """Cost against loss: hollow as cut, filled after short distillation, the Pareto front, the chosen one."""
     losses = [v for p in points for v in (p.zero_shot, p.refined) if v is not None]
     span = padded([*losses, *([teacher] if teacher is not None else [])], 0.1)
     log_y = min(losses) > 0 and max(losses) > 3 * min(losses)
@@ -103,15 +108,15 @@ def candidates_plot(points: Sequence[CandidatePoint], teacher: float | None) -> 
         span = (min([*losses, teacher or math.inf]) / 1.12, max(losses) * 1.12)
 
     def draw(width: int, height: int) -> Markup:
-        frame = Frame.over(width, height, padded([p.parameters for p in points], 0.08), span, log_y=log_y)
+        frame = Frame.over(width, height, padded([p.cost for p in points], 0.08), span, log_y=log_y)
         x, y = frame.x, frame.y
-        label = f"{len(points)} candidates: parameters against held-out loss; the table below holds the values"
+        label = f"{len(points)} candidates: {cost} against held-out loss; the table below holds the values"
         return picture(
             width,
             height,
             label,
             [
-                frame.axes("parameters", "loss, nats a token", tick_count, tick),
+                frame.axes(cost, "loss, nats a token", cost_text or tick_count, tick),
                 _teacher_line(frame, teacher),
                 _front(frame, points),
                 *(_stem(p, x, y) for p in points),
@@ -134,9 +139,9 @@ def _teacher_line(frame: Frame, teacher: float | None) -> Markup:
 def _front(frame: Frame, points: Sequence[CandidatePoint]) -> Markup:
     """Steps through the candidates that no smaller one beats."""
     best, corners = math.inf, []
-    for point in sorted((p for p in points if math.isfinite(p.best)), key=lambda p: (p.parameters, p.best)):
+    for point in sorted((p for p in points if math.isfinite(p.best)), key=lambda p: (p.cost, p.best)):
         if point.best < best:
-            corners.append((frame.x(point.parameters), frame.y(point.best)))
+            corners.append((frame.x(point.cost), frame.y(point.best)))
             best = point.best
     if len(corners) < 2:
         return Markup("")
@@ -147,12 +152,12 @@ def _front(frame: Frame, points: Sequence[CandidatePoint]) -> Markup:
 def _stem(point: CandidatePoint, x: Scale, y: Scale) -> Markup:
     if point.zero_shot is None or point.refined is None:
         return Markup("")
-    at = x(point.parameters)
+    at = x(point.cost)
     return element("line", x1=at, x2=at, y1=y(point.zero_shot), y2=y(point.refined), class_="stem")
 
 
 def _dot(point: CandidatePoint, x: Scale, y: Scale) -> Markup:
-    at, parts = x(point.parameters), []
+    at, parts = x(point.cost), []
     if point.zero_shot is not None:
         parts.append(element("circle", cx=at, cy=y(point.zero_shot), r=4.5, class_="hollow"))
     if point.refined is not None:

@@ -77,6 +77,25 @@ def test_a_variant_learns_what_its_block_does(name: str, index: int) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name, index", [("mamba2", 1), ("hymba", 4)])
+def test_what_stands_in_padding_is_not_learnt(name: str, index: int) -> None:
+    """Nor what stands in other rows of a batch, which the means would weigh by its length."""
+    model = make_model(CONFIGS[name])
+    plan = plan_of(model, variants_of(model.config, index))
+    settings = Fit(learning_rate=3e-3, schedule="constant", weight_decay=0.0)
+    trained, losses = [], []
+    for time, filler in ((7, 0), (12, 0), (12, 31)):
+        tokens = batch(1).tokens[:1, :time].clone()
+        tokens[:, 7:] = filler
+        segments = (torch.arange(time) < 7).long()[None]
+        padded = Batch(tokens, tokens.roll(-1, 1), segments.float(), segments)
+        variant = replacement(model, plan, index)
+        losses += distill_block(model, [variant], index, lambda _, padded=padded: padded, 3, settings)
+        trained.append(torch.cat([p.detach().flatten() for p in variant.block.parameters()]))
+    assert (trained[1] - trained[0]).abs().max() < 1e-9 and torch.equal(trained[1], trained[2])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-9)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_trained_blocks_fit_into_every_plan(name: str, tmp_path: Path) -> None:
     """The whole student shares one eps and scales its residual stream, which the plan of one block does not."""

@@ -169,3 +169,16 @@ def test_equal_cuts_open_in_the_stock_class(tmp_path: Path) -> None:
 
     assert FAMILIES["nemotron_h"].cannot_write(plan.student) is None
     assert functools.reduce(lambda a, b: a and b, (s > 0 for f in plan.scales.values() for s in f))
+
+
+def test_a_teacher_that_is_no_number_is_named(tmp_path: Path) -> None:
+    """A cut takes NaN over bit for bit, so nobody changed the student."""
+    teacher = make_teacher(tmp_path / "sound", "llama-tiny")
+    broken = load_model(teacher.path)
+    with torch.no_grad():
+        broken.blocks[2].mixer.q_proj.weight[0, 0] = torch.nan
+    teacher = save_model(broken, tmp_path / "broken")
+    plan = PruningPlan(teacher.digest, teacher.config, keep_blocks=tuple(range(6)))
+    student = make_student(teacher, tmp_path / "student", plan)
+    with pytest.raises(HalflapError, match=r"no finite numbers \(as those of tensor blocks.2.mixer.q_proj.weight"):
+        verify(student, teacher, plan, TOKENS)

@@ -14,6 +14,7 @@ import torch
 
 from halflap.checkpoints.checkpoint import save_model
 from halflap.data.tokenizer import train_tokenizer
+from halflap.errors import HalflapError
 from halflap.evaluate.analyze import analyze
 from halflap.evaluate.documents import Document
 from halflap.models.model import HybridModel, initialize
@@ -92,6 +93,15 @@ def test_the_analysis_leaves_the_model_as_it_was() -> None:
     assert torch.equal(model(tokens), before)
 
 
+def test_what_is_too_short_to_analyse_is_named() -> None:
+    model, short = model_of("nemotron-h-tiny"), [dataclasses.replace(documents(0)[0], tokens=np.array([5]))]
+    with pytest.raises(HalflapError, match="the text of 'b' has no row of two tokens"):
+        analyze(model, {"a": documents(0), "b": short}, context=64, tokens=64, removal_tokens=16)
+    for few in ({"context": 1, "tokens": 64}, {"context": 64, "tokens": 1}):
+        with pytest.raises(HalflapError, match="--tokens and --context of at least 2"):
+            analyze(model, {"a": documents(0)}, removal_tokens=16, **few)
+
+
 def test_the_verb_leaves_a_page(halflap: Callable[..., Any], tmp_path: Path) -> None:
     for name, text in (("wood", 3 * SENTENCE), ("stone", 3 * SENTENCE[::-1])):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
@@ -107,6 +117,7 @@ def test_the_verb_leaves_a_page(halflap: Callable[..., Any], tmp_path: Path) -> 
         "wood",
         "stone",
     ]
+    assert found["tokens"] == sum(found["tokens_by_domain"].values()) and found["tokens_by_domain"]["wood"] <= 40
     page = (tmp_path / "run" / "report.html").read_text()
     assert "meta tokens" in page and "loss added" in page
     assert "meta tokens of wood" in halflap(*run).out

@@ -55,7 +55,8 @@ def pair_states(
     Raises HalflapError on a map or a block that does not exist, and when a kind of state has no pair.
     """
     _check_blocks(len(student.blocks), len(teacher.blocks), block_map, blocks)
-    chosen = [(index, block_map[index]) for index in (blocks or range(len(student.blocks)))]
+    in_order = sorted(set(blocks)) or range(len(student.blocks))  # as a pass meets them
+    chosen = [(index, block_map[index]) for index in in_order]
     found = {
         "embedding": [(0, 0)],
         "blocks": chosen,
