@@ -7,6 +7,7 @@ which the next run in that directory removes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from halflap.errors import HalflapError
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _TEXT: dict[str, Any] = {"encoding": "utf-8", "newline": "\n"}
 
 
@@ -24,19 +28,37 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
     """Open a temporary file that becomes `path` when the `with` block ends well and is deleted when it raises.
 
     Yields the open file (UTF-8 with `\\n` line ends when `mode` is "w"); a library that wants a path instead of a
-    file may write to `file.name`. Missing parent directories are created.
+    file may write to `file.name`. Missing parent directories are created. Raises HalflapError when the disk is full.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, mode, **({} if mode == "wb" else _TEXT)) as file:
-            yield file
-        sync(temporary)  # by name, not by descriptor: the block may have written through the path
-        os.replace(temporary, final)
-        sync(final.parent)
+        with full_disk_named(final.parent):
+            with open(temporary, mode, **({} if mode == "wb" else _TEXT)) as file:
+                yield file
+            sync(temporary)  # by name, not by descriptor: the block may have written through the path
+            os.replace(temporary, final)
+            sync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_named(directory: str | os.PathLike[str], *, by_numpy: bool = False) -> Iterator[None]:
+    """Turn the operating system's complaint about a full disk into the sentence a user gets.
+
+    by_numpy: NumPy writes, whose complaint about an array that it could not write whole has no number.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK and not (by_numpy and error.errno is None):
+            raise
+        raise HalflapError(
+            f"the disk under {os.fspath(directory)} is full ({error.strerror or error}); what was there before stays "
+            "until new files are whole: free some space or choose another --out"
+        ) from error
 
 
 def sync(path: str | os.PathLike[str]) -> None:

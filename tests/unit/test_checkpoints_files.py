@@ -252,7 +252,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_weights(tmp_path):
         """,
         tmp_path,
     )
-    assert "full" in done.stdout and "weights that were there before stay" in done.stdout, done.stderr
+    assert "full" in done.stdout and "what was there before stays" in done.stdout, done.stderr
     assert same(read(tmp_path), tensors_of(1.0)) and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 

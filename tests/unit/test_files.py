@@ -1,9 +1,11 @@
 """Atomic writes: whole or not at all, and no litter."""
 
+import errno
 import hashlib
 
 import pytest
 
+from halflap.errors import HalflapError
 from halflap.files import atomic_write, digest_file, write_json
 
 
@@ -23,6 +25,15 @@ def test_a_failed_write_keeps_the_old_content(tmp_path):
         raise RuntimeError
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_named_with_its_place(tmp_path):
+    full = f"the disk under {tmp_path} is full .*choose another --out"
+    with pytest.raises(HalflapError, match=full), atomic_write(tmp_path / "a.bin"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="something else"), atomic_write(tmp_path / "a.bin"):
+        raise OSError("something else")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_library_may_write_through_the_name(tmp_path):

@@ -11,15 +11,13 @@ A write never touches the files it replaces until everything is on the disk. The
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,12 +27,11 @@ import torch
 from torch import Tensor
 
 from halflap.errors import HalflapError
-from halflap.files import sync, write_json
+from halflap.files import full_disk_named, sync, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -383,17 +380,3 @@ def _alive(process: int) -> bool:
     except OSError:
         return True
     return True
-
-
-@contextmanager
-def full_disk_named(directory: Path) -> Iterator[None]:
-    """Turn the operating system's complaint about a full disk into the sentence a user gets."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {*FULL_DISK, None}:  # None is NumPy's, which could not write all of an array
-            raise
-        raise HalflapError(
-            f"the disk under {directory} is full ({error.strerror or error}); weights that were there before stay "
-            "until new ones are whole: free some space or choose another --out"
-        ) from error

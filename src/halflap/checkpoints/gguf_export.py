@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from halflap.checkpoints.config import Lineage
-from halflap.checkpoints.files import full_disk_named
 from halflap.checkpoints.gguf_import import EXACT_A_LOG, LINEAGE
 from halflap.checkpoints.gguf_metadata import OWN_CONFIG, architecture_of, metadata, rope_divisors
 from halflap.checkpoints.gguf_names import ROPE_FREQUENCIES, Stored, change, stored
@@ -65,7 +64,7 @@ def write_gguf(
     }
     if logarithms := [read(item.ours).float() for item in items if item.ours.endswith(".A_log")]:
         fields[EXACT_A_LOG] = torch.cat(logarithms).tolist()
-    with full_disk_named(file.parent), atomic_write(file) as temporary:
+    with atomic_write(file) as temporary:
         writer = gguf.GGUFWriter(temporary.name, architecture_of(config))
         for key, value in fields.items():
             _add(writer, key, value, gguf)

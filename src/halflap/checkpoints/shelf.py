@@ -18,9 +18,8 @@ from typing import IO, Any
 
 import torch
 
-from halflap.checkpoints.files import full_disk_named
 from halflap.errors import HalflapError
-from halflap.files import sync
+from halflap.files import full_disk_named, sync
 from halflap.models.context import SequenceContext
 from halflap.models.streams import Stream
 
@@ -83,7 +82,7 @@ class Shelf:
         start, _ = self._append(record.getbuffer())
         before, after = self.done, 0 if self.done is None else self.done + 1
         assert self._new is not None
-        with full_disk_named(self.directory):
+        with full_disk_named(self.directory, by_numpy=True):
             self._new.write(start.to_bytes(8, "little"))
             self._new.close()
             sync(self._next)
@@ -102,7 +101,7 @@ class Shelf:
         return self.directory / f"after.{done}"
 
     def _append(self, record: bytes | memoryview) -> Place:
-        with full_disk_named(self.directory):
+        with full_disk_named(self.directory, by_numpy=True):
             if self._new is None:
                 self._new = open(self._next, "wb")  # noqa: SIM115  (until `commit`)
             start = self._new.tell()

@@ -120,7 +120,12 @@ def _train(setting: Setting, name: str, start: HybridModel, place: Path) -> dict
     else:
         step = lineage_step("distill", {"teacher": tutor.teacher.digest}, **numbers)
         students.save_trained(place / "checkpoint", start, setting.pruned, step)
-    trained = {"tokens_trained": numbers["tokens"], "seconds": done["tokens"] / max(done["tokens_per_second"], 1e-9)}
+    rate = done["tokens_per_second"]
+    trained = {
+        "tokens_trained": numbers["tokens"],
+        "seconds": done["tokens"] / max(rate, 1e-9),
+        "tokens_per_second": rate,
+    }
     write_json(summary, trained)
     return trained
 

@@ -295,7 +295,7 @@ def _result(run: Run, arm: Compression, name: str, seed: int) -> dict[str, Any]:
     return {
         **row,
         "tokens_trained": row["tokens_trained"] + tokens,
-        "training_tokens_per_second": row["tokens_trained"] / max(row["seconds"], 1e-9),
+        "training_tokens_per_second": row["tokens_per_second"],
         "run": str(place),
         "role": role,
         "checkpoint": str(checkpoint),
