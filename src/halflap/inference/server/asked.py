@@ -118,10 +118,10 @@ def _answer_form(body: ChatBody, prompts: Prompts) -> tuple[Grammar | None, Tool
         return _json(schema), None
     if choice == "none":
         return _json(schema), None
-    if schema is not None:
-        raise _bad("response_format", "response_format and tools cannot both shape a reply; leave one out")
     if choice in (None, "auto"):
-        return None, prompts.tool_format
+        if schema is None:
+            return None, prompts.tool_format
+        return Grammar("json_schema", call_schema(functions, schema)), WHOLE
     if isinstance(choice, NamedTool):
         wanted = choice.function.name
         functions = [function for function in functions if function["name"] == wanted]

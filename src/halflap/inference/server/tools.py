@@ -2,7 +2,7 @@
 
 Three formats: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, one element a call (Hermes, Qwen);
 `<TOOLCALL>[{...}, ...]</TOOLCALL>`, a list (Nemotron); and a reply that is JSON as a whole (Llama, which says
-`parameters`), which is also what a grammar enforces where a call is required.
+`parameters`), which is also what a grammar enforces where a call is required, or an answer is JSON too.
 """
 
 from __future__ import annotations
@@ -48,8 +48,11 @@ def format_of(template: str) -> ToolFormat:
     return WHOLE if "python_tag" in template or '"parameters"' in template else HERMES
 
 
-def call_schema(tools: Sequence[Mapping[str, Any]]) -> str:
-    """The JSON schema of a call to one of the functions, `{"name", "parameters"}` each."""
+ANSWER = "answer."  # no function is called so
+
+
+def call_schema(tools: Sequence[Mapping[str, Any]], answer: Mapping[str, Any] | None = None) -> str:
+    """The JSON schema of a call to one of the functions, `{"name", "parameters"}` each; or of an answer by its own."""
     places = [f"#/$defs/{tool['name']}" for tool in tools]
     calls = [
         {
@@ -62,6 +65,9 @@ def call_schema(tools: Sequence[Mapping[str, Any]]) -> str:
     ]
     parameters = [_moved(tool.get("parameters") or {"type": "object"}, place) for tool, place in zip(tools, places)]
     schemas = {tool["name"]: schema for tool, schema in zip(tools, parameters)}
+    if answer is not None:
+        calls.append({"$ref": f"#/$defs/{ANSWER}"})
+        schemas[ANSWER] = _moved(answer, f"#/$defs/{ANSWER}")
     return json.dumps((calls[0] if len(calls) == 1 else {"anyOf": calls}) | {"$defs": schemas})
 
 

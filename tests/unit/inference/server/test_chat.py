@@ -116,6 +116,31 @@ def test_references_inside_a_tool_s_parameters_hold(client: Any) -> None:
     assert post(client, tools=tools, tool_choice="required", seed=2)["choices"][0]["message"]["tool_calls"]
 
 
+def test_an_answer_by_a_schema_or_a_call(client: Any) -> None:
+    """Each seed gives the one or the other, and nothing else; a call that is required leaves no choice."""
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"k": {"$ref": "#/$defs/kind"}},
+        "required": ["k"],
+        "additionalProperties": False,
+        "$defs": {"kind": {"enum": ["cat", "mat"]}},
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "k", "schema": schema}}
+    seen = set()
+    for seed in range(12):
+        found = post(client, tools=[ADD], response_format=form, seed=seed)["choices"][0]
+        calls, content = found["message"].get("tool_calls"), found["message"]["content"]
+        seen.add(found["finish_reason"])
+        if calls:
+            assert {*json.loads(calls[0]["function"]["arguments"])} == {"a", "b"} and not content
+        else:
+            assert json.loads(content)["k"] in ("cat", "mat")
+    assert seen == {"tool_calls", "stop"}
+    forced = post(client, tools=[ADD], response_format=form, tool_choice="required")["choices"][0]
+    assert forced["message"]["tool_calls"]
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_a_call_that_is_required_comes(client: Any, events: Any, choice: Any) -> None:
     pytest.importorskip("llguidance")
@@ -198,7 +223,6 @@ def test_bad_templates_end_in_an_error_object(make_client: Any, tokenizer: Any, 
             "messages[0]",
         ),
         ({"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
-        ({"messages": HELLO, "tools": [ADD], "response_format": {"type": "json_object"}}, "response_format"),
         (
             {"messages": HELLO, "tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "no"}}},
             "tool_choice",
