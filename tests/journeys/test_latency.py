@@ -17,7 +17,7 @@ from halflap.commands import sweep, timing
 from halflap.compress.axes import Sizes
 from halflap.compress.cost_model import Condition
 from halflap.compress.plan import PruningPlan
-from halflap.compress.search import SearchResult, Trial
+from halflap.compress.search import Round, SearchResult, Trial, by_agreement, by_loss
 from halflap.data.tokenizer import train_tokenizer
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_non_embedding_parameters
@@ -185,11 +185,22 @@ def test_a_value_takes_what_a_tighter_one_found_where_that_is_better(tmp_path: P
 
     found = {"50%": result(48, 6.3), "60%": result(59, 6.4), "70%": result(68, 6.2), "80%": result(79, 6.2)}
     ceilings = {value: {"params": float(value[:-1])} for value in found}
-    data = sweep.combined("params", found, ceilings, tmp_path)
-    assert [row["candidate"] for row in data["sweep"]["values"]] == [0, 0, 2, 3]  # its own among equals
-    assert [row["chosen"] for row in data["candidates"]] == [True, False, True, True]
+    data = sweep.combined("params", found, ceilings, by_loss, tmp_path)
+    assert [row["candidate"] for row in data["sweep"]["values"]] == [0, 0, 2, 2]  # the smaller of equals
+    assert [row["chosen"] for row in data["candidates"]] == [True, False, True, False]
     assert data["sweep"]["values"][1]["path"].endswith("50%/search.json")
-    assert data["sweep"]["values"][1]["remark"] == "nothing tried within it beats the best of 50%"
+    assert data["sweep"]["values"][1]["remark"] == "its own best is behind that of 50%"
+
+    def rated(params: float, loss: float, accuracy: float, rounds: tuple[Round, ...] = ()) -> SearchResult:
+        trial = Trial(Sizes(hidden_size=int(params)), {"params": params}, 0.0, loss, accuracy, accuracy, rounds)
+        return SearchResult({"budgets": {}}, 1, (trial,))
+
+    agreeing = {"50%": rated(48, 2.8, 0.5), "60%": rated(59, 3.0, 0.6)}
+    data = sweep.combined("params", agreeing, ceilings, by_agreement, tmp_path)
+    assert [row["candidate"] for row in data["sweep"]["values"]] == [0, 1]  # as the method ranks them
+    trained = {"50%": rated(48, 2.8, 0.5, (Round(2000, 2.0),)), "60%": rated(59, 3.0, 0.6, (Round(1000, 2.1),))}
+    data = sweep.combined("params", trained, ceilings, by_loss, tmp_path)
+    assert [row["candidate"] for row in data["sweep"]["values"]] == [0, 1]  # on unequal tokens: no comparison
 
 
 def test_the_page_of_a_sweep_of_memory_draws_memory(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:

@@ -287,3 +287,10 @@ def _needs_a_word(recipe: type) -> bool:
 def test_a_seed_is_a_whole_number_from_zero(halflap: Callable[..., Any], seed: str) -> None:
     outcome = halflap("generate", "nowhere", "--seed", seed)
     assert outcome.status == 2 and "seed" in outcome.err and "whole number from 0 to 2^63 - 1" in outcome.err
+
+
+def test_every_verb_takes_the_common_flags(halflap: Callable[..., Any]) -> None:
+    """Types of fields that a section inherits are found where it stands."""
+    for verb in VERBS:
+        outcome = halflap(verb, "--seed", "3", "--dtype", "bfloat16", "--quiet", "--show", "--json")
+        assert "unexpected" not in outcome.err, (verb, outcome.err)

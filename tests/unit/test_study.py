@@ -18,6 +18,7 @@ from halflap.errors import HalflapError, RecipeError
 from halflap.evaluate.paired import paired
 from halflap.models.count import count_parameters
 from halflap.models.stack import build, read_stack, with_parameters
+from halflap.recipe import read_yaml
 
 TEXT = Path(__file__).resolve().parents[2] / "demo" / "text" / "validation.jsonl.xz"
 BLOCKS = {
@@ -169,7 +170,8 @@ def test_a_study_by_a_wrong_name_names_the_nearest(halflap: Callable[..., Any], 
 def test_values_of_the_wrong_kind_are_refused_as_a_wrong_recipe(tmp_path: Path, changes: Any, said: str) -> None:
     with pytest.raises(HalflapError, match=said):
         plan = read_study(str(write(tmp_path, **changes)), "small")
-        plan.models(300), check(plan)
+        plan.models(300)
+        check(plan)
 
 
 def test_a_name_given_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
@@ -179,6 +181,13 @@ def test_a_name_given_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
     )
     with pytest.raises(RecipeError, match="says 'attention' twice, at lines 3 and 5; keep one"):
         read_study(str(file), "small")
+
+
+def test_anchors_may_be_merged_and_overridden(tmp_path: Path) -> None:
+    lines = ("common: &B {x: 1, z: 0}", "base: {inner: &A {<<: *B, x: 2}}", "arm: {<<: *A, y: 5}", "1: a", "'1': b")
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    found: dict[Any, Any] = read_yaml(tmp_path / "a.yaml")
+    assert found["arm"] == {"x": 2, "z": 0, "y": 5} and found[1] == "a" and found["1"] == "b"
 
 
 def test_a_number_is_no_name(tmp_path: Path) -> None:

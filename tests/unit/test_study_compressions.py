@@ -167,6 +167,8 @@ def test_a_wrong_study_is_refused(tmp_path: Path, changes: dict[str, Any], messa
         ({"readings": {"rank_correlation": {"chep": "loss"}}}, "did you mean 'cheap'"),
         ({"readings": {"tokens_to_reach": {"arm": "head", "by": ["scratch"]}}}, "did you mean 'heads'"),
         ({"readings": {"tokens_to_reach": {"arm": "heads"}}}, "the reading tokens_to_reach has no by"),
+        ({"readings": {"tokens_to_reach": {"arm": ["heads"], "by": ["scratch"]}}}, "must be the name of one arm"),
+        ({"readings": {"rank_correlation": {"arms": ["heads", "heads"]}}}, "finds 1 of the arms"),
         ({"readings": {"rank_correlation": {"cheap": "lss"}}}, "did you mean 'loss'"),
         ({"readings": {"rank_correlation": {"arms": ["heads", "scratch"]}}}, "arm 'scratch' will have no loss_as_cut"),
         (
@@ -205,7 +207,11 @@ def test_what_no_student_can_be_is_said_before_others_are_trained(
 def test_a_dry_run_counts_arms_as_their_teacher(halflap: Cli, place: Path, tmp_path: Path) -> None:
     found = halflap(*words(write(tmp_path), place, tmp_path / "run"), "--dry-run").json
     assert [row["arm"] for row in found["arms"]] == list(ARMS)
-    assert found["parameters"] == found["arms"][0]["parameters"] > 400_000 and found["flops"] > 0
+    assert found["parameters"] == found["arms"][0]["parameters"] > 400_000
+    rows = {row["arm"]: row for row in found["arms"]}
+    assert rows["blind"] == rows["heads"] | {"arm": "blind"}  # trained as it is
+    a_pass = rows["heads"]["flops"] // 4 // rows["heads"]["tokens"]  # three of its own, and the teacher's
+    assert rows["scratch"]["flops"] == rows["scratch"]["tokens"] * 3 * a_pass
 
 
 def test_a_teacher_or_text_that_is_not_there_is_named(halflap: Cli, place: Path, tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     found = {value: searching.search(given) for value, given in each.items()}
     if swept:
         ceilings = {value: budget_of(own, teacher.config, table).ceilings for value, own in swept.items()}
-        result = sweep.combined(recipe.sweep[0], found, ceilings, run.path)
+        order = searching.METHODS[recipe.settings.method].order
+        result = sweep.combined(recipe.sweep[0], found, ceilings, order, run.path)
     else:
         result = found[""].to_json()
     shown = {name: value for name, value in result.items() if name != "plan"}

@@ -29,6 +29,7 @@ from halflap.recipe import (
     Model,
     Positive,
     Positives,
+    Seed,  # noqa: F401  of the fields that ExportCommon inherits, whose types are looked up here
     Shape,
     StudyName,
     flat,

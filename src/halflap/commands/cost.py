@@ -59,8 +59,10 @@ def _study(recipe: Any) -> dict[str, Any]:
     for name, shape in shapes.items():
         length, tokens, passes = plan.fit.sequence_length, plan.tokens, PASSES["pretrain"]
         if name in plan.compressions:
-            own = plan.compressions[name].recipe
-            length, tokens, passes = own.fit.sequence_length, own.tokens, PASSES["distill"] + 1
+            arm = plan.compressions[name]
+            own = plan.compressions[str(arm.of)] if arm.control not in (None, "scratch") else arm
+            length, tokens = own.recipe.fit.sequence_length, own.recipe.tokens
+            passes += arm.control != "scratch"  # the teacher's own
         flops = tokens * passes * flops_per_token(shape, length, "prefill")
         if plan.recall is not None:
             asked = plan.recall.steps * plan.fit.batch_size * plan.recall.length

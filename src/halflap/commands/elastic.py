@@ -312,7 +312,7 @@ def _sizes_within(
         if any(cost[name] >= WITHIN * limit for name, limit in ceilings.items()):
             return one.sizes, f"the size trained for {one.budget}", cost.get("latency")
     least = trained[largest].sizes if largest < len(trained) else None
-    grid = between(choices, least, trained[max(0, largest - 1)].sizes)
+    grid = between(choices, least, trained[max(0, largest - 1)].sizes, recipe.space)
     found = searching.candidates(teacher, importance, budget, Sizes(), recipe.space, grid)
     return found.candidates[0].sizes, found.remark, found.candidates[0].costs.get("latency")
 

@@ -103,25 +103,25 @@ def _fitting(given: Given, grid: Grid) -> Fitting:
             "of blocks (--space.num-attention-blocks, ...)"
         )
     if given.most != Sizes():
-        grid = between(grid, None, given.most)
+        grid = between(grid, None, given.most, recipe.space)
     return candidates(given.teacher, given.importance, given.budget, given.fixed, recipe.space, grid)
 
 
 def _homogeneous(given: Given, found: Fitting) -> SearchResult:
     """One size an axis for all blocks, ranked by loss."""
-    return _rank(given, _teacher(given), found, students.next_token_loss, by_loss)
+    return _rank(given, _teacher(given), found, students.next_token_loss)
 
 
 def _minipuzzle(given: Given, found: Fitting) -> SearchResult:
     """Numbers of blocks of each type and one width of the MLPs, ranked by accuracy and agreement with the teacher."""
-    return _rank(given, _teacher(given), found, students.agreement, by_agreement)
+    return _rank(given, _teacher(given), found, students.agreement)
 
 
 def _puzzle(given: Given, programme: Programme) -> SearchResult:
     """A variant for each block, by how its score in the teacher's place adds up, ranked by loss."""
     model = _teacher(given)
     assert model is not None
-    return _rank(given, model, puzzle.propose(given, model, programme), students.next_token_loss, by_loss)
+    return _rank(given, model, puzzle.propose(given, model, programme), students.next_token_loss)
 
 
 def _teacher(given: Given) -> HybridModel | None:
@@ -173,17 +173,18 @@ def _score(given: Given, model: HybridModel | None, batches: list[Batch], measur
 
 
 class Method(NamedTuple):
-    """What is tried, found from configs alone, so that budgets which cannot be met are refused before any work; and
-    how that is searched."""
+    """What is tried, found from configs alone, so that budgets which cannot be met are refused before any work; how
+    that is searched, and in which order students stand as cut."""
 
     candidates: Callable[[Given], Any]
     search: Callable[[Given, Any], SearchResult]
+    order: Order
 
 
 METHODS: dict[str, Method] = {
-    "homogeneous": Method(partial(_fitting, grid=choices), _homogeneous),
-    "minipuzzle": Method(partial(_fitting, grid=choices_by_type), _minipuzzle),
-    "puzzle": Method(puzzle.programme_of, _puzzle),
+    "homogeneous": Method(partial(_fitting, grid=choices), _homogeneous, by_loss),
+    "minipuzzle": Method(partial(_fitting, grid=choices_by_type), _minipuzzle, by_agreement),
+    "puzzle": Method(puzzle.programme_of, _puzzle, by_loss),
 }
 
 
@@ -207,7 +208,7 @@ def candidates(
     return fitting(teacher.config, budget, dataclasses.replace(space, **given), order, grid)
 
 
-def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Measure, order: Order) -> SearchResult:
+def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Measure) -> SearchResult:
     """Measure the likeliest as cut and, if tokens are given, the best of them after rounds of distillation."""
     recipe, settings = given.recipe, given.recipe.settings
     batches = students.choosing(given.scoring, settings.score_tokens)
@@ -245,7 +246,7 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Meas
         made_from=_made_from(given),
         path=given.place / SEARCH,
         shortlist=settings.shortlist,
-        order=order,
+        order=METHODS[settings.method].order,
         rounds=rounds,
         refine=refine,
     )

@@ -26,9 +26,8 @@ STUDYS_OWN = (
     *("model", "data", "data.field", "data.weights", "data.packing", "data.held_out", "eval_data", "importance"),
     *("costs", "controls", "elastic", "top_k_in", "out", "seed", "device", "dtype", "json", "quiet", "overwrite"),
 )
-JUDGED_ON = "eval_tokens"
-
 """Settings of `compress` that arms share, that follow from how arms belong together, or that make several students."""
+JUDGED_ON = "eval_tokens"
 CONTROLS = ("scratch", "group_blind", "random")
 MATCHED = ("params", "latency")
 

@@ -55,11 +55,13 @@ def _check_reading(plan: Study, name: str, fields: Mapping[str, Any]) -> None:
     needed = [field for field, parameter in parameters.items() if parameter.default is parameter.empty]
     if missing := [field for field in needed if not fields.get(field)]:
         raise HalflapError(f"the reading {name} has no {missing[0]}; it needs {', '.join(needed)}: add it")
+    if not isinstance(fields.get("arm", ""), str):
+        raise HalflapError(f"the reading {name} has arm {fields['arm']!r}; it must be the name of one arm")
     measures = [str(fields.get(f, parameters[f].default)) for f in ("cheap", "dear") if f in parameters] or ["loss"]
     arms = [arm for field in ("arm", "by", "arms") for arm in _listed(fields.get(field))]
     for measure in measures:
         _require(plan, measure, arms)
-    ranked = arms or [arm for arm in plan.arms if {*measures} <= {*measures_of(plan, arm)}]
+    ranked = {*arms} or [arm for arm in plan.arms if {*measures} <= {*measures_of(plan, arm)}]
     if name == "rank_correlation" and len(ranked) < 2:
         raise HalflapError(
             f"the reading {name} finds {len(ranked)} of the arms that it may rank with {' and '.join(measures)}; it "
@@ -91,7 +93,11 @@ def measures_of(plan: Study, arm: str) -> tuple[str, ...]:
 def read(plan: Study, table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Claims with their verdicts, and readings, each with a sentence under `says`."""
     rows = {row["name"]: row for row in table}
-    readings = [{"name": name} | READINGS[name](rows, **fields) for name, fields in plan.readings.items()]
+    lists = ("by", "arms")
+    readings = [
+        {"name": name} | READINGS[name](rows, **{f: _listed(v) if f in lists else v for f, v in fields.items()})
+        for name, fields in plan.readings.items()
+    ]
     matched = {name: arm.match for name, arm in plan.compressions.items() if arm.match}
     return {
         "claims": [judge(claim, rows) for claim in plan.claims],

@@ -32,11 +32,12 @@ from halflap.commands.study_compressions import Compression
 from halflap.commands.study_file import Study, place_of
 from halflap.commands.study_shapes import Task, train_and_judge
 from halflap.commands.teaching import Tutor
-from halflap.compress.axes import check_sizes
+from halflap.compress.axes import check_sizes, largest_sizes
 from halflap.compress.cost_model import Condition
 from halflap.compress.cost_table import CostTable
 from halflap.compress.importance import Importance
 from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.parallel import fanout
 from halflap.recipe import inputs_of, settings_of
@@ -89,7 +90,7 @@ def train(
         with _named(name):
             check_sizes(teacher.config, arm.recipe.sizes)
             scoring.check_settings(teacher.config, arm.recipe.score_settings)
-            _check_control(plan, arm)
+            _check_control(plan, arm, teacher.config)
     judged = judge_teacher(run, plan, teacher, corpora)
     times = cost_table(run, plan, teacher)
     pairs = [(seed, name) for seed in plan.seeds for name in arms]
@@ -135,12 +136,13 @@ def _named(arm: str) -> Iterator[None]:
         raise HalflapError(f"arm {arm!r}: {error}") from None
 
 
-def _check_control(plan: Study, arm: Compression) -> None:
+def _check_control(plan: Study, arm: Compression, teacher: ModelConfig) -> None:
     """Raise HalflapError for blind cuts of heads beside an arm that, by its sizes, cuts none."""
     if arm.control != "group_blind":
         return
     of = plan.compressions[str(arm.of)]
-    if not of.match and not students.has_ceiling(of.recipe.budgets) and of.recipe.sizes.mamba_num_heads is None:
+    kept = of.recipe.sizes.mamba_num_heads in (None, largest_sizes(teacher).get("mamba_num_heads"))
+    if kept and not of.match and not students.has_ceiling(of.recipe.budgets):
         raise HalflapError(NO_BLIND_CUT.format(control=arm.control, of=arm.of))
 
 

@@ -16,7 +16,7 @@ from halflap.checkpoints.config import read_json
 from halflap.commands.sections import Budgets
 from halflap.commands.students import BLOCKS
 from halflap.compress.costs import BUDGETS
-from halflap.compress.search import SearchResult
+from halflap.compress.search import Order, SearchResult
 from halflap.errors import HalflapError, RecipeError
 from halflap.files import write_json
 from halflap.recipe import FASTEST
@@ -81,11 +81,15 @@ def _trained_blocks(search: Path) -> bool:
 
 
 def combined(
-    budget: str, found: Mapping[str, SearchResult], ceilings: Mapping[str, Mapping[str, float]], directory: Path
+    budget: str,
+    found: Mapping[str, SearchResult],
+    ceilings: Mapping[str, Mapping[str, float]],
+    order: Order,
+    directory: Path,
 ) -> dict[str, Any]:
     """All scored candidates, each value's best marked as chosen, and those bests by value; kept as search.json.
 
-    ceilings: of each value, cost name to limit. A best's `path` is the search that found it.
+    ceilings: of each value, cost name to limit; order: the method's. A best's `path` is the search that found it.
     """
     rows: list[dict[str, Any]] = []
     places: dict[str, int] = {}  # of each value's own best
@@ -95,9 +99,9 @@ def combined(
         rows += [row | {"value": value, "chosen": False} for row in scored]
     best = []
     for value, result in found.items():
-        winner = _best_within(value, found, ceilings[value])
+        winner = _best_within(value, found, ceilings[value], order)
         rows[places[winner]]["chosen"] = True
-        remark = result.remark if winner == value else f"nothing tried within it beats the best of {winner}"
+        remark = result.remark if winner == value else f"its own best is behind that of {winner}"
         path = str(place_of(directory, winner) / "search.json")
         best.append({"value": value, "candidate": places[winner], "path": path, "remark": remark})
     first = next(iter(found.values())).to_json()
@@ -114,11 +118,19 @@ def combined(
     return data
 
 
-def _best_within(value: str, found: Mapping[str, SearchResult], limits: Mapping[str, float]) -> str:
-    """The value whose search found the best student within the limits of `value`; its own among equals."""
+def _best_within(value: str, found: Mapping[str, SearchResult], limits: Mapping[str, float], order: Order) -> str:
+    """The value whose search chose the best student within the limits of `value`.
 
-    def fits(other: str) -> bool:
-        spent = found[other].chosen.costs
-        return other == value or all(spent[name] <= limit for name, limit in limits.items())
+    Only students that were distilled alike are compared, or as cut those that were not distilled.
+    """
+    own = found[value].chosen
 
-    return min(filter(fits, found), key=lambda other: (found[other].chosen.last_loss, other != value))
+    def may_take(other: str) -> bool:
+        trial = found[other].chosen
+        alike = [done.tokens for done in trial.rounds] == [done.tokens for done in own.rounds]
+        return alike and all(trial.costs[name] <= limit for name, limit in limits.items())
+
+    rivals = [value, *(other for other in found if other != value and may_take(other))]
+    trials = [found[other].chosen for other in rivals]
+    best = min(trials, key=lambda trial: trial.last_loss) if own.rounds else order(trials)[0]
+    return rivals[next(place for place, trial in enumerate(trials) if trial is best)]

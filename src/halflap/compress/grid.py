@@ -166,11 +166,11 @@ def choices_by_type(
     return found
 
 
-def between(grid: Grid, least: Sizes | None, most: Sizes) -> Grid:
+def between(grid: Grid, least: Sizes | None, most: Sizes, listed: SearchSpace) -> Grid:
     """The same grid from the sizes of one student to those of another, both included; without `least` all below.
 
-    A size that a student leaves out is the teacher's. What a list of the space says is tried alone, and the grid raises
-    HalflapError for one that has nothing in the range.
+    A size that a student leaves out is the teacher's. What a list of `listed`, the caller's own space, says is tried
+    alone, and the grid raises HalflapError for one that has nothing in the range.
     """
 
     def limited(
@@ -181,12 +181,12 @@ def between(grid: Grid, least: Sizes | None, most: Sizes) -> Grid:
             high = getattr(most, name) or whole.get(name, values[0])
             low = 0 if least is None else getattr(least, name) or whole.get(name, values[0])
             tried = {value for value in values if low <= value <= high}
-            if not getattr(space, name):
+            if not getattr(listed, name):
                 tried |= {low, high} - {0}
             elif not tried:
-                listed = ", ".join(map(str, getattr(space, name)))
+                sizes = ", ".join(map(str, getattr(listed, name)))
                 raise HalflapError(
-                    f"space.{name} has {listed}, and between the sizes trained above and below this budget it is from "
+                    f"space.{name} has {sizes}, and between the sizes trained above and below this budget it is from "
                     f"{low or 1} to {high}: list some of these, or leave it out"
                 )
             found[name] = tuple(sorted(tried, reverse=True))

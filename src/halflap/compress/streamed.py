@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 from collections.abc import Sequence
 
 import torch
@@ -173,8 +174,10 @@ class _Sweep:
                     full, without = (self._final(shelf, whole, number, one) for one in (None, index))
                     compared = compare_rows(metric, whole.head_weight, full, without, batch)
                     over[number][:, index], under[number][:, index] = compared
+                record = io.BytesIO()  # PyTorch's writer cannot say that a disk is full
+                torch.save((over, under, index + 1), record)
                 with atomic_write(file) as out:
-                    torch.save((over, under, index + 1), out)
+                    out.write(record.getvalue())
                 progress.advance()
         sums: Sums = {}
         for rows in zip(over, under, strict=True):

@@ -80,9 +80,9 @@ def verify(
     ]
     (exact, stored), scale = differences[-1], scales[-1]
     if not math.isfinite(scale):
-        broken = [name for name, tensor in teacher.tensors() if not tensor.isfinite().all()]
+        broken = next((name for name, tensor in teacher.tensors() if not tensor.isfinite().all()), None)
         raise HalflapError(
-            f"the teacher's logits are no finite numbers ({f'as those of tensor {broken[0]}' if broken else scale}) "
+            f"the teacher's logits are no finite numbers ({f'as those of tensor {broken}' if broken else scale}) "
             "and cannot be compared; take a checkpoint whose weights are finite"
         )
     tolerance, stored_tolerance = WIDE_TOLERANCE[dtype] * scale, STORED_TOLERANCE[student.dtype] * scale

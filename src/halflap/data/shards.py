@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
-from halflap.files import atomic_write, digest_file
+from halflap.files import atomic_write, digest_file, full_disk_named
 
 BATCH_CHARACTERS = 1 << 22  # of text tokenised at once: enough to keep every core busy, small enough to forget
 
@@ -108,6 +108,6 @@ def write_shard(folder: Path, number: int, batches: Iterable[Tokenised], setting
             tokens, size = tokens + len(batch.ids), size + batch.bytes
             if tokens >= settings.shard_tokens:
                 break
-    with atomic_write(folder / f"{name}.starts.npy") as file:
+    with full_disk_named(folder, by_numpy=True), atomic_write(folder / f"{name}.starts.npy") as file:
         np.save(file, np.cumsum([0, *lengths[:-1]], dtype=np.int64))
     return Shard(f"{name}.tokens", f"{name}.starts.npy", tokens, len(lengths), size, digest.hexdigest())

@@ -86,7 +86,7 @@ class Slots:
         group.rows.append(reply)
 
     def adopt(self, reply: Reply, row: Cache, width: int) -> None:
-        """The only reply: its cache of one row becomes its group's, with room for `width` more tokens, uncopied."""
+        """The only reply: its cache of one row becomes its group's, with room for `width` more tokens."""
         slots.resize(row, 1, reply.length + width)
         bound = self._bound(reply.length)
         self._groups[bound] = Group(bound, row, [reply])
