@@ -9,10 +9,12 @@ bool, int, float, str or a list of those). No torch.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter
@@ -181,10 +183,155 @@ def leaves(kind: type, path: tuple[str, ...] = (), prefix: str = "") -> dict[str
         hint = hints[field.name]
         base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         if isinstance(base, type) and dataclasses.is_dataclass(base) and base is not Amount:
-            within = [value for _, value in pairs]
-    if node is not None and node.id == "sequence":
-        within = node.value
-    return next((found for value in within if (found := _repeated_name(value))), None)
+            within = prefix if "*" in _names(hint, base) else f"{prefix}{field.name}."
+            found |= leaves(base, (*path, field.name), within)
+            continue
+        named = _names(hint, None)
+        name = named[0].lstrip("-").replace("-", "_") if named else f"{prefix}{field.name}"
+        found[name] = Leaf(name, (*path, field.name), hint, field.default)
+    return found
+
+
+def _names(hint: Any, base: type | None) -> list[str]:
+    """Names that the annotation or the section's class gives instead of the field's own; `*` is none."""
+    own = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Parameter)]
+    parameters = own + list(getattr(getattr(base, "__cyclopts__", None), "parameters", ()))
+    return [str(name) for parameter in parameters for name in parameter.name or ()]
+
+
+def settings_of(recipe: Any) -> dict[str, Any]:
+    """The recipe as a flat mapping of plain values; `normalise` and the builder give an equal recipe back."""
+    settings = {}
+    for leaf in leaves(type(recipe)).values():
+        value = recipe
+        for attribute in leaf.path:
+            value = getattr(value, attribute)
+        settings[leaf.name] = plain(value)
+    return settings
+
+
+def plain(value: Any) -> Any:
+    """None, bool, int, float, str, or a list of those."""
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def inputs_of(recipe: Any) -> dict[str, list[str]]:
+    """What the recipe names as input, by dotted field name, without the fields left empty."""
+    settings = settings_of(recipe)
+    named = {leaf.name: settings[leaf.name] for leaf in leaves(type(recipe)).values() if leaf.is_marked(INPUT)}
+    return {name: value if isinstance(value, list) else [value] for name, value in named.items() if value}
+
+
+def normalise(kind: type, given: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
+    """Nested or dotted names, with dashes or underscores, to the dotted names of `kind`, and remarks for the user.
+
+    Raises RecipeError on an unknown name (with the nearest one), a name met twice, or a value of the wrong form.
+    """
+    known = leaves(kind)
+    where = f"{source}: " if source else ""
+    settings: dict[str, Any] = {}
+    remarks: list[str] = []
+    for written, value in _flatten(given, known):
+        name = _known_name(written, known)
+        if name is None and written in ALIASES and (ours := ALIASES[written][0]) in known:
+            unit = ALIASES[written][1]
+            value = f"{value}{unit}" if isinstance(value, int | float) else value
+            remarks.append(f"{where}{written} is called {ours} here; read as {ours}: {plain(value)}")
+            name = ours
+        if name is None:
+            raise RecipeError(f"{where}{unknown_name(written, list(known), 'field')}")
+        if name in settings:
+            raise RecipeError(f"{where}{name} is given twice; keep one of the two")
+        nested = isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value)
+        if isinstance(value, Mapping) or nested or (isinstance(value, list | tuple) and not known[name].is_list):
+            wanted = "a plain list" if known[name].is_list else "a single value"
+            raise RecipeError(f"{where}{name} is {plain_text(value)}; {wanted} is allowed: write {name}: VALUE")
+        settings[name] = plain(value)
+    return settings, remarks
+
+
+def _flatten(given: Mapping[str, Any], known: Mapping[str, Leaf], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in given.items():
+        name = f"{prefix}{str(key).replace('-', '_')}"
+        if dataclasses.is_dataclass(value) and not isinstance(value, type | Amount):
+            value = settings_of(value)
+        within = any(leaf.startswith(f"{name}.") for leaf in known)
+        if isinstance(value, Mapping) and within:
+            yield from _flatten(value, known, f"{name}.")
+        elif value is None and within and name not in known:
+            continue  # a section left empty in YAML
+        else:
+            yield name, value
+
+
+def _known_name(written: str, known: Mapping[str, Leaf]) -> str | None:
+    """Python keywords cannot hold a dot, so `fit_learning_rate` is `fit.learning_rate` too."""
+    written = written.removesuffix(f".{PATHS}")
+    return next((name for name in known if written in (name, name.replace(".", "_"))), None)
+
+
+def unknown_name(written: str, allowed: list[str], what: str) -> str:
+    """One sentence about a name that does not exist, with the nearest that does."""
+    near = difflib.get_close_matches(written, allowed, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(sorted(allowed))}"
+    return f"{written!r} is not a {what} that exists; {hint}"
+
+
+def plain_text(value: Any) -> str:
+    """A value as short JSON, for a sentence."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
+    """The mapping in a YAML file. Raises RecipeError when it is missing, not YAML, or not a mapping."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if repeated := _repeated_name(yaml.compose(text, yaml.SafeLoader)):
+            name, *lines = repeated
+            raise RecipeError(
+                f"the {what} {str(path)!r} says {name!r} twice, at lines {lines[0]} and {lines[1]}; keep one"
+            )
+        content = yaml.safe_load(text)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise RecipeError(f"the {what} {str(path)!r} is not a file; give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f" at line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        raise RecipeError(f"the {what} {str(path)!r} is not YAML{where}; correct the file") from None
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"the {what} {str(path)!r} holds {plain_text(content)}; it must be a mapping of names to values: "
+            "write one `name: value` a line"
+        )
+    return content
+
+
+def _repeated_name(root: Any) -> tuple[str, int, int] | None:
+    """The first name that a mapping of a YAML document gives twice, of which YAML keeps the last, and the lines."""
+    waiting, known = [root], {id(None)}  # aliases lead to the same node again
+    while waiting:
+        node = waiting.pop()
+        if id(node) in known or node.id == "scalar":
+            continue
+        known.add(id(node))
+        if node.id == "sequence":
+            waiting += node.value
+            continue
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            waiting.append(value)
+            if key.id == "scalar" and key.tag != "tag:yaml.org,2002:merge":
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    return key.value, lines[name], line
+                lines[name] = line
+    return None
 
 
 def to_yaml(verb: str, settings: Mapping[str, Any]) -> str:
