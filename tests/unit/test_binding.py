@@ -140,7 +140,7 @@ def test_layers_of_other_tools_are_two_blocks_where_ours_are(tmp_path: Path, fam
         ("compress DIR --tokens 50%", "--tokens: '50%' is not an amount"),
         ("compress DIR --batch 0", "--batch: 0 is too small; at least 1 is allowed"),
         ("bench DIR --batch 1 0", "--batch: 0 is too small; at least 1 is allowed"),
-        ("compress DIR --seed x", "--seed is 'x'; a whole number is allowed"),
+        ("compress DIR --seed x", "--seed: 'x' is no seed; it is a whole number from 0"),
         ("compress DIR --fit.learning-rate x", "--fit.learning-rate is 'x'; a number is allowed"),
         ("compress DIR --fit.learning-rate -1", "fit.learning_rate is -1.0; it must be greater than 0"),
         ("compress DIR --fit.betas 0.9", "--fit.betas has too few values"),

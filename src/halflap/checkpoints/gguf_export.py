@@ -22,7 +22,7 @@ from halflap.checkpoints.gguf_metadata import OWN_CONFIG, architecture_of, metad
 from halflap.checkpoints.gguf_names import ROPE_FREQUENCIES, Stored, change, stored
 from halflap.checkpoints.gguf_tokenizer import tokenizer_fields
 from halflap.errors import HalflapError
-from halflap.files import atomic_write
+from halflap.files import atomic_write, full_disk_named
 from halflap.models.config import ModelConfig
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -64,7 +64,7 @@ def write_gguf(
     }
     if logarithms := [read(item.ours).float() for item in items if item.ours.endswith(".A_log")]:
         fields[EXACT_A_LOG] = torch.cat(logarithms).tolist()
-    with atomic_write(file) as temporary:
+    with full_disk_named(file.parent, by_numpy=True), atomic_write(file) as temporary:
         writer = gguf.GGUFWriter(temporary.name, architecture_of(config))
         for key, value in fields.items():
             _add(writer, key, value, gguf)

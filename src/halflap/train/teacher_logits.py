@@ -88,7 +88,7 @@ def store_teacher_logits(
                 tokens=np.frombuffer(_tokens_digest(batch), dtype=np.uint8),
             )
     size = sum(_file(place, index).stat().st_size for index in range(count))
-    tokens = sum(batches(index).tokens.numel() for index in range(count))
+    tokens = sum(_stored_tokens(_file(place, index)) for index in range(count))
     first = batches(0)
     known = TopKTeacher(place).read(0, first)
     with torch.no_grad(), precision(torch.device(device), resolve_dtype(dtype, device)):
@@ -96,6 +96,11 @@ def store_teacher_logits(
     stored = Stored(size, size / tokens, error)
     write_json(place / "manifest.json", {**manifest, **dataclasses.asdict(stored)})
     return stored
+
+
+def _stored_tokens(file: Path) -> int:
+    with np.load(file) as stored:
+        return len(stored["rest"])
 
 
 class TopKTeacher:

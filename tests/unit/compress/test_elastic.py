@@ -140,10 +140,10 @@ def test_places_rank_as_the_depth_scores_did(family: str) -> None:
 def test_a_grid_between_two_students_has_both_and_nothing_beyond() -> None:
     config, most = FAMILIES["nemotron_h"], Sizes(hidden_size=10, intermediate_size=9)
     least = dataclasses.replace(most, hidden_size=7, num_blocks=3)
-    found = between(choices, least, most)(config, SearchSpace(), True, 1)
+    found = between(choices, least, most, SearchSpace())(config, SearchSpace(), True, 1)
     assert found["hidden_size"] == (10, 9, 8, 7) and found["num_blocks"] == (4, 3)
     assert found["intermediate_size"] == (9,) and found["mamba_num_heads"] == (8,)
-    below = between(choices, None, most)(config, SearchSpace(), True, 1)
+    below = between(choices, None, most, SearchSpace())(config, SearchSpace(), True, 1)
     assert below["hidden_size"] == (10, 9, 8) and below["intermediate_size"][0] == 9
 
 
