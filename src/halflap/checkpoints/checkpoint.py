@@ -41,7 +41,7 @@ from halflap.checkpoints.config import (
 from halflap.checkpoints.files import CODES, DTYPES, Entry, TensorSpec
 from halflap.checkpoints.names import match_tensors
 from halflap.errors import HalflapError
-from halflap.files import atomic_write, full_disk_named, write_json
+from halflap.files import atomic_write, write_json
 from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel
 from halflap.models.quantization import FLOAT, PACKED, SCALE, Quantization, matrices, split_part, stored
@@ -303,18 +303,17 @@ def write_checkpoint(
     small = dict(extra_files or {})
     license = license or (license_of(tokenizer_from) if tokenizer_from is not None else None)
     small.setdefault(CARD, model_card(directory, config, lineage, license, quantization=quantization))
-    with full_disk_named(directory):
-        write_config(directory, config, _name(DTYPES[most.code]), __version__, quantization)
-        write_json(directory / "lineage.json", {"steps": [dict(step) for step in lineage]})
-        if tokenizer_from is not None:
-            copy_tokenizer(Path(tokenizer_from), directory)
-        if "generation_config.json" not in small and not (directory / "generation_config.json").exists():
-            write_json(directory / "generation_config.json", _special_ids(config))
-        for name, content in small.items():
-            if name == CARD:  # the last
-                _forbid_cache(directory)
-            with atomic_write(directory / name) as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+    write_config(directory, config, _name(DTYPES[most.code]), __version__, quantization)
+    write_json(directory / "lineage.json", {"steps": [dict(step) for step in lineage]})
+    if tokenizer_from is not None:
+        copy_tokenizer(Path(tokenizer_from), directory)
+    if "generation_config.json" not in small and not (directory / "generation_config.json").exists():
+        write_json(directory / "generation_config.json", _special_ids(config))
+    for name, content in small.items():
+        if name == CARD:  # the last
+            _forbid_cache(directory)
+        with atomic_write(directory / name) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
     return Checkpoint.open(directory, packed=True)
 
 

@@ -28,6 +28,7 @@ from halflap.compress.replace import Replacement
 from halflap.data.batch import Batch
 from halflap.files import atomic_write
 from halflap.models.layout import layout
+from halflap.models.meta import at_text
 from halflap.models.model import HybridModel
 from halflap.progress import Progress
 from halflap.train.config import Fit
@@ -47,15 +48,15 @@ def distill_block(
     """Train variants of block `index` in place, a batch a step; their losses on the last batch, 1 is nothing learnt."""
     parameters = [dict(variant.block.named_parameters()) for variant in variants]
     optimizers = [make_optimizer(own, settings) for own in parameters]
-    losses = [1.0] * len(variants)
+    losses, meta = [1.0] * len(variants), model.config.num_meta_tokens
     with Progress(f"distil variants of block {index}", steps, unit="steps") as progress:
         for step in range(steps):
             batch = batches(step).to(model.head_weight.device)
             stream, context, wanted = _lesson(model, batch, index)
-            scale_of = _of_text(wanted, batch).square().mean().clamp(min=torch.finfo(wanted.dtype).tiny)
+            scale_of = _of_text(wanted, batch, meta).square().mean().clamp(min=torch.finfo(wanted.dtype).tiny)
             for place, (variant, optimizer) in enumerate(zip(variants, optimizers, strict=True)):
                 missed = variant(stream, context) - stream - wanted
-                loss = _of_text(missed, batch).square().mean() / scale_of
+                loss = _of_text(missed, batch, meta).square().mean() / scale_of
                 loss.backward()
                 if settings.clip:
                     nn.utils.clip_grad_norm_(parameters[place].values(), settings.clip)
@@ -68,9 +69,9 @@ def distill_block(
     return losses
 
 
-def _of_text(states: Tensor, batch: Batch) -> Tensor:
-    """Rows (N, D) of the tokens of documents, of states (B, meta tokens + T, D)."""
-    text = states[:, states.shape[1] - batch.tokens.shape[1] :]
+def _of_text(states: Tensor, batch: Batch, meta: int) -> Tensor:
+    """Rows (N, D) of the tokens of documents, of states (B, L, D) with `meta` meta tokens before each document."""
+    text = at_text(states, batch.tokens, batch.segments, meta)
     return text.flatten(0, 1) if batch.segments is None else text[batch.segments > 0]
 
 

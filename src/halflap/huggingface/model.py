@@ -29,7 +29,7 @@ from halflap.huggingface.configuration import HalflapConfig
 from halflap.huggingface.rows import Rows, arrange
 from halflap.models.cache import Cache
 from halflap.models.linear import Linear
-from halflap.models.meta import widen
+from halflap.models.meta import at_text
 from halflap.models.model import HybridModel, initialize
 
 RESERVED = 512  # new tokens for which cache memory is taken at once
@@ -125,22 +125,14 @@ class HalflapModel(HalflapPreTrainedModel):
         if cache is not None:
             cache.advance(shape[1])
         hidden = rows.restore(hidden)
-        earlier = (rows.restore(self._without_meta(output, rows)) for output in recorded[:-1])
+        meta = self.network.config.num_meta_tokens
+        texts = (at_text(output, rows.tokens, rows.segments, meta) for output in recorded[:-1])
+        earlier = map(rows.restore, texts)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,  # pyright: ignore[reportArgumentType]
             past_key_values=cache,
             hidden_states=(*earlier, hidden) if every else None,  # pyright: ignore[reportArgumentType]
         )
-
-    def _without_meta(self, output: Tensor, rows: Rows) -> Tensor:
-        """A block's output at the tokens alone."""
-        meta, time = self.network.config.num_meta_tokens, rows.tokens.shape[1]
-        if output.shape[1] == time:
-            return output
-        if rows.segments is None:
-            return output[:, meta:]
-        place = widen(rows.tokens, rows.segments, meta).place
-        return output.gather(1, place[..., None].expand(-1, -1, output.shape[2]))
 
     def _new_state(self, batch: int, capacity: int) -> Cache:
         if any(hasattr(module, "base_layer") for module in self.network.modules()):

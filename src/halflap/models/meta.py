@@ -57,3 +57,8 @@ def text_places(tokens: Tensor, segments: Tensor | None, count: int) -> Tensor:
 def at_places(hidden: Tensor, places: Tensor) -> Tensor:
     """hidden (B, L, D) at places (B, T): (B, T, D)."""
     return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2]))
+
+
+def at_text(states: Tensor, tokens: Tensor, segments: Tensor | None, count: int) -> Tensor:
+    """states (B, L, D) of a pass at its tokens (B, T) alone: (B, T, D); themselves without meta tokens."""
+    return states if states.shape[1] == tokens.shape[1] else at_places(states, text_places(tokens, segments, count))

@@ -96,6 +96,23 @@ def test_what_stands_in_padding_is_not_learnt(name: str, index: int) -> None:
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-9)
 
 
+@pytest.mark.parametrize("name, index", [("mamba2", 0), ("hymba", 4)])
+def test_documents_of_one_row_teach_what_they_do_in_rows_of_their_own(name: str, index: int) -> None:
+    """Meta tokens stand before each of them."""
+    model = make_model(CONFIGS[name])
+    plan = plan_of(model, variants_of(model.config, index))
+    settings = Fit(learning_rate=3e-3, schedule="constant", weight_decay=0.0)
+    apart = batch(1).tokens[:, :6]
+    together = apart.reshape(1, 12)
+    trained = []
+    for tokens, segments in ((apart, torch.ones_like(apart)), (together, 1 + (torch.arange(12) >= 6).long()[None])):
+        rows = Batch(tokens, tokens.roll(-1, 1), segments.clamp(max=1).float(), segments)
+        variant = replacement(model, plan, index)
+        distill_block(model, [variant], index, lambda _, rows=rows: rows, 3, settings)
+        trained.append(torch.cat([p.detach().flatten() for p in variant.block.parameters()]))
+    assert (trained[0] - trained[1]).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_trained_blocks_fit_into_every_plan(name: str, tmp_path: Path) -> None:
     """The whole student shares one eps and scales its residual stream, which the plan of one block does not."""

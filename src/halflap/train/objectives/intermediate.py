@@ -20,7 +20,7 @@ from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.config import Mamba1Config, ModelConfig
 from halflap.models.layout import dim_size, layout
-from halflap.models.meta import at_places, text_places
+from halflap.models.meta import at_text
 
 State = Literal["embedding", "blocks", "mamba_x"]
 Distance = Literal["mse", "cosine"]
@@ -180,7 +180,7 @@ def _watched(
     def hook(place: Place) -> Callable[[nn.Module, Any, Tensor], None]:
         def read(module: nn.Module, arguments: Any, output: Tensor) -> None:
             state = output[..., rows[place]] if place in rows else output
-            take(place, _at_text(state, batch, model.config.num_meta_tokens))
+            take(place, at_text(state, batch.tokens, batch.segments, model.config.num_meta_tokens))
 
         return read
 
@@ -195,13 +195,6 @@ def _watched(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _at_text(state: Tensor, batch: Batch, meta: int) -> Tensor:
-    """state (B, L, channels) at the batch's tokens (B, T, channels): meta tokens stand between them."""
-    if state.shape[1] == batch.tokens.shape[1]:
-        return state
-    return at_places(state, text_places(batch.tokens, batch.segments, meta))
 
 
 def _x_rows(config: ModelConfig, index: int) -> slice:
