@@ -110,14 +110,21 @@ class Progress:
         print(line, file=self._stream, flush=True)
 
 
-def track(iterable: Iterable[T], what: str, total: float | None = None, *, unit: str = "") -> Iterator[T]:
-    """Yield the items of `iterable`, showing how many are done; `total` defaults to its length if it has one."""
+def track(
+    iterable: Iterable[T], what: str, total: float | None = None, *, unit: str = "", passed: int = 0
+) -> Iterator[T]:
+    """Yield the items of `iterable`, showing how many are done; `total` defaults to its length if it has one.
+
+    The first `passed` items were finished earlier: they count as done, and not in the time that is left.
+    """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with Progress(what, total, unit=unit) as progress:
-        for item in iterable:
+        progress.start_at(passed)
+        for place, item in enumerate(iterable):
             yield item
-            progress.advance()
+            if place >= passed:
+                progress.advance()
 
 
 def duration(seconds: float) -> str:

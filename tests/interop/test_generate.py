@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import halflap
 from halflap.errors import HalflapError
 from halflap.hf import HalflapCache, HalflapForCausalLM
+from halflap.models.model import HybridModel
+from halflap.ops import select
 
 PROMPTS = ([5, 9, 31, 7, 120, 44, 3], [17, 4], [200, 201, 77, 8, 8, 8, 90, 150, 33, 260, 12, 6], [299])
 NEW = 12
@@ -90,6 +93,39 @@ def test_a_conversation_goes_on_from_its_cache(model: Any) -> None:
     for cache in (first.past_key_values, kept):  # the copy is independent of the original
         goes_on = model.generate(longer, past_key_values=cache, max_new_tokens=5, do_sample=False)
         assert goes_on.equal(model.generate(longer, max_new_tokens=5, do_sample=False))
+
+
+def test_tokens_after_the_prompt_run_in_native_code(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not select.native_is_on():
+        pytest.skip("no native code was built here")
+    passes, whole = [], HybridModel.hidden_states
+
+    def counted(network: Any, tokens: torch.Tensor, **how: Any) -> torch.Tensor:
+        passes.append(tokens.shape[1])
+        return whole(network, tokens, **how)
+
+    monkeypatch.setattr(HybridModel, "hidden_states", counted)
+    quick = greedy(model, padded())
+    assert len(passes) == 1, "the prompts' alone"
+    for fields in ({"output_hidden_states": True, "return_dict_in_generate": False}, {"use_cache": False}):
+        passes.clear()
+        assert greedy(model, padded(), **fields) == quick and len(passes) == NEW
+    with ThreadPoolExecutor(3) as threads:  # each has its own buffers
+        prompts = [torch.tensor([prompt]) for prompt in PROMPTS] * 3
+        assert [row for (row,) in threads.map(lambda p: greedy(model, {"input_ids": p}), prompts)] == quick * 3
+    hook = model.model.network.blocks[1].register_forward_hook(lambda *_: None)
+    passes.clear()
+    assert greedy(model, padded()) == quick and len(passes) == NEW, "a hook wants to see every pass"
+    hook.remove()
+
+
+def test_weights_may_change_from_one_text_to_the_next(model: Any) -> None:
+    before = greedy(model, padded())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1 + 0.5 * torch.rand(parameter.shape) if "norm" in name or "A_log" in name else 1.1)
+    after = greedy(model, padded())
+    assert after == greedy(model, padded(), use_cache=False) and after != before
 
 
 def test_prefill_in_pieces_then_steps_equals_the_full_pass(model: Any) -> None:

@@ -90,6 +90,19 @@ def test_track_yields_everything():
     assert list(track(iter("ab"), "count", total=2)) == ["a", "b"]
 
 
+def test_items_of_an_earlier_run_do_not_enter_the_time_left(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(Progress.__init__, "__kwdefaults__", {**Progress.__init__.__kwdefaults__, "clock": clock})
+    for item in track(range(10), "study", passed=6):
+        clock.now += 0 if item < 6 else 100
+    assert [line for line in capsys.readouterr().err.splitlines() if "left" in line] == [
+        "study: 7/10, 5m00s left",
+        "study: 8/10, 3m20s left",
+        "study: 9/10, 1m40s left",
+        "study: 10/10, 0s left",
+    ]
+
+
 def test_wording_of_amounts_and_times():
     assert [short(x) for x in (7, 9999, 12300, 4.3e9, 1e12)] == ["7", "9999", "12.3K", "4.3B", "1T"]
     assert [duration(x) for x in (0.4, 59.7, 185, 7620)] == ["0s", "1m00s", "3m05s", "2h07m"]

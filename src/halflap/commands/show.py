@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,15 @@ from rich.text import Text
 from halflap.commands import show_compress
 from halflap.commands.tables import generic, number, records, short, size
 
+PIPE_WIDTH = 10_000  # columns of a file or pipe: a row is a line, and no number is cut
 COLOURS = {"M": "cyan", "S": "blue", "*": "bold yellow", "H": "magenta", "-": "green"}
 KINDS = {"M": "Mamba-2", "S": "Mamba-1", "*": "attention", "H": "attention and SSM", "-": "MLP"}
 
 
 def show(verb: str, result: Mapping[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_WIDTH
     VIEWS.get(verb, generic)(result, console)
 
 

@@ -20,7 +20,7 @@ from halflap.commands.corpora import Corpora, choose_tokenizer, open_corpora, tr
 from halflap.commands.device import choose_device
 from halflap.commands.students import open_teacher
 from halflap.commands.study_file import Study, place_of, read_study
-from halflap.commands.study_shapes import Task, train_and_judge
+from halflap.commands.study_shapes import Task, is_finished, train_and_judge
 from halflap.commands.study_table import Results, rows_of, write_arms
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
@@ -143,7 +143,7 @@ def _shapes(recipe: StudyRecipe, run: Run, plan: Study, **how: Any) -> tuple[Res
     corpora = _corpora(recipe, run, plan, tokenizer)
     tasks = _tasks(recipe, run, plan, models, corpora)
     what = f"{len(models)} arms, {len(plan.seeds)} seeds"
-    found = fanout.map(train_and_judge, tasks, what=what, **how)
+    found = fanout.map(train_and_judge, tasks, what=what, finished=is_finished, **how)
     return {arm: found[place :: len(models)] for place, arm in enumerate(models)}, corpora.held_out_is
 
 

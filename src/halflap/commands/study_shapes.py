@@ -72,7 +72,7 @@ def train_and_judge(task: Task) -> dict[str, Any]:
     """
     _refuse_another(task)
     where = {"run": str(task.place), "checkpoint": str(task.place / "checkpoint")}
-    done = task.place / "result.json"
+    done = _result_file(task)
     if done.exists():
         return read_json(done) | where
     tokenizer = Tokenizer.load(task.tokenizer)
@@ -85,6 +85,14 @@ def train_and_judge(task: Task) -> dict[str, Any]:
     result = {"arm": task.arm, "seed": task.seed, **judged, **trained, **recalled}
     write_json(done, result)
     return result | where
+
+
+def is_finished(task: Task) -> bool:
+    return _result_file(task).exists()
+
+
+def _result_file(task: Task) -> Path:
+    return task.place / "result.json"
 
 
 def _refuse_another(task: Task) -> None:

@@ -30,7 +30,7 @@ from halflap.commands.sections import ScoreSettings, Text
 from halflap.commands.students import Teacher
 from halflap.commands.study_compressions import Compression
 from halflap.commands.study_file import Study, place_of
-from halflap.commands.study_shapes import Task, train_and_judge
+from halflap.commands.study_shapes import Task, is_finished, train_and_judge
 from halflap.commands.teaching import Tutor
 from halflap.compress.axes import check_sizes, largest_sizes
 from halflap.compress.cost_model import Condition
@@ -41,7 +41,7 @@ from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.parallel import fanout
 from halflap.recipe import inputs_of, settings_of
-from halflap.run import Run, open_run
+from halflap.run import Run, finished_result, open_run
 
 LOGITS = "teacher-logits"
 NO_BLIND_CUT = (
@@ -110,17 +110,19 @@ def train(
             with _named(cut.arm):
                 _check_reachable(cut.recipe, run, teacher, corpora, times[0] if times else None)
 
-    def each(function: Callable[[Any], Any], items: Sequence[Any], words: str) -> list[Any]:
-        return fanout.map(function, items, what=f"{len(items)} {words}", **how) if items else []
+    def each(
+        function: Callable[[Any], Any], items: Sequence[Any], words: str, finished: Callable[[Any], bool]
+    ) -> list[Any]:
+        return fanout.map(function, items, what=f"{len(items)} {words}", finished=finished, **how) if items else []
 
     scores = {one.common.out: one for cut in cuts.values() if (one := scoring_of(run, cut.recipe)) is not None}
-    each(measure, [*scores.values()], "scores of importance")
+    each(measure, [*scores.values()], "scores of importance", _is_finished)
     cuts = {pair: _with_scores(run, cut) for pair, cut in cuts.items()}
-    each(cut_and_judge, [cut for cut in cuts.values() if not cut.match], "students")
-    each(cut_and_judge, [cut for cut in cuts.values() if cut.match], "students like others")
+    each(cut_and_judge, [cut for cut in cuts.values() if not cut.match], "students", _is_cut)
+    each(cut_and_judge, [cut for cut in cuts.values() if cut.match], "students like others", _is_cut)
     fresh = [(seed, name) for seed, name in pairs if arms[name].control == "scratch"]
     tasks = [_from_scratch(recipe, run, plan, teacher, corpora, name, seed) for seed, name in fresh]
-    trained = dict(zip(fresh, each(train_and_judge, tasks, "from scratch"), strict=True))
+    trained = dict(zip(fresh, each(train_and_judge, tasks, "from scratch", is_finished), strict=True))
     return {
         name: [trained.get((seed, name)) or _result(run, arm, name, seed) for seed in plan.seeds]
         for name, arm in arms.items()
@@ -231,6 +233,14 @@ def _matched(cut: Cut) -> CompressRecipe:
 
 
 # ---- work
+
+
+def _is_finished(recipe: ScoreRecipe | CompressRecipe) -> bool:
+    return finished_result(Path(str(recipe.common.out))) is not None
+
+
+def _is_cut(cut: Cut) -> bool:
+    return _is_finished(cut.recipe)
 
 
 def measure(recipe: ScoreRecipe) -> None:

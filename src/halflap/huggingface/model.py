@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from halflap.huggingface.cache import HalflapCache
 from halflap.huggingface.configuration import HalflapConfig
 from halflap.huggingface.rows import Rows, arrange
 from halflap.models.cache import Cache
+from halflap.models.decoder import Decoder
 from halflap.models.linear import Linear
 from halflap.models.meta import at_text
 from halflap.models.model import HybridModel, initialize
 
 RESERVED = 512  # new tokens for which cache memory is taken at once
+DECODER: ContextVar[Decoder | None] = ContextVar("decoder", default=None)  # of the generate() that runs in this thread
 
 
 class HalflapPreTrainedModel(PreTrainedModel):
@@ -191,6 +194,27 @@ class HalflapForCausalLM(HalflapPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', whose arguments these are; on a CPU, tokens after the prompt run in native code.
+
+        With bfloat16 weights that rounds less often than forward() does (models/decoder.py).
+        """
+        before = DECODER.set(self._decoder())
+        try:
+            return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            DECODER.reset(before)
+
+    def _decoder(self) -> Decoder | None:
+        """Of the weights as they are now; None where they lie elsewhere or something comes between."""
+        network = self.model.network
+        parameters = (*network.parameters(), *self.lm_head.parameters())
+        if any(type(p) is not nn.Parameter or p.device.type != "cpu" for p in parameters):
+            return None
+        if any(hasattr(module, "_hf_hook") for module in self.modules()):  # accelerate's, which move weights
+            return None
+        return Decoder(network, self.lm_head)
+
     @can_return_tuple
     def forward(
         self,
@@ -212,6 +236,10 @@ class HalflapForCausalLM(HalflapPreTrainedModel, GenerationMixin):
         labels (B, T) are the tokens themselves, -100 where there is no loss; each is predicted from those before it.
         The loss is their mean, or their sum over `num_items_in_batch`, which Trainer gives for accumulated gradients.
         """
+        every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        plain = labels is None and inputs_embeds is None and not every and not output_attentions
+        if plain and (quick := self._next_token(input_ids, attention_mask, past_key_values)) is not None:
+            return CausalLMOutputWithPast(logits=quick, past_key_values=past_key_values)
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
             use_cache, output_hidden_states, output_attentions, seq_idx, return_dict=True,
@@ -228,6 +256,19 @@ class HalflapForCausalLM(HalflapPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _next_token(self, tokens: Tensor | None, mask: Tensor | None, cache: Any) -> Tensor | None:
+        """Logits (B, 1, V) by the decoder of generate() that is running; None where it cannot make this pass."""
+        decoder = DECODER.get()
+        if decoder is None or decoder.model is not self.model.network or tokens is None:
+            return None
+        if not isinstance(cache, HalflapCache) or cache.state is None or tokens.shape[1] != 1:
+            return None
+        state = cache.begin(len(tokens), 1, self.model._new_state)
+        if arrange(tokens, mask, cached=True).lengths is not None or not decoder.is_native(tokens, [state]):
+            return None
+        cache.advance(1)
+        return decoder(tokens, state)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, length: int

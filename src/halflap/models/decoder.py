@@ -40,12 +40,12 @@ NOTHING = State()
 
 
 class Decoder:
-    """`model(tokens, cache=cache)`; see the module."""
+    """`model(tokens, cache=cache)`; see the module. `head` is the language head of a model that was given none."""
 
-    def __init__(self, model: HybridModel) -> None:
+    def __init__(self, model: HybridModel, head: nn.Module | None = None) -> None:
         self.model = model
-        self._program = compiled(model) if select.native_is_on() else None
-        self._graphs = Graphs(model) if chosen(model) else None
+        self._program = compiled(model, head) if select.native_is_on() else None
+        self._graphs = Graphs(model) if head is None and chosen(model) else None
         self._workspace = torch.empty(0)
 
     def __call__(self, tokens: Tensor, cache: Cache | Sequence[Cache]) -> Tensor:
@@ -53,9 +53,13 @@ class Decoder:
         caches = [cache] if isinstance(cache, Cache) else cache
         if self._graphs is not None and len(caches) == 1 and self._graphs.takes(tokens, caches[0]):
             return self._graphs(tokens, caches[0])
-        if self._program is None or not _runs(tokens, caches):
-            return self.model(tokens, cache=cache)
-        return self._step(self._program, tokens, caches)
+        if self._program is not None and _runs(tokens, caches):
+            return self._step(self._program, tokens, caches)
+        return self.model(tokens, cache=cache)
+
+    def is_native(self, tokens: Tensor, caches: Sequence[Cache]) -> bool:
+        """Whether native code makes this pass."""
+        return self._program is not None and _runs(tokens, caches)
 
     def _step(self, program: Program, tokens: Tensor, caches: Sequence[Cache]) -> Tensor:
         """So many rows at a time as the program takes: reading the weights once more for others costs little then."""
@@ -121,7 +125,7 @@ class _Unknown(Exception):
     """A module or type that has no instruction."""
 
 
-def compiled(model: HybridModel) -> Program | None:
+def compiled(model: HybridModel, head: nn.Module | None = None) -> Program | None:
     """From embedded tokens in the first columns of the workspace to logits in the output; None where it cannot be."""
     if type(model) is not HybridModel or model.dtype not in DTYPES or model.device.type != "cpu":
         return None
@@ -131,7 +135,7 @@ def compiled(model: HybridModel) -> Program | None:
             if type(block) is not Block or any(m._forward_hooks or m._forward_pre_hooks for m in block.modules()):
                 return None
             writer.block(index, block)
-        writer.head(model)
+        writer.head(model.norm, head or model.head or model.embedding, model.config.vocab_size)
     except _Unknown:
         return None
     return writer.program
@@ -153,12 +157,11 @@ class _Writer:
         self.index, self._top = index, self.residual.stride
         MIXERS[type(block.mixer)](self, block.mixer, self.norm(block.norm))
 
-    def head(self, model: HybridModel) -> None:
-        norm, reader = self.norm(model.norm), model.embedding if model.head is None else model.head
-        to = Place(-1, model.config.vocab_size, 0)
+    def head(self, last: nn.Module, reader: nn.Module, vocab_size: int) -> None:
+        norm, to = self.norm(last), Place(-1, vocab_size, 0)
         if isinstance(reader, Packed):
             self.packed(reader, self.residual, to, norm=norm)
-        elif type(reader) in (Linear, nn.Embedding):
+        elif type(reader) is Linear or type(reader) is nn.Embedding:
             self.product(reader.weight, None, self.residual, to, norm=norm)
         else:
             raise _Unknown

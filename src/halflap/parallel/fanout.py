@@ -44,24 +44,32 @@ def map(
     processes: int = 1,
     cluster: Cluster | None = None,
     what: str | None = None,
+    finished: Callable[[Item], bool] | None = None,
 ) -> list[Result]:
     """function of each item, in order; `what` shows progress. The first exception ends it and is raised.
+
+    `finished` says of which items an earlier run has done the work, so that they do not enter the time that is left.
 
     Each of several processes gets an equal share of the cores; on a cluster, Ray decides how many run at once. Raises
     HalflapError when Ray is not installed, cannot be reached, or can never hold an item.
     """
     listed = list(items)
+    passed = sum(map(finished, listed)) if finished else 0
+
+    def followed(work: list[Any]) -> Iterable[Any]:
+        return track(work, what, passed=passed) if what else work
+
     if cluster is not None:
-        return _on_cluster(function, listed, cluster, what)
+        return _on_cluster(function, listed, cluster, followed)
     workers = min(processes, len(listed))
     if workers <= 1:
-        return [function(item) for item in (track(listed, what) if what else listed)]
+        return [function(item) for item in followed(listed)]
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(threads,))
     try:
         futures = [pool.submit(function, item) for item in listed]
-        return [future.result() for future in (track(futures, what) if what else futures)]
+        return [future.result() for future in followed(futures)]
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -87,7 +95,10 @@ def require_ray() -> Any:
 
 
 def _on_cluster(
-    function: Callable[[Item], Result], items: Sequence[Item], cluster: Cluster, what: str | None
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    cluster: Cluster,
+    followed: Callable[[list[Any]], Iterable[Any]],
 ) -> list[Result]:
     """A worker that is lost is started again by Ray; the function goes on from what it left."""
     ray = require_ray()
@@ -96,7 +107,7 @@ def _on_cluster(
         _require_room(ray, cluster)
         alone = ray.remote(num_cpus=cluster.cpus, num_gpus=cluster.gpus)(_alone)
         waiting = [alone.remote(function, item, cluster.cpus) for item in items]
-        return [ray.get(one) for one in (track(waiting, what) if what else waiting)]
+        return [ray.get(one) for one in followed(waiting)]
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None  # what the function raised, without Ray's account of the way
     finally:
