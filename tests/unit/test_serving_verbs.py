@@ -114,6 +114,7 @@ def test_a_conversation_that_is_too_long_is_said(
         (("--cache-memory", "12"), 2, "bytes with their unit"),
         (("--prot", "1"), 2, "--port"),
         (("--queue", "-5"), 2, "at least 0"),
+        (("--allow-origin", "https://a.example/"), 2, "as browsers send it, such as https://app.example"),
         (("--max-time", "0s"), 2, "max_time is 0.0; it must be above 0: correct --max-time"),
     ],
 )

@@ -60,6 +60,7 @@ def _ours(recipe: ServeRecipe, folder: Path) -> Fleet:
         listening,
         replicas=1,
         api_key=(),
+        allow_origin=(),
         served_model_name=name_of(recipe),
         queue=listening.queue + (count - 1) * recipe.decoding.max_batch,  # all may come to one of them
         max_time=Amount(listening.max_time.value + LATER, "seconds"),

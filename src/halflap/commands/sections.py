@@ -6,6 +6,7 @@ keep their name (`--sizes.hidden-size`). No torch here.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -39,6 +40,7 @@ NormCorrection = Literal["none", "masked", "calibrated"]
 WidthMetric = Literal["activation", "taylor", "weight_norm", "random"]
 Loss = Literal["forward_kl", "reverse_kl", "symmetric_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "next_token"]
 DepthMetric = Literal["kl", "block_influence", "loss", "hidden_mse", "logit_mse", "taylor"]
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#,]+")
 REMOVING = ("kl", "loss", "hidden_mse", "logit_mse")
 MambaSource = Literal["x", "z", "o", "flap"]
 
@@ -309,6 +311,8 @@ class Listening:
     """Unix socket to listen on instead: a path, guarded by the permissions of its folder."""
     api_key: tuple[str, ...] = ()
     """Keys, one of which a request must bring; without any, the one in $HALFLAP_API_KEY; else anybody may ask."""
+    allow_origin: tuple[str, ...] = ()
+    """Web pages elsewhere that may ask, by origin: https://app.example, http://localhost:5173, or * for all."""
     engine: Literal["halflap", "vllm"] = "halflap"
     """What runs the model: halflap itself, or vLLM, which is installed apart, on checkpoints of stock classes."""
     replicas: Positive = 1
@@ -326,6 +330,9 @@ class Listening:
 
     def __post_init__(self) -> None:
         _require("queue", self.queue, self.queue >= 0, "at least 0")
+        for origin in self.allow_origin:
+            form = "as browsers send it, such as https://app.example or http://localhost:5173, or *"
+            _require("allow_origin", origin, origin == "*" or bool(ORIGIN.fullmatch(origin)), form)
         for name in ("max_body", "max_time"):
             _require(name, getattr(self, name).value, getattr(self, name).value > 0, "above 0")
 

@@ -91,6 +91,7 @@ def _settings(recipe: ServeRecipe, max_context: int, keys: tuple[str, ...]) -> S
         seconds=listening.max_time.value,
         grace=listening.grace.value,
         keys=keys,
+        origins=listening.allow_origin,
     )
 
 

@@ -12,7 +12,8 @@ from halflap.checkpoints.padding import padded_config
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig
 
-OURS = ("--host", "--port", "--uds", "--api-key", "--served-model-name", "--model", "--root-path", "--fd")
+OURS = ("--host", "--port", "--uds", "--api-key", "--allowed-origins", "--served-model-name", "--model", "--root-path",
+        "--fd")  # fmt: skip
 """What vLLM is asked where, and under which name: the front's to say. Flags that begin with --ssl, too."""
 TOOL_PARSERS = {"<tool_call>": "hermes", "python_tag": "llama3_json"}
 """What a chat template that writes calls has in it, and vLLM's parser of that format."""

@@ -13,7 +13,8 @@ class ServerSettings:
 
     name: the model's id. max_context: tokens of a prompt and its reply. requests: at once, running and waiting
     together; more are told to come again. body_bytes, seconds: of one request. grace: seconds that running requests get
-    when the server is told to stop. keys: one of them must come with a request; none: anybody may ask.
+    when the server is told to stop. keys: one of them must come with a request; none: anybody may ask. origins: of web
+    pages that may ask beside the server's own, as browsers send them (scheme, host and port); "*" is all.
     """
 
     name: str
@@ -23,6 +24,7 @@ class ServerSettings:
     seconds: float = 600.0
     grace: float = 30.0
     keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_context", "requests", "body_bytes", "seconds"):

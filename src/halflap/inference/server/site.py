@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -61,7 +63,22 @@ def site(
     routes = [Route(path, gate.guarded(path, answer), methods=[method]) for path, method, answer in guarded]
     routes += [Route(path, answer, methods=["GET"]) for path, answer in open_to_all]
     handlers: dict[Any, Callable[..., Awaitable[Response]]] = {HTTPException: _refused}
-    return Starlette(routes=routes, exception_handlers=handlers)
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=_other_pages(gate.settings.origins))
+
+
+def _other_pages(origins: Sequence[str]) -> list[Middleware]:
+    """What tells browsers that pages of these origins may ask."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+    ]
 
 
 def _model(gate: Gate) -> dict[str, Any]:

@@ -150,6 +150,25 @@ def test_keys(make_client: Any) -> None:
     assert client.get("/openapi.json").json()["components"]["securitySchemes"]
 
 
+def test_pages_of_other_origins(make_client: Any) -> None:
+    page, other = "http://localhost:5173", "https://evil.example"
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    client = make_client(origins=(page,), keys=("key",))
+    may = client.options("/v1/chat/completions", headers={"Origin": page, **asks})  # browsers ask this without the key
+    assert may.status_code == 200 and may.headers["access-control-allow-origin"] == page
+    assert "authorization" in may.headers["access-control-allow-headers"].lower()
+    for response in (
+        client.get("/v1/models", headers={"Origin": page, "Authorization": "Bearer key"}),
+        client.get("/v1/models", headers={"Origin": page}),  # what went wrong, the page may read too
+    ):
+        assert response.headers["access-control-allow-origin"] == page
+    assert "access-control-allow-origin" not in client.options("/v1/models", headers={"Origin": other, **asks}).headers
+    anyone = make_client(origins=("*",)).get("/v1/models", headers={"Origin": other})
+    assert anyone.headers["access-control-allow-origin"] == "*"
+    closed = make_client().get("/v1/models", headers={"Origin": page})
+    assert "access-control-allow-origin" not in closed.headers
+
+
 def test_large_bodies(make_client: Any) -> None:
     client = make_client(body_bytes=1000)
     refused(client.post(PATH, json={**BODY, "user": "x" * 1000}), 413)
