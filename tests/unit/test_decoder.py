@@ -150,6 +150,31 @@ def test_attention_over_more_positions_than_it_holds_scores_of(length: int, thre
     assert float((decoded(model, decode) - expected).abs().max()) < 2e-5 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize("threads", [3, 16], indirect=True)
+@pytest.mark.parametrize("lengths", [(2100,), (1300, 5, 640)], ids=str)
+def test_positions_are_divided_among_threads_that_outnumber_the_heads(lengths: tuple[int, ...], threads: int) -> None:
+    windowed = AttentionConfig(12, 2, 18, ROPE, value_head_dim=40, window=600)
+    blocks = (AttentionConfig(7, 1, 12, ROPE), windowed, dataclasses.replace(windowed, key_value_source=1))
+    model = made(ModelConfig("hymba", 37, 24, blocks, num_meta_tokens=5))
+    exact, generator = copy.deepcopy(model).double(), torch.Generator().manual_seed(threads)
+    tokens = torch.randint(0, 37, (len(lengths), max(lengths) + 4), generator=generator)
+
+    def decoded(one: HybridModel, step: object) -> Tensor:
+        cache = Cache.create(model.config, len(lengths), max(lengths) + 4, one.dtype)
+        with torch.no_grad():
+            one(tokens[:, :-4], cache=cache, lengths=torch.tensor(lengths))
+        return continued(step, cache, tokens[:, -4:])
+
+    decode = Decoder(model)
+    assert decode._program is not None
+    with select.using("plain"):
+        expected = decoded(exact, exact)
+    found = decoded(model, decode)
+    # sums of some 2,000 weights that are at most 1 together, in blocks of 64: no worse than over one block
+    assert float((found - expected).abs().max()) < 2e-5 * float(expected.abs().max())
+    assert found.equal(decoded(model, decode)), "whoever comes last adds the parts in their order"
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_is_no_further_from_float64_than_the_model(name: str, rows: int) -> None:

@@ -1,7 +1,8 @@
 // One token of many sequences against the keys and values they keep; bound by reading those.
 //
-// A task is one key head of one sequence and the query heads that share it, so keys and values are read once; what is
-// read next is asked for before it is needed. Rotary angles are float32, as in models/rope.py.
+// A task is one key head of one sequence and the query heads that share it, so keys and values are read once, or where
+// there are fewer of those than threads, a part of its positions. What is read next is asked for before it is needed.
+// Rotary angles are float32, as in models/rope.py.
 #pragma once
 #include "parallel.h"
 #include "vector.h"
@@ -13,6 +14,8 @@ struct AttentionStep {
     int64_t heads, key_heads, size, value_size, rotary, window, meta;  // rotary: turned channels; window: -1 for none
     float scale;
     const float* speed;  // (rotary / 2) radians a token
+
+    int64_t shared() const { return heads / key_heads; }
 
     // a position's place among what is kept, and how many places have something once it is written
     int64_t slot(int64_t position) const {
@@ -128,7 +131,7 @@ void add_values(const T* values, int64_t size, int64_t count, const float* S, co
     for (; d < size; d += VL) add_columns<H, 1>(values + d, size, count, size - d, S, keep, O + d, stride);
 }
 
-// Scores s (BLOCK) of `count` positions become weights, zero behind; `top` and `total` as in attend_step. Returns what
+// Scores s (BLOCK) of `count` positions become weights, zero behind; `top` and `total` as in Attended. Returns what
 // sums so far are to be multiplied by.
 inline float weigh(float* s, int64_t count, float& top, float& total) {
     for (int64_t j = count; j < BLOCK; j++) s[j] = -INFINITY;
@@ -152,27 +155,58 @@ LANES void by_heads(int64_t shared, const Act& act) {
     if (h < shared) act(h, std::integral_constant<int, 1>());
 }
 
-// Query heads of one key head, (heads / key_heads, size) at q, at `position`; keys (slots, size) and values (slots,
-// value_size) of that head. key and value of this token are written there first, unless null: another block has then.
+// What some of the positions give the query heads of one key head: sums O (shared, Dv) of values times weights, the
+// weights' total, and the largest score, which is taken from all scores before they become weights.
+struct Attended {
+    int64_t shared, Dv;
+    float *O, *top, *total;
+
+    static int64_t floats(const AttentionStep& a) { return a.shared() * (round_up(a.value_size, VL) + 2) + 3 * 16; }
+    Attended(const AttentionStep& a, float* memory) : shared(a.shared()), Dv(round_up(a.value_size, VL)) {
+        Carver carver(memory, floats(a));
+        O = carver.take(shared * Dv), top = carver.take(shared), total = carver.take(shared);
+    }
+
+    void clear() {
+        memset(O, 0, shared * Dv * sizeof(float));
+        for (int64_t h = 0; h < shared; h++) top[h] = -INFINITY, total[h] = 0;
+    }
+    void add(const Attended& other) {
+        for (int64_t h = 0; h < shared; h++) {
+            if (other.total[h] == 0) continue;
+            const float now = std::fmax(top[h], other.top[h]), own = std::exp(top[h] - now), theirs = std::exp(other.top[h] - now);
+            for (int64_t d = 0; d < Dv; d += VL) store(O + h * Dv + d, load(O + h * Dv + d) * own + load(other.O + h * Dv + d) * theirs);
+            total[h] = total[h] * own + other.total[h] * theirs, top[h] = now;
+        }
+    }
+    void put(const AttentionStep& a, float* out) const {
+        for (int64_t h = 0; h < shared; h++)
+            for (int64_t d = 0; d < a.value_size; d += VL)
+                store_to(out + h * a.value_size + d, load(O + h * Dv + d) / total[h], a.value_size - d);
+    }
+};
+
+// Query heads of one key head, (shared, size) at q, of the token at `position`, against the kept places begin .. end of
+// keys (slots, size) and values (slots, value_size) of that head. key and value of this token are written to its place
+// there first, unless null: another block has then.
 template <class T>
-void attend_step(const AttentionStep& a, int64_t position, const float* q, const float* key, const float* value, T* keys, T* values, float* out) {
-    const int64_t shared = a.heads / a.key_heads, D = round_up(a.size, VL), Dv = round_up(a.value_size, VL);
-    Carver carver(shared * (D + Dv + BLOCK + 3) + D + 128 * 7);
-    float *Q = carver.take(shared * D), *O = carver.take(shared * Dv), *S = carver.take(shared * BLOCK), *turned = carver.take(D);
-    float *top = carver.take(shared), *total = carver.take(shared), *keep = carver.take(shared);
-    memset(Q, 0, shared * D * sizeof(float)), memset(O, 0, shared * Dv * sizeof(float));
+void attend_step(const AttentionStep& a, int64_t position, int64_t begin, int64_t end, const float* q, const float* key, const float* value, T* keys, T* values, Attended to) {
+    const int64_t shared = to.shared, D = round_up(a.size, VL), own = a.slot(position);
+    Carver carver(shared * (D + BLOCK + 1) + D + 16 * 4);
+    float *Q = carver.take(shared * D), *S = carver.take(shared * BLOCK), *turned = carver.take(D), *keep = carver.take(shared);
+    to.clear();
+    memset(Q, 0, shared * D * sizeof(float));
     for (int64_t h = 0; h < shared; h++) {
         rotate(a, position, q + h * a.size, Q + h * D);
         for (int64_t d = 0; d < a.size; d++) Q[h * D + d] *= a.scale;
-        top[h] = -INFINITY, total[h] = 0;
     }
-    if (key) {
+    if (key && begin <= own && own < end) {
         rotate(a, position, key, turned);
-        put_row(keys + a.slot(position) * a.size, turned, a.size);
-        put_row(values + a.slot(position) * a.value_size, value, a.value_size);
+        put_row(keys + own * a.size, turned, a.size);
+        put_row(values + own * a.value_size, value, a.value_size);
     }
-    for (int64_t j0 = 0, kept = a.kept(position); j0 < kept; j0 += BLOCK) {
-        const int64_t count = kept - j0 < BLOCK ? kept - j0 : BLOCK;
+    for (int64_t j0 = begin; j0 < end; j0 += BLOCK) {
+        const int64_t count = end - j0 < BLOCK ? end - j0 : BLOCK;
         const T *k = keys + j0 * a.size, *v = values + j0 * a.value_size;
         for (int64_t j = 0; j < count; j += 16) {
             const int64_t here = count - j < 16 ? count - j : 16;
@@ -181,14 +215,11 @@ void attend_step(const AttentionStep& a, int64_t position, const float* q, const
                 scores_of_16<decltype(heads)::value>(Q + h * D, D, k + j * a.size, a.size, here, wanted, a.value_size, S + h * BLOCK + j);
             });
         }
-        for (int64_t h = 0; h < shared; h++) keep[h] = weigh(S + h * BLOCK, count, top[h], total[h]);
+        for (int64_t h = 0; h < shared; h++) keep[h] = weigh(S + h * BLOCK, count, to.top[h], to.total[h]);
         by_heads(shared, [&](int64_t h, auto heads) {
-            add_values<decltype(heads)::value>(v, a.value_size, count, S + h * BLOCK, keep + h, O + h * Dv, Dv);
+            add_values<decltype(heads)::value>(v, a.value_size, count, S + h * BLOCK, keep + h, to.O + h * to.Dv, to.Dv);
         });
     }
-    for (int64_t h = 0; h < shared; h++)
-        for (int64_t d = 0; d < a.value_size; d += VL)
-            store_to(out + h * a.value_size + d, load(O + h * Dv + d) / total[h], a.value_size - d);
 }
 
 }  // namespace halflap

@@ -11,7 +11,9 @@
 #include "mamba2_step.h"
 #include "packed_rows.h"
 #include "selective_step.h"
+#include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <sched.h>
 #include <vector>
 
@@ -29,11 +31,16 @@ struct Row {
     int64_t position, cache, index;  // of the new token, meta tokens counted; whose sequence it continues: row `index` of a cache
 };
 
-struct Run {
+struct Asked {  // mirrored by program.py
     int64_t batch, threads, states_each;
     float *workspace, *output;
     const Row* rows;      // (B)
     const State* states;  // (caches, states_each)
+};
+
+struct Run : Asked {
+    float* attended;                // what each task of an attention has found
+    std::atomic<int64_t>* arrived;  // of each key head and row, how many of those are there
 
     const State& state(int64_t row, int64_t which) const { return states[rows[row].cache * states_each + which]; }
 };
@@ -194,21 +201,37 @@ struct Attention : Instruction {
     AttentionStep step;
 };
 
-int64_t tasks(const Attention& a, const Run& run) { return run.batch * a.step.key_heads; }
+constexpr int64_t SHORTEST_PART = 256;  // positions for which it is worth going over the sums once more
+
+// A key head's positions are divided where there are too few heads for all threads to have the same work.
+int64_t parts(const Attention& a, const Run& run) {
+    const int64_t heads = run.batch * a.step.key_heads;
+    if (heads >= 4 * run.threads) return 1;
+    int64_t longest = 0;
+    for (int64_t b = 0; b < run.batch; b++) longest = std::max(longest, a.step.kept(run.rows[b].position));
+    return std::max<int64_t>(1, std::min(run.threads / std::gcd(heads, run.threads), longest / SHORTEST_PART));
+}
+
+int64_t tasks(const Attention& a, const Run& run) { return run.batch * a.step.key_heads * parts(a, run); }
 
 void work(const Attention& a, const Run& run, int64_t task) {
     const AttentionStep& s = a.step;
-    const int64_t b = task / s.key_heads, h = task % s.key_heads, shared = s.heads / s.key_heads;
+    const int64_t all = parts(a, run), part = task % all, head = task / all, b = head / s.key_heads, h = head % s.key_heads;
     const State& state = run.state(b, a.state);
-    const int64_t index = run.rows[b].index;
+    const int64_t index = run.rows[b].index, position = run.rows[b].position, kept = s.kept(position);
     const float *key = a.own ? a.key.of(run, b) + h * s.size : nullptr, *value = a.own ? a.value.of(run, b) + h * s.value_size : nullptr;
+    auto of_part = [&](int64_t which) { return Attended(s, run.attended + (head * all + which) * Attended::floats(s)); };
     auto attend = [&](auto* keys, auto* values) {
-        attend_step(s, run.rows[b].position, a.query.of(run, b) + h * shared * s.size, key, value,
-                    keys + index * state.first_batch + h * state.first_head, values + index * state.second_batch + h * state.second_head,
-                    a.to.of(run, b) + h * shared * s.value_size);
+        attend_step(s, position, kept * part / all, kept * (part + 1) / all, a.query.of(run, b) + h * s.shared() * s.size, key, value,
+                    keys + index * state.first_batch + h * state.first_head, values + index * state.second_batch + h * state.second_head, of_part(part));
     };
     if (state.narrow) attend((bf16*)state.first, (bf16*)state.second);
     else attend((float*)state.first, (float*)state.second);
+    if (run.arrived[head].fetch_add(1, std::memory_order_acq_rel) + 1 < all) return;
+    run.arrived[head].store(0, std::memory_order_relaxed);  // for the next instruction
+    Attended whole = of_part(0);
+    for (int64_t other = 1; other < all; other++) whole.add(of_part(other));
+    whole.put(s, a.to.of(run, b) + h * s.shared() * s.value_size);
 }
 
 // A depthwise convolution and SiLU of Mamba-1
@@ -332,16 +355,25 @@ struct Walk {
 #pragma GCC visibility push(default)
 extern "C" {
 
-void halflap_run_program(const Instruction* const* instructions, int64_t count, const Run* run) {
+void halflap_run_program(const Instruction* const* instructions, int64_t count, const Asked* asked) {
     static thread_local std::vector<Counter> counters;
+    static thread_local std::vector<float> attended;
+    static thread_local std::vector<std::atomic<int64_t>> arrived;  // all zero between two runs
+    Run run{*asked, nullptr, nullptr};
     if ((int64_t)counters.size() < count) counters = std::vector<Counter>(count);
     for (int64_t i = 0; i < count; i++) {
         counters[i].taken.store(0, std::memory_order_relaxed), counters[i].done.store(0, std::memory_order_relaxed);
-        counters[i].tasks = as_kind(*instructions[i], [&](const auto& own) { return tasks(own, *run); });
+        counters[i].tasks = as_kind(*instructions[i], [&](const auto& own) { return tasks(own, run); });
+        if (instructions[i]->kind == ATTENTION) {
+            const AttentionStep& step = ((const Attention*)instructions[i])->step;
+            attended.resize(std::max<size_t>(attended.size(), counters[i].tasks * Attended::floats(step)));
+            if ((int64_t)arrived.size() < run.batch * step.key_heads) arrived = std::vector<std::atomic<int64_t>>(run.batch * step.key_heads);
+        }
     }
-    Walk walk{instructions, count, *run, counters.data()};
+    run.attended = attended.data(), run.arrived = arrived.data();
+    Walk walk{instructions, count, run, counters.data()};
     auto enter = [](void* data) { (*static_cast<Walk*>(data))(); };
-    if (run->threads > 1 && start_team) start_team(enter, &walk, (unsigned)run->threads, 0);
+    if (run.threads > 1 && start_team) start_team(enter, &walk, (unsigned)run.threads, 0);
     else walk();
 }
 
