@@ -265,7 +265,7 @@ class HalflapForCausalLM(HalflapPreTrainedModel, GenerationMixin):
         if not isinstance(cache, HalflapCache) or cache.state is None or tokens.shape[1] != 1:
             return None
         state = cache.begin(len(tokens), 1, self.model._new_state)
-        if arrange(tokens, mask, cached=True).lengths is not None or not decoder.is_native(tokens, [state]):
+        if not decoder.is_native(tokens, [state]) or arrange(tokens, mask, cached=True).lengths is not None:
             return None
         cache.advance(1)
         return decoder(tokens, state)

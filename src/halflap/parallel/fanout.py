@@ -54,7 +54,7 @@ def map(
     HalflapError when Ray is not installed, cannot be reached, or can never hold an item.
     """
     listed = list(items)
-    passed = sum(map(finished, listed)) if finished else 0
+    passed = sum(finished(item) for item in listed) if finished else 0
 
     def followed(work: list[Any]) -> Iterable[Any]:
         return track(work, what, passed=passed) if what else work
