@@ -1,6 +1,6 @@
 """A small Hymba and a small Nemotron-4: trained, compressed by half over several seeds, beside honest controls.
 
-    python benchmarks/compress_families.py --data DIR [--tokens 10M] [--distill 500k] [--work runs/families]
+    python benchmarks/compress_families.py --data DIR [--tokens 5M] [--distill 500k] [--work runs/families]
 
 DIR holds `books`, `textbooks`, `techdocs`, `code_python`, each with train and validation files. Teachers learn from the
 training text, with a tokenizer of their own; all are judged on validation text that none has seen. Each seed
@@ -22,14 +22,14 @@ import halflap
 from common import RESULTS, THREADS, Report
 from halflap.report.arms import Arms, across_seeds, arms_markdown
 
-TEACHERS = ("hymba-8m", "nemotron-4-8m")
+TEACHERS = ("hymba-2m", "nemotron-4-2m")
 CORPORA = ("books", "textbooks", "techdocs", "code_python")
 TEACHER_FIT = {
-    "sequence_length": 512, "batch_size": 16, "learning_rate": 3e-3, "schedule": "wsd", "warmup": 0.01,
+    "sequence_length": 256, "batch_size": 16, "learning_rate": 3e-3, "schedule": "wsd", "warmup": 0.01,
     "decay_fraction": 0.25, "weight_decay": 0.1, "save_every": 50, "evaluate_every": 0,
 }  # fmt: skip
 STUDENT_FIT = {
-    "sequence_length": 512, "batch_size": 8, "learning_rate": 2e-3, "warmup": 0.05, "schedule": "cosine",
+    "sequence_length": 256, "batch_size": 8, "learning_rate": 2e-3, "warmup": 0.05, "schedule": "cosine",
     "save_every": 20,
 }  # fmt: skip
 
@@ -63,7 +63,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--teachers", nargs="+", default=TEACHERS, choices=TEACHERS)
-    parser.add_argument("--tokens", default="10M", help="of a teacher's training")
+    parser.add_argument("--tokens", default="5M", help="of a teacher's training")
     parser.add_argument("--distill", default="500k", help="tokens of every arm")
     parser.add_argument("--eval-tokens", default="100k")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

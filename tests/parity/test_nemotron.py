@@ -143,6 +143,10 @@ def test_greedy_text_with_and_without_a_cache_and_with_left_padding(tmp_path, va
     rows = [tokens_of(3, 20)[i, :n] for i, n in enumerate((5, 20, 11))]
     found = [out.tokens for out in generate(mine, [row.tolist() for row in rows], 32, ignore_eos=True)]
     for row, mine_now in zip(rows, found):
+        whole = row
+        for _ in range(32):  # ours without a cache
+            whole = torch.cat([whole, mine(whole[None])[0, -1:].argmax(-1)])
+        assert whole[len(row) :].tolist() == mine_now
         for cached in (True, False):
             text = model.generate(row[None], max_new_tokens=32, do_sample=False, use_cache=cached)
             assert text[0, len(row) :].tolist() == mine_now
@@ -220,16 +224,25 @@ def test_embeddings_are_apart_unless_the_config_ties_them(tmp_path):
 @torch.no_grad()
 def test_older_files_mean_the_same(tmp_path):
     """Rotary settings at the top level, kv_channels, layer_norm_eps, no num_key_value_heads."""
-    model = reference(num_key_value_heads=4, head_dim=12)
+    rope = {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.25}
+    model = reference(num_key_value_heads=4, head_dim=16, norm_eps=0.03, rope_parameters=rope)
     config = ours(model, tmp_path).config
     data = json.loads((tmp_path / "config.json").read_text())
-    rope, eps = data.pop("rope_parameters"), data.pop("norm_eps")
+    assert data.pop("rope_parameters") == rope and data.pop("norm_eps") == config.norm_eps == 0.03
     for name in ("head_dim", "num_key_value_heads"):
         del data[name]
     dialects = [
-        {"head_dim": 12, "norm_eps": eps, "rope_parameters": rope},
-        {"kv_channels": 12, "layer_norm_eps": eps, "rope_theta": rope["rope_theta"], "partial_rotary_factor": 0.5},
-        {"head_dim": None, "kv_channels": 12, "num_key_value_heads": None, "rope_scaling": None},
+        {"head_dim": 16, "norm_eps": 0.03, "rope_parameters": rope},
+        {"kv_channels": 16, "layer_norm_eps": 0.03, "rope_theta": 300.0, "partial_rotary_factor": 0.25},
+        {
+            "head_dim": None,
+            "kv_channels": 16,
+            "num_key_value_heads": None,
+            "rope_scaling": None,
+            "layer_norm_eps": 0.03,
+            "rope_theta": 300.0,
+            "rotary_percent": 0.25,
+        },
     ]
     for dialect in dialects:
         (tmp_path / "config.json").write_text(json.dumps(data | dialect))

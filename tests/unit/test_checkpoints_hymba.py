@@ -371,3 +371,7 @@ def test_a_checkpoint_of_the_full_released_shape(tmp_path):
     model = load_model(tmp_path / "out", dtype="bfloat16")
     rows = generate(model, [list(range(3, 40)), [5, 6]], max_new_tokens=4, ignore_eos=True)
     assert [len(row.tokens) for row in rows] == [4, 4]
+    with torch.no_grad():
+        logits = model(torch.arange(3, 40)[None])[0, -1].float()
+    assert logits.isfinite().all() and logits.std() > 0.1
+    assert logits.max() - logits[rows[0].tokens[0]] <= 2**-7 * logits.abs().max()  # two roundings of bfloat16

@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from halflap.errors import HalflapError
 from halflap.models.config import (
@@ -27,6 +28,7 @@ from halflap.models.count import (
     flops_per_token,
 )
 from halflap.models.layout import layout, shape
+from halflap.models.model import HybridModel
 from halflap.models.presets import PRESETS, hymba, preset
 from halflap.models.rope import inverse_frequencies
 from halflap.models.sharing import global_layers, keep_blocks, sharing_groups, sources
@@ -78,6 +80,9 @@ def test_published_counts(name, total, tensors):
     config = preset(name)
     assert count_parameters(config) == total
     assert len(layout(config)) == tensors
+    with torch.device("meta"):
+        built = list(HybridModel(config).parameters())
+    assert sum(parameter.numel() for parameter in built) == total and len(built) == tensors
     assert count_parameters(config) - count_non_embedding_parameters(config) == 32001 * config.hidden_size
     outside = (32001 + 128 + 1) * config.hidden_size
     assert sum(count_block_parameters(config)) + outside == total

@@ -1,11 +1,14 @@
 """Rows, batches, blends and phases on streams small enough to read."""
 
+import bisect
 import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from halflap.data.batch import Batch
 from halflap.data.config import Data
@@ -15,6 +18,7 @@ from halflap.data.order import Blend, key_of, shuffled
 from halflap.data.packing import count_rows, cut_row
 from halflap.data.tokenizer import train_tokenizer
 from halflap.errors import HalflapError
+from halflap.train.phases import Phase, Plan
 
 
 class Documents:
@@ -141,6 +145,34 @@ def test_phases_are_parts_of_the_run(corpora):
     assert sources == [[0, 0]] * 30 + [[1, 1]] * 10
     assert phased.blend.locate(81)[0] == 1  # the last phase stays
     assert phased.tokens_per_batch == 64
+
+
+@settings(max_examples=25)
+@given(
+    tokens=st.lists(st.integers(1, 2000), min_size=2, max_size=4),
+    ramp=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    threshold=st.integers(1, 1500),
+    world=st.integers(1, 2),
+)
+def test_a_plan_of_phases_changes_blend_and_batch_on_the_same_step(corpora, tokens, ramp, threshold, world):
+    """Each step's rows come from its phase's source alone, and a loader that starts anew has the same rows."""
+    weights = [(1.0, 0.0), (0.0, 1.0)]
+    phases = tuple(Phase(count, end=1e-3, weights=weights[i % 2]) for i, count in enumerate(tokens))
+    plan = Plan(phases, 32, tuple((i * threshold, rows) for i, rows in enumerate(ramp)), world)
+
+    def fresh(rank):
+        return loader(corpora, phases=plan.blend((1, 1)), total_tokens=plan.tokens, rank=rank, world=world)
+
+    whole, borders = fresh(0), [0, *plan.ends]
+    for step in range(plan.steps):
+        slot, count = plan.rows(step)
+        phase = bisect.bisect_right(borders, plan.tokens_before(step)) - 1
+        assert {whole.blend.locate(slot + i)[0] for i in range(count * world)} == {phase % 2}
+    for step in {0, plan.steps // 2, plan.steps - 1}:
+        slot, count = plan.rows(step)
+        parts = [fresh(rank).rows_from(slot, count).tokens for rank in range(world)]
+        expected = [torch.from_numpy(whole.row(slot + i).tokens) for i in range(count * world)]
+        assert torch.equal(torch.cat(parts), torch.stack(expected))
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,9 @@ def test_the_second_half_of_a_head_does_not_turn_and_the_first_knows_distances_o
         return rotate(x, *rotary_tables(torch.tensor([[position]]), inverse_frequencies(rope, dim), x.dtype))
 
     for position in (1, 7, 1000):
-        assert torch.equal(at(q, position)[..., 6:], q[..., 6:])
-        assert not torch.equal(at(q, position)[..., :6], q[..., :6])
+        for x in (q, k):
+            assert torch.equal(at(x, position)[..., 6:], x[..., 6:])
+            assert not torch.equal(at(x, position)[..., :6], x[..., :6])
     products = [(at(q, n + 5)[..., :6] * at(k, n)[..., :6]).sum() for n in (0, 3, 900)]
     torch.testing.assert_close(products[1:], products[:1] * 2)
     assert inverse_frequencies(rope, dim).tolist() == pytest.approx([10000 ** (-2 * i / 6) for i in range(3)])
@@ -130,16 +131,18 @@ def test_squared_relu() -> None:
     assert y.tolist() == [0, 0, 4] and x.grad.tolist() == [0, 0, 4]
 
 
-def test_fresh_weights() -> None:
+@pytest.mark.parametrize("name, std", [("nemotron-4-15b", 0.0134), ("nemotron-4-340b", 0.0063)])
+def test_fresh_weights(name: str, std: float) -> None:
     """Gains are one (stored as 0), biases 0, and every matrix has the config's deviation."""
-    config = nemotron_4(4, hidden=256, mlp=1024, attention=(4, 2, 64), vocab=2048)
+    std_of_preset = preset(name).initializer_range
+    config = nemotron_4(4, hidden=256, mlp=1024, attention=(4, 2, 64), vocab=2048, std=std_of_preset)
     model = HybridModel(config)
     initialize(model, 0)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert not parameter.any()
         else:
-            assert parameter.std().item() == pytest.approx(0.0134, rel=0.02), name
+            assert parameter.std().item() == pytest.approx(std, rel=0.02), name
     assert model.head is not None
     assert model.head.weight.data_ptr() != model.embedding.weight.data_ptr()
 

@@ -83,10 +83,10 @@ def test_rates_go_from_start_to_end_and_a_phase_begins_where_the_last_ended(plan
         low, high = sorted((start, phase.end))  # type: ignore[type-var]
         assert values[-1] == phase.end
         assert all(low - 1e-12 <= value <= high + 1e-12 for value in values)  # type: ignore[operator]
-        if phase.shape == "linear":
-            taken = plan.tokens_before(own[-1] + 1) - plan.tokens_before(own[0])
-            share = (plan.tokens_before(own[0] + 1) - plan.tokens_before(own[0])) / taken
-            assert values[0] == pytest.approx(start + (phase.end - start) * share)  # type: ignore[operator]
+        taken = plan.tokens_before(own[-1] + 1) - plan.tokens_before(own[0])
+        share = (plan.tokens_before(own[0] + 1) - plan.tokens_before(own[0])) / taken
+        left = {"linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2, "constant": 0.0}[phase.shape]
+        assert values[0] == pytest.approx(phase.end + (start - phase.end) * left)  # type: ignore[operator]
         before = phase.end or 0.0
 
 

@@ -103,6 +103,10 @@ def test_a_wrong_arm_is_refused(fields: dict[str, Any], message: str) -> None:
             {"arms": {"attention": {"pattern": "*-"}, "bare": {"pattern": "MM"}}},
             "arm 'bare': the model MMMMMM has no MLP",
         ),
+        (
+            {"arms": {"attention": {"pattern": "*-"}, "wide": {"pattern": "*-", "hidden_size": 256}}},
+            r"arm 'wide': .* more than 0.5 % from the [\d,]+ of the others",
+        ),
         ({"parameters": "10k"}, "arm 'attention': .* more than 0.5 % from the 10,000"),
     ],
 )

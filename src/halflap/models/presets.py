@@ -191,6 +191,9 @@ PRESETS: dict[str, ModelConfig] = {
     "nemotron-4-8m": nemotron_4(
         8, hidden=256, mlp=1024, attention=(8, 2, 32), vocab=4096, context=2048, std=0.02, ids=(1, 2, 0)
     ),
+    "nemotron-4-2m": nemotron_4(
+        8, hidden=128, mlp=512, attention=(4, 2, 32), vocab=2048, context=2048, std=0.02, ids=(1, 2, 0)
+    ),
     "nemotron-4-tiny": nemotron_4(
         4, hidden=96, mlp=384, attention=(6, 2, 16), vocab=512, context=512, std=0.02, ids=(1, 2, 0)
     ),
@@ -200,6 +203,9 @@ PRESETS: dict[str, ModelConfig] = {
     "hymba-55m": hymba(12, hidden=512, mlp=1344, heads=(8, 4), window=256, meta=32, vocab=8192, original_context=None),
     "hymba-8m": hymba(
         8, hidden=256, mlp=384, heads=(8, 2), window=128, meta=16, vocab=4096, context=2048, original_context=None
+    ),
+    "hymba-2m": hymba(
+        8, hidden=128, mlp=256, heads=(4, 2), window=64, meta=16, vocab=2048, context=2048, original_context=None
     ),
     "hymba-tiny": hymba(
         8, hidden=96, mlp=192, heads=(6, 2), state=8, window=64, meta=8, vocab=512, context=512, original_context=None

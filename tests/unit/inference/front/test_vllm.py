@@ -88,6 +88,7 @@ def test_what_vllm_cannot_load(tmp_path: Path) -> None:
     [
         ("llama-tiny", {"tensor_parallel": 3}, r"its key/value heads \(2\) cannot be divided by --tensor-parallel 3"),
         ("nemotron-h-tiny", {"tensor_parallel": 3}, r"cannot be divided by --tensor-parallel 3"),
+        ("nemotron-4-tiny", {"tensor_parallel": 3}, r"key/value heads \(2\) cannot be divided by --tensor-parallel 3"),
         ("llama-tiny", {"pipeline_parallel": 99}, r"it has \d+ layers, fewer than --pipeline-parallel 99"),
     ],
 )
@@ -98,6 +99,7 @@ def test_how_vllm_cannot_spread_a_model(tmp_path: Path, name: str, changes: dict
 
 def test_key_value_heads_may_be_copied(tmp_path: Path) -> None:
     """Six query heads over two key/value heads go to six devices; the MLP must, too."""
+    check_loads(stock(tmp_path), preset("nemotron-4-tiny"), dataclasses.replace(SETTINGS, tensor_parallel=6))
     config = preset("llama-tiny")
     blocks = tuple(
         dataclasses.replace(block, intermediate_size=384) if isinstance(block, MLPConfig) else block
