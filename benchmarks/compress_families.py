@@ -44,7 +44,8 @@ def main() -> None:
         trained = halflap.pretrain(
             name, data=text["train"], tokens=chosen.tokens, dtype="auto", fit=TEACHER_FIT, out=teacher
         )
-        results = [compressed(teacher, text, chosen, seed) for seed in chosen.seeds]
+        shards = {part: tokenised(teacher, part, text[part]) for part in text}
+        results = [compressed(teacher, shards, text["validation"], chosen, seed) for seed in chosen.seeds]
         tables = [Arms.load(chosen.work / f"{name}-half-{seed}" / "arms.json") for seed in chosen.seeds]
         table = across_seeds(tables)
         table.save(chosen.work / f"{name}-arms.json")
@@ -81,18 +82,32 @@ def files(data: Path, part: str) -> list[str]:
     return found
 
 
-def compressed(teacher: str, text: dict[str, list[str]], chosen: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """The result of `compress` with one seed, and the loss of the student read back from its export."""
+def tokenised(teacher: str, part: str, text: list[str]) -> list[str]:
+    """The text as the teacher's tokens, which every seed reads."""
+    places = [f"{teacher}-text/{Path(file).parent.name}-{part}" for file in text]
+    for file, place in zip(text, places, strict=True):
+        halflap.corpus(data=[file], tokenizer=f"{teacher}/checkpoint", out=place)
+    return places
+
+
+def compressed(
+    teacher: str, shards: dict[str, list[str]], judged_on: list[str], chosen: argparse.Namespace, seed: int
+) -> dict[str, Any]:
+    """The result of `compress` with one seed, and the loss of the student read back from its export.
+
+    All is judged in windows of the length that the teachers learnt from.
+    """
     place = f"{teacher}-half-{seed}"
     result = halflap.compress(
-        teacher, data=text["train"], eval_data=text["validation"], params="50%", tokens=chosen.distill,
-        calibration_tokens="64k", eval_tokens=chosen.eval_tokens, controls=["scratch", "random"], shortlist=6,
-        score_tokens="16k", dtype="auto", fit=STUDENT_FIT, seed=seed, out=place,
+        teacher, data=shards["train"], eval_data=shards["validation"], params="50%", tokens=chosen.distill,
+        calibration_tokens="64k", eval_tokens=chosen.eval_tokens, eval_context=STUDENT_FIT["sequence_length"],
+        controls=["scratch", "random"], shortlist=6, score_tokens="16k", dtype="auto", fit=STUDENT_FIT, seed=seed,
+        out=place,
     )  # fmt: skip
     exported = f"{place}-exported"
     halflap.export(place, out=exported)
     judged = halflap.evaluate(
-        exported, data=text["validation"], tokens=chosen.eval_tokens, context=STUDENT_FIT["sequence_length"],
+        exported, data=judged_on, tokens=chosen.eval_tokens, context=STUDENT_FIT["sequence_length"],
         out=f"{place}-judged",
     )  # fmt: skip
     return {**result, "exported_loss": judged["loss"]}

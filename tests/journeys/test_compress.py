@@ -118,6 +118,9 @@ def test_what_contradicts_is_refused_before_any_work(
     words = ("compress", teacher, "--data", place / "text.jsonl", "--tokens", "1K", "--params", "60%")
     outcome = halflap(*words, "--importance", scored, "--teacher-correction", "1K", "--out", tmp_path / "all")
     assert outcome.status == 2 and "teacher_correction trains it first" in outcome.err
+    words = ("compress", place / "llama-tiny", "--data", place / "text.jsonl", "--tokens", "1K", "--params", "60%")
+    outcome = halflap(*words, "--eval-context", 513, "--out", tmp_path / "all")
+    assert outcome.status == 1 and "a window that is judged takes 513 positions" in outcome.err
     model = HybridModel(TEACHERS["nemotron-h-tiny"])
     initialize(model, 1)
     save_model(model, teacher, tokenizer_from=place / "tokenizer", dtype="bfloat16")
@@ -150,9 +153,12 @@ def test_compress_does_it_all(halflap: Callable[..., Any], place: Path, tmp_path
     cut = ("--sizes.mamba-num-heads", 8) if family == "nemotron-h-tiny" else ()
     words = ("compress", place / family, "--data", place / "text.jsonl", "--tokens", "1K", "--params", "60%", *SMALL)
     out = tmp_path / "run"
+    words = (*words, "--eval-context", 24)
     result = halflap(*words, *FIT, *cut, *controls, "--shortlist-tokens", 256, "--out", out, "--json").json
+    scores = json.loads((out / "scores.json").read_text())
+    assert {row["context"] for row in scores.values()} == {24}
     assert result["verified"] and 0.55 < result["parameters_ratio"] <= 0.6
-    assert {"teacher", "pruned", "student"} <= set(json.loads((out / "scores.json").read_text()))
+    assert {"teacher", "pruned", "student"} <= set(scores)
     expected = ["scratch", "group_blind", "random"] if cut else ["scratch", "random"]
     assert [row["name"] for row in result["controls"]] == expected
     assert bool(cut) == (result["remark"] is None or "group_blind" not in result["remark"])

@@ -136,6 +136,7 @@ def test_arms_share_their_work_and_an_interrupted_study_ends_the_same(
             "arm 'heads': .*metric is 'actvation'.*did you mean 'activation'",
         ),
         ({"arms": {"heads": {"seed": 3}}}, "arm 'heads': seed is not for one arm to set"),
+        ({"arms": {"heads": {"eval_context": 60}}}, "arm 'heads': eval_context is not for one arm to set"),
         ({"arms": {"heads": {"eval_tokens": 60}}}, "arm 'heads': eval_tokens is not for one arm to set"),
         ({"base": {"eval_tokens": 60}}, "base has eval_tokens"),
         ({"arms": ARMS | {"blind": {"control": "blind", "of": "heads"}}}, "a control is one of scratch, group_blind"),

@@ -92,7 +92,8 @@ def _arm(setting: Setting, name: str, rows: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _judge(setting: Setting, model: HybridModel) -> dict[str, Any]:
-    return students.judge(model, setting.corpora, setting.teacher, setting.recipe.eval_tokens)
+    recipe = setting.recipe
+    return students.judge(model, setting.corpora, setting.teacher, recipe.eval_tokens, recipe.eval_context)
 
 
 def _train(setting: Setting, name: str, start: HybridModel, place: Path) -> dict[str, Any]:

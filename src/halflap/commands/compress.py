@@ -38,6 +38,7 @@ from halflap.compress.importance import Importance
 from halflap.compress.plan import PLAN, PruningPlan, plan_file
 from halflap.compress.ranking import plan_for
 from halflap.errors import CheckFailed, HalflapError, RecipeError
+from halflap.inference.generate import require_positions
 from halflap.models.count import count_non_embedding_parameters, count_parameters
 from halflap.parallel import mesh
 from halflap.recipe import inputs_of, settings_of
@@ -205,6 +206,8 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
     chain.check_steps(recipe)
     teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
     check_sizes(teacher.config, recipe.sizes)
+    if recipe.eval_context is not None:
+        require_positions(teacher.config, recipe.eval_context, "a window that is judged takes")
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus", recipe.eval_data)
     if not corpora.held_out:
         raise HalflapError(f"there is no text to judge on ({corpora.held_out_is}); name some with --eval-data")

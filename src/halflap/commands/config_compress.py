@@ -131,6 +131,8 @@ class CompressRecipe:
     """Text to judge on; without it the last 5 % of the documents, by a hash of their text, are kept back."""
     eval_tokens: Positive = 131_072
     """Tokens to judge on at most."""
+    eval_context: Positive | None = None
+    """Tokens of a window that is judged; by default the model's context, at most 2048."""
     importance: File | None = None
     """File that `score` wrote, to save measuring it again."""
     budgets: Budgets = Budgets()

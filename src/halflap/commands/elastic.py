@@ -234,12 +234,13 @@ def _train(setting: Setting) -> dict[str, Any]:
 
 def _judge(setting: Setting, trained: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The teacher, the trained whole, and each nested size as `prune` writes it; rows are kept as scores.json too."""
-    run, cut, final = setting.run, setting.source.checkpoint, Checkpoint.open(setting.run.checkpoint_dir)
+    recipe, run, cut = setting.recipe, setting.run, setting.source.checkpoint
+    final = Checkpoint.open(run.checkpoint_dir)
     file = run.path / "scores.json"
     rows: dict[str, dict[str, Any]] = read_json(file) if file.exists() else {}
 
     def judge(model: HybridModel) -> dict[str, Any]:
-        return students.judge(model, setting.corpora, setting.teacher, setting.recipe.eval_tokens)
+        return students.judge(model, setting.corpora, setting.teacher, recipe.eval_tokens, recipe.eval_context)
 
     if "teacher" not in rows:
         rows["teacher"] = judge(setting.teacher.load()) | {"tokens_trained": 0}

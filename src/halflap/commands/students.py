@@ -154,10 +154,13 @@ def choosing(loader: Loader, tokens: int) -> list[Batch]:
     return [loader.batch(most - 1 - index) for index in range(count)]
 
 
-def judge(model: HybridModel, corpora: Corpora, teacher: Teacher, tokens: int) -> dict[str, Any]:
-    """Loss, perplexity and bits a byte on the held-out documents, with intervals."""
+def judge(
+    model: HybridModel, corpora: Corpora, teacher: Teacher, tokens: int, context: int | None = None
+) -> dict[str, Any]:
+    """Loss, perplexity and bits a byte on the held-out documents, with intervals, in windows of `context` tokens."""
     documents = documents_of(corpora.held_out, teacher.tokenizer, limit=tokens)
-    scores = evaluate_text(model.to(teacher.device).eval(), documents, tokens=tokens, seed=teacher.seed).to_json()
+    model = model.to(teacher.device).eval()
+    scores = evaluate_text(model, documents, context=context, tokens=tokens, seed=teacher.seed).to_json()
     return {"parameters": count_parameters(model.config), **scores}
 
 

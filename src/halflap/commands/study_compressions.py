@@ -23,8 +23,9 @@ from halflap.errors import HalflapError, RecipeError
 from halflap.recipe import normalise, unknown_name
 
 STUDYS_OWN = (
-    *("model", "data", "data.field", "data.weights", "data.packing", "data.held_out", "eval_data", "importance"),
-    *("costs", "controls", "elastic", "top_k_in", "out", "seed", "device", "dtype", "json", "quiet", "overwrite"),
+    *("model", "data", "data.field", "data.weights", "data.packing", "data.held_out", "eval_data", "eval_context"),
+    *("importance", "costs", "controls", "elastic", "top_k_in"),
+    *("out", "seed", "device", "dtype", "json", "quiet", "overwrite"),
 )
 """Settings of `compress` that arms share, that follow from how arms belong together, or that make several students."""
 JUDGED_ON = "eval_tokens"
