@@ -61,6 +61,11 @@ def test_saved_files_are_the_loaded_ones(tokenizer, tmp_path):
     assert loaded.chat_template == TEMPLATE
 
 
+def test_a_run_directory_lends_the_tokenizer_of_its_checkpoint(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "checkpoint")
+    assert Tokenizer.load(tmp_path).digest == tokenizer.digest
+
+
 def test_other_spellings_of_special_tokens_and_templates(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<bos>", "lstrip": False}}))

@@ -47,8 +47,12 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: str | Path) -> Tokenizer:
-        """Read the tokenizer files of a directory; raises HalflapError when there are none or they are broken."""
-        folder = Path(directory)
+        """Read the tokenizer files of a directory, of a run directory those of its checkpoint.
+
+        Raises HalflapError when there are none or they are broken.
+        """
+        places = (Path(directory), Path(directory) / "checkpoint")
+        folder = next((place for place in places if (place / "tokenizer.json").is_file()), places[0])
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise HalflapError(
