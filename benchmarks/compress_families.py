@@ -86,7 +86,7 @@ def tokenised(teacher: str, part: str, text: list[str]) -> list[str]:
     """The text as the teacher's tokens, which every seed reads."""
     places = [f"{teacher}-text/{Path(file).parent.name}-{part}" for file in text]
     for file, place in zip(text, places, strict=True):
-        halflap.corpus(data=[file], tokenizer=teacher, out=place)
+        halflap.corpus(data=[file], tokenizer=f"{teacher}/checkpoint", out=place)
     return places
 
 
