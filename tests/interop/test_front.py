@@ -13,7 +13,12 @@ TOOL = {
     "type": "function",
     "function": {
         "name": "look",
-        "parameters": {"type": "object", "properties": {"at": {"enum": ["word", "state"]}}, "required": ["at"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"at": {"enum": ["word", "state"]}},
+            "required": ["at"],
+            "additionalProperties": False,  # a random model would add some until its context is full
+        },
     },
 }
 
