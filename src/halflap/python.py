@@ -57,9 +57,8 @@ def tokenizer(path: str | Path | None = None, **fields: Any) -> Tokenizer | dict
             f"tokenizer(DIR) opens one and takes no {next(iter(fields))!r}; leave out the directory to train one"
         )
     from halflap.data.tokenizer import Tokenizer
-    from halflap.inputs import checkpoint_of
 
-    return Tokenizer.load(checkpoint_of(Path(path)))
+    return Tokenizer.load(path)
 
 
 def generate(

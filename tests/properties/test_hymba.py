@@ -218,6 +218,19 @@ def test_chunks_equal_one_prefill(model: HybridModel, sizes: list[int]) -> None:
         assert (one - other).abs().max() < 1e-9
 
 
+def assert_keeps_the_same(row: Cache, alone: Cache, tokens: int) -> None:
+    """What two rows keep of so many tokens; behind that, padding may have left anything."""
+    for state, own in zip(row.blocks[::2], alone.blocks[::2], strict=True):
+        assert (state.ssm.conv - own.ssm.conv).abs().max() < 1e-9
+        assert (state.ssm.ssm - own.ssm.ssm).abs().max() < 1e-9
+        if state.attention is None:
+            continue
+        held = META + (tokens if state.attention.window is None else min(tokens, WINDOW + 1))
+        for name in ("keys", "values"):
+            one, other = (getattr(x.attention, name)[:, :, :held] for x in (state, own))
+            assert one.shape[2] == held and (one - other).abs().max() < 1e-9
+
+
 @torch.no_grad()
 def test_rows_of_unequal_length_in_several_passes(model: HybridModel) -> None:
     """Right-padded prompts, then more tokens of unequal number (some none), then steps: as each row alone."""
@@ -240,20 +253,12 @@ def test_rows_of_unequal_length_in_several_passes(model: HybridModel) -> None:
     for b in range(3):  # and what is kept
         single = alone.clone()
         model(rows[b : b + 1, : done[b]], cache=single)
-        for state, own in zip(cache.row(b).blocks[::2], single.blocks[::2], strict=True):
-            assert (state.ssm.conv - own.ssm.conv).abs().max() < 1e-9
-            assert (state.ssm.ssm - own.ssm.ssm).abs().max() < 1e-9
-            if state.attention is None:
-                continue
-            held = META + done[b] if state.attention.window is None else None  # behind it, what padding left
-            for name in ("keys", "values"):
-                one, other = (getattr(x.attention, name)[:, :, :held] for x in (state, own))
-                assert (one - other).abs().max() < 1e-9
+        assert_keeps_the_same(cache.row(b), single, done[b])
 
 
 @torch.no_grad()
 def test_right_padded_rows_keep_what_each_keeps_alone(model: HybridModel) -> None:
-    """Also rows that fill no ring of a windowed layer: what they wrote is compared, the rest of a ring is anything."""
+    """Also rows that fill no ring of a windowed layer."""
     lengths = [2, 15, 5]
     tokens = text(3, max(lengths))
     cache = Cache.create(model.config, 3, max(lengths), torch.float64)
@@ -262,15 +267,7 @@ def test_right_padded_rows_keep_what_each_keeps_alone(model: HybridModel) -> Non
     for b, n in enumerate(lengths):
         single = Cache.create(model.config, 1, max(lengths), torch.float64)
         assert (model(tokens[b : b + 1, :n], cache=single) - logits[b : b + 1, :n]).abs().max() < 1e-9
-        for state, own in zip(cache.row(b).blocks[::2], single.blocks[::2], strict=True):
-            assert (state.ssm.conv - own.ssm.conv).abs().max() < 1e-9
-            assert (state.ssm.ssm - own.ssm.ssm).abs().max() < 1e-9
-            if state.attention is None:
-                continue
-            held = META + (n if state.attention.window is None else min(n, WINDOW + 1))
-            for name in ("keys", "values"):
-                one, other = (getattr(x.attention, name)[:, :, :held] for x in (state, own))
-                assert one.shape[2] == held and (one - other).abs().max() < 1e-9
+        assert_keeps_the_same(cache.row(b), single, n)
 
 
 @torch.no_grad()
