@@ -107,6 +107,9 @@ def test_arms_share_their_work_and_an_interrupted_study_ends_the_same(
     assert result["claims"] == whole["claims"] and result["readings"] == whole["readings"]
 
     rows = {row["name"]: row for row in result["arms"]}
+    student = json.loads((out / "arms" / "heads" / "seed-1" / "status.json").read_text())["result"]["student"]
+    fresh = json.loads((out / "arms" / "scratch" / "seed-1" / "result.json").read_text())
+    assert {judged["context"] for judged in (result["teacher"], student, fresh)} == {32}
     assert list(rows) == list(ARMS) and "loss_against_baseline" not in rows["heads"]
     assert rows["heads"]["parameters"] == rows["blind"]["parameters"] == rows["scratch"]["parameters"]
     assert rows["blind"]["loss_as_cut_by_seed"] != rows["heads"]["loss_as_cut_by_seed"]

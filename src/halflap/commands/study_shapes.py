@@ -59,8 +59,8 @@ class Task:
     recall: Recall | None
     device: str
     dtype: str
-    context: int | None
-    """Tokens of a window that is judged; as `evaluate` chooses when None."""
+    context: int
+    """Tokens of a window that is judged."""
     followed: bool = False
     """Whether the held-out loss is followed while it learns."""
 

@@ -65,7 +65,7 @@ def judge_teacher(run: Run, plan: Study, teacher: Teacher, corpora: Corpora) -> 
     """The row of the teacher in tables, measured once."""
     file = run.path / "teacher.json"
     if not file.exists():
-        row = students.judge(teacher.load(), corpora, teacher, plan.eval_tokens)
+        row = students.judge(teacher.load(), corpora, teacher, plan.eval_tokens, plan.fit.sequence_length)
         run.save_json(file.name, row | {"tokens_trained": 0})
     return read_json(file)
 
@@ -183,6 +183,7 @@ def _recipe(
         model=str(teacher.checkpoint.path.resolve()),
         text=Text(data=train, weights=given.text.weights, packing=given.text.packing),
         eval_data=held_out,
+        eval_context=plan.fit.sequence_length,
         controls=tuple(dict.fromkeys(beside)),
         budgets=dataclasses.replace(recipe.budgets, costs=costs),
         loss_settings=dataclasses.replace(loss, top_k_in=logits),
@@ -288,7 +289,7 @@ def _from_scratch(
         recall=None,
         device=given.common.device,
         dtype=given.common.dtype,
-        context=None,
+        context=plan.fit.sequence_length,
         followed=True,
     )
 
