@@ -18,8 +18,9 @@ import halflap
 from common import RESULTS, THREADS, Report, seconds
 
 ROOT = Path(__file__).resolve().parents[1]
+CONTEXT = 512  # the teacher's training's, and the students'
 FIT = {
-    "sequence_length": 512, "batch_size": 8, "learning_rate": 2e-3, "warmup": 0.05, "schedule": "cosine",
+    "sequence_length": CONTEXT, "batch_size": 8, "learning_rate": 2e-3, "warmup": 0.05, "schedule": "cosine",
     "save_every": 20,
 }  # fmt: skip
 
@@ -70,8 +71,8 @@ def compress(
 ) -> dict[str, Any]:
     return halflap.compress(
         chosen.model, data=[chosen.data], eval_data=[chosen.eval_data], importance=importance, tokens=tokens,
-        eval_tokens=chosen.eval_tokens, shortlist=6, score_tokens="16k", dtype="auto", fit=FIT, seed=seed,
-        out=str(chosen.work / name), **how,
+        eval_tokens=chosen.eval_tokens, eval_context=CONTEXT, shortlist=6, score_tokens="16k", dtype="auto", fit=FIT,
+        seed=seed, out=str(chosen.work / name), **how,
     )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def between(chosen: argparse.Namespace, importance: str, elastic: str, seed: int
     took = {name: seconds(run) for name, run in cut.items()}
     losses = {
         name: halflap.evaluate(
-            place, data=[chosen.eval_data], tokens=chosen.eval_tokens, context=512, out=f"{place}-judged"
+            place, data=[chosen.eval_data], tokens=chosen.eval_tokens, context=CONTEXT, out=f"{place}-judged"
         )["loss"]
         for name, place in places.items()
     }
