@@ -66,6 +66,7 @@ def test_one_pass_leaves_a_file_for_every_scoring(halflap: Callable[..., Any], p
     }
     assert first.depth.keys() == {"block_influence", "hidden_mse", "hidden_mse_rank"}
     alone = halflap(*words(place, tmp_path / "z", "--mamba-source", "z", "--depth-metric", "hidden_mse", "--json")).json
+    assert alone["ranks_blocks"] == "hidden_mse"
     alone = Importance.load(alone["path"])
     twin = Importance.load(tmp_path / "many" / "importance-mamba-z.safetensors")
     assert all(bool((alone.widths[axis] == twin.widths[axis]).all()) for axis in alone.widths)

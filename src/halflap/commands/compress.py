@@ -36,7 +36,7 @@ from halflap.compress.cost_table import CostTable
 from halflap.compress.costs import BUDGETS
 from halflap.compress.importance import Importance
 from halflap.compress.plan import PLAN, PruningPlan, plan_file
-from halflap.compress.ranking import plan_for
+from halflap.compress.ranking import plan_for, ranks_blocks
 from halflap.errors import CheckFailed, HalflapError, RecipeError
 from halflap.inference.generate import require_positions
 from halflap.models.count import count_non_embedding_parameters, count_parameters
@@ -62,7 +62,7 @@ def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
         "axes": [{"axis": name, "size": size} for name, size in sizes.items() if name != "num_blocks"],
         "depth": {name: scores.tolist() for name, scores in found.depth.items()},
         "metric": found.metric,
-        "ranks_blocks": found.depth_metric or found.metric,
+        "ranks_blocks": ranks_blocks(found),
         "removed": list(found.removed),
         "tokens": found.tokens,
         "streamed": streamed,

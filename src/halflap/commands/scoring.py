@@ -19,7 +19,7 @@ from halflap.checkpoints.streamed import StreamedModel
 from halflap.commands.config_compress import CompressRecipe
 from halflap.commands.sections import ScoreSettings
 from halflap.commands.students import Teacher
-from halflap.compress.depth import check_count, depth_scores, remove_one_by_one
+from halflap.compress.depth import check_count, depth_scores_by, remove_one_by_one
 from halflap.compress.importance import Importance, Scoring
 from halflap.compress.metrics import collect_all
 from halflap.compress.partial import Scratch
@@ -155,7 +155,7 @@ def measure(
     if settings.metric == "random":  # of blocks too
         return [dataclasses.replace(one, **common) for one in found]
     depth, removed = dict(found[0].depth), Row()
-    if settings.depth_metric not in depth:
+    if settings.depth_metric is None or settings.depth_metric not in depth:
         part = on_device[: _removed_on(on_device)]
         scores, removed = _depth(model, part, settings, scratch)
         depth |= scores
@@ -168,8 +168,16 @@ def _removed_on(batches: list[Batch]) -> int:
     return max(1, len(batches) // DEPTH_SHARE)
 
 
+def _metrics(settings: ScoreSettings) -> tuple[str, ...]:
+    """What blocks are scored by: what was asked for, else all that methods of search rank them by."""
+    return (settings.depth_metric,) if settings.depth_metric else ("kl", "hidden_mse")
+
+
 def _ranks(settings: ScoreSettings) -> str:
-    return f"{settings.depth_metric}_rank" if settings.depth_average == "rank" else settings.depth_metric
+    """What ranks blocks; empty leaves it to the method of search (ranking.ranks_blocks)."""
+    if settings.depth_metric is None and settings.depth_average == "mean" and settings.depth_iterative is None:
+        return ""
+    return f"{_metrics(settings)[0]}_rank" if settings.depth_average == "rank" else _metrics(settings)[0]
 
 
 def _measure_streamed(
@@ -190,7 +198,7 @@ def _measure_streamed(
         model,
         batches,
         settings.metric,
-        settings.depth_metric,
+        _metrics(settings),
         scorings(settings),
         scratch,
         removed_on=_removed_on(batches),
@@ -206,16 +214,17 @@ def _depth(
     model: HybridModel, batches: list[Batch], settings: ScoreSettings, scratch: Scratch
 ) -> tuple[dict[str, torch.Tensor], Row]:
     """Scores of blocks by metric, and which ones went if that was asked for."""
-    metric = settings.depth_metric
+    metrics = _metrics(settings)
     one_pass = {"taylor": "taylor", "block_influence": "activation"}
-    if metric in one_pass:
-        return dict(collect_all(model, batches, one_pass[metric], [Scoring()], scratch=scratch)[0].depth), ()
+    if metrics[0] in one_pass:
+        return dict(collect_all(model, batches, one_pass[metrics[0]], [Scoring()], scratch=scratch)[0].depth), ()
     if settings.depth_iterative is None:
-        scores, removed = depth_scores(model, batches, metric, scratch=scratch), Row()
+        found, removed = depth_scores_by(metrics, model, batches, scratch=scratch), Row()
     else:
         average, count = settings.depth_average, settings.depth_iterative
-        scores, removed = remove_one_by_one(model, batches, metric, average, count, scratch)
-    return {metric: scores.mean, f"{metric}_rank": scores.rank}, removed
+        scores, removed = remove_one_by_one(model, batches, metrics[0], average, count, scratch)
+        found = {metrics[0]: scores}
+    return {k: v for name, of in found.items() for k, v in ((name, of.mean), (f"{name}_rank", of.rank))}, removed
 
 
 def text_digest(batches: list[Batch]) -> str:

@@ -146,8 +146,9 @@ class ScoreSettings:
     """Over the tokens of a row: mean of absolute values, L2 norm, or mean of the values with their signs."""
     batch_aggregation: tuple[Literal["l2", "mean"], ...] = ("l2",)
     """Over rows: L2 norm or mean."""
-    depth_metric: DepthMetric = "kl"
-    """What ranks blocks: the effect of leaving one out, taylor's estimate of it, or how little it moves the stream."""
+    depth_metric: DepthMetric | None = None
+    """What ranks blocks: the effect of leaving one out, taylor's estimate of it, or how little it moves the stream;
+    when not given kl, and for method minipuzzle hidden_mse by ranks, both of one pass."""
     depth_average: Literal["mean", "rank"] = "mean"
     """Average the scores over the text, or the ranks of blocks within each row."""
     depth_iterative: Positive | None = None
@@ -174,7 +175,7 @@ class ScoreSettings:
         for name, asked in (("depth_average", self.depth_average == "rank"), ("depth_iterative", self.depth_iterative)):
             if asked and self.metric == "random":
                 raise RecipeError(f"{name} was given with metric random, which draws scores of blocks; leave it out")
-            if asked and self.depth_metric not in REMOVING:
+            if asked and self.depth_metric not in (None, *REMOVING):
                 raise RecipeError(
                     f"{name} was given with depth_metric {self.depth_metric}, which does not leave blocks out; choose "
                     f"{', '.join(REMOVING)} with --depth-metric"

@@ -1,4 +1,4 @@
-"""What the removal of one block does to the model: scores of whole blocks, one metric at a time.
+"""What the removal of one block does to the model: scores of whole blocks, by one metric or by several at once.
 
 A block is removed by letting the residual stream pass it by; those that read its keys and values still do, and meta
 tokens, which have no targets, count nowhere. Blocks before it are not run again: the stream is carried forward once and
@@ -69,39 +69,59 @@ def depth_scores(
     gone: Row = (),
     scratch: Scratch = NOWHERE,
 ) -> DepthScores:
-    """Scores by a row of `DEPTH_METRICS` of the blocks that are left when those of `gone` are removed already.
+    """`depth_scores_by` one metric."""
+    return depth_scores_by((metric,), model, batches, gone=gone, scratch=scratch)[metric]
+
+
+def depth_scores_by(
+    metrics: Sequence[str],
+    model: HybridModel,
+    batches: Sequence[Batch],
+    *,
+    gone: Row = (),
+    scratch: Scratch = NOWHERE,
+) -> dict[str, DepthScores]:
+    """Scores by metrics of `DEPTH_METRICS`, in one go, of the blocks that are left when those of `gone` are removed.
 
     Raises HalflapError on an unknown metric and without text.
     """
-    if metric not in DEPTH_METRICS:
-        raise HalflapError(
-            f"depth metric {metric!r} does not remove blocks; those that do are {', '.join(DEPTH_METRICS)}: "
-            "correct --depth-metric"
-        )
+    for metric in metrics:
+        if metric not in DEPTH_METRICS:
+            raise HalflapError(
+                f"depth metric {metric!r} does not remove blocks; those that do are {', '.join(DEPTH_METRICS)}: "
+                "correct --depth-metric"
+            )
     count, sums, device = len(model.blocks), dict[str, Tensor](), model.embedding.weight.device
-    left = count - len(gone)
-    what = f"remove blocks ({metric})" if not gone else f"remove blocks ({metric}, {len(gone)} gone)"
-    progress = Progress(what, len(batches) * left, unit="passes")
+    left, names = count - len(gone), "-".join(metrics)
+    progress = Progress(title(metrics, gone), len(batches) * left, unit="passes")
     with torch.inference_mode(), progress:
-        for batch in resumable(batches, sums, f"depth-{metric}-{len(gone)}", scratch, progress, device):
-            add_rows(sums, *_rows_without(model, batch, metric, gone, progress))
-    return scores_of(sums, metric, gone)
+        for batch in resumable(batches, sums, f"depth-{names}-{len(gone)}", scratch, progress, device):
+            for metric, rows in _rows_without(model, batch, metrics, gone, progress).items():
+                add_rows(sums, metric, *rows)
+    return {metric: scores_of(sums, metric, gone) for metric in metrics}
 
 
-def add_rows(sums: Sums, over: Tensor, under: Tensor) -> None:
+def title(metrics: Sequence[str], gone: Row = ()) -> str:
+    """What the progress of removals is called."""
+    return f"remove blocks ({', '.join(metrics)}{f'; {len(gone)} gone' if gone else ''})"
+
+
+def add_rows(sums: Sums, metric: str, over: Tensor, under: Tensor) -> None:
     """Add the numerators and denominators (B, L) of a batch's rows."""
     of_rows = torch.full_like(over, torch.nan).where(under == 0, over / under)
     lower = (of_rows[:, None, :] < of_rows[:, :, None]).sum(2)
     parts = {"over": over, "under": under, "rank": lower.double(), "rows": (under > 0).double()}
-    for name, part in parts.items():
-        sums[name] = sums.get(name, torch.zeros(over.shape[1], dtype=torch.float64)) + part.sum(0).cpu()
+    for part, of_part in parts.items():
+        name = f"{metric}.{part}"
+        sums[name] = sums.get(name, torch.zeros(over.shape[1], dtype=torch.float64)) + of_part.sum(0).cpu()
 
 
 def scores_of(sums: Sums, metric: str, gone: Row = ()) -> DepthScores:
     """Raises HalflapError without text, and where a block's removal gives NaN or infinity."""
-    if not sums or not sums["rows"].any():
+    found = {name: sums.get(f"{metric}.{name}", torch.zeros(0)) for name in ("over", "under", "rank", "rows")}
+    if not found["rows"].any():
         raise HalflapError("no calibration text was read, so no block can be scored; give at least one document")
-    mean, rank = ((sums[a] / sums[b]).float() for a, b in (("over", "under"), ("rank", "rows")))  # NaN where gone
+    mean, rank = ((found[a] / found[b]).float() for a, b in (("over", "under"), ("rank", "rows")))  # NaN where gone
     for index in range(len(mean)):
         if index not in gone and not mean[index].isfinite():
             raise HalflapError(
@@ -142,30 +162,31 @@ def check_count(config: ModelConfig, count: int) -> None:
 
 
 def _rows_without(
-    model: HybridModel, batch: Batch, metric: str, gone: Row, progress: Progress
-) -> tuple[Tensor, Tensor]:
-    """Numerators and denominators (B, L) float64 of every row's score without each block that is left, else 0."""
+    model: HybridModel, batch: Batch, metrics: Sequence[str], gone: Row, progress: Progress
+) -> dict[str, Tensor]:
+    """Numerators and denominators (2, B, L) float64 of every row's scores without each block that is left, else 0."""
     full, stream, context = full_pass(model, batch)
-    over, under = torch.zeros(2, len(batch.tokens), len(model.blocks), dtype=torch.float64)
+    rows = {metric: torch.zeros(2, len(batch.tokens), len(model.blocks), dtype=torch.float64) for metric in metrics}
     for index, block in enumerate(model.blocks):
         if index in gone:
             continue
         with_it = block(stream, context)  # first, for the keys and values that later blocks read
         without = finish(model, stream, context, (*gone, *range(index + 1)))
-        over[:, index], under[:, index] = compare_rows(metric, model.head_weight, full, without, batch)
+        for metric in metrics:
+            rows[metric][:, :, index] = compare_rows(metric, model.head_weight, full, without, batch)
         stream = with_it
         progress.advance()
-    return over, under
+    return rows
 
 
-def compare_rows(metric: str, head: Tensor, full: Tensor, without: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Numerators and denominators (B,) float64 of the rows' scores, from final hidden states (B, T, D); else 0."""
+def compare_rows(metric: str, head: Tensor, full: Tensor, without: Tensor, batch: Batch) -> Tensor:
+    """Numerators and denominators (2, B) float64 of the rows' scores, from final hidden states (B, T, D); else 0."""
     used = batch.weights > 0
-    over, under = torch.zeros(2, len(used), dtype=torch.float64)
+    found = torch.zeros(2, len(used), dtype=torch.float64)
     for row in used.any(1).nonzero()[:, 0].tolist():
         of_row = (part[row][used[row]] for part in (full, without, batch.targets, batch.weights))
-        over[row], under[row] = DEPTH_METRICS[metric](head, *of_row)
-    return over, under
+        found[:, row] = torch.tensor(DEPTH_METRICS[metric](head, *of_row), dtype=torch.float64)
+    return found
 
 
 def full_pass(model: HybridModel, batch: Batch) -> tuple[Tensor, Tensor, SequenceContext]:

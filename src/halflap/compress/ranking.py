@@ -116,16 +116,24 @@ def drop_order(importance: Importance, config: ModelConfig, by_type: bool = Fals
 
     The best of every kind goes last of all: without any attention, say, a model is another kind of model, which stock
     transformers cannot decode with a cache. A block whose keys and values others read goes after them.
-    `by_type`: for counts of each type, where a file names no metric, MiniPuzzle's is taken first.
+    `by_type`: for counts of each type; see `ranks_blocks`.
     """
-    metrics = ("hidden_mse", *DEPTH_ORDER) if by_type else DEPTH_ORDER
-    metric = importance.depth_metric or next((name for name in metrics if name in importance.depth), None)
+    metric = ranks_blocks(importance, by_type)
     if metric is None:
         raise HalflapError(
             "the importance file has no score of whole blocks, so none can be dropped; run `halflap score` again with "
             "--depth-metric, or name them with --sizes.drop-blocks"
         )
     return rank_blocks(importance.depth[metric].tolist(), config, importance.removed)
+
+
+def ranks_blocks(importance: Importance, by_type: bool = False) -> str | None:
+    """Which score ranks blocks: the one that the file names, else the first that there is; None where there is none.
+
+    `by_type`: for counts of each type, MiniPuzzle's is the first: final hidden states, by ranks within each row.
+    """
+    order = ("hidden_mse_rank", "hidden_mse", *DEPTH_ORDER) if by_type else DEPTH_ORDER
+    return importance.depth_metric or next((name for name in order if name in importance.depth), None)
 
 
 def rank_blocks(scores: Sequence[float], config: ModelConfig, removed: Row = ()) -> Row:

@@ -21,7 +21,7 @@ from torch import Tensor
 from halflap.checkpoints.shelf import STREAMS, Shelf
 from halflap.checkpoints.streamed import ENTRY, EXIT, StreamedModel
 from halflap.compress.check import check_scores
-from halflap.compress.depth import DEPTH_METRICS, add_rows, compare_rows, scores_of
+from halflap.compress.depth import DEPTH_METRICS, add_rows, compare_rows, scores_of, title
 from halflap.compress.importance import Importance, Scoring
 from halflap.compress.metrics import random_of, weight_norm_of
 from halflap.compress.partial import Scratch, Sums
@@ -41,27 +41,27 @@ def collect_streamed(
     model: StreamedModel,
     batches: Sequence[Batch],
     metric: str,
-    depth_metric: str,
+    depth_metrics: Sequence[str],
     scorings: Sequence[Scoring],
     scratch: Scratch,
     *,
     removed_on: int = 1,
     seed: int = 0,
 ) -> list[Importance]:
-    """Width scores of every scoring on all batches, with depth scores on the first `removed_on` of them.
+    """Width scores of every scoring on all batches, with depth scores by each metric on the first `removed_on` of them.
 
     batches: on the model's device. Streams lie in the scratch directory; a sweep that was killed goes on there after
     the last block that was done, to the same scores, and none stay when it is through. Metric `random` has random
     depth scores. Raises HalflapError for a metric that needs the whole model at once, and as `collect_all` does.
     """
-    _check_metrics(metric, depth_metric)
+    _check_metrics(metric, depth_metrics)
     if metric == "random":
         return [random_of(model.config, seed)]
-    removes = depth_metric != "block_influence"
+    removes = "block_influence" not in depth_metrics
     watch = Watch(model.shell, scorings) if metric == "activation" or not removes else None
     with torch.inference_mode():
         sweep = _Sweep(model, batches if metric == "activation" else batches[:removed_on], removed_on * removes, watch)
-        depth = sweep.run(scratch, depth_metric)
+        depth = sweep.run(scratch, depth_metrics)
         found = [] if watch is None else watch.result()
         if metric == "weight_norm":
             depth |= found[0].depth if found else {}
@@ -71,10 +71,10 @@ def collect_streamed(
     return [dataclasses.replace(one, depth={**one.depth, **depth}) for one in found]
 
 
-def _check_metrics(metric: str, depth_metric: str) -> None:
+def _check_metrics(metric: str, depth_metrics: Sequence[str]) -> None:
     for name, value, allowed in (
         ("metric", metric, STREAMED_METRICS),
-        ("depth-metric", depth_metric, ("block_influence", *DEPTH_METRICS)),
+        *(("depth-metric", one, ("block_influence", *DEPTH_METRICS)) for one in depth_metrics),
     ):
         if value not in allowed:
             raise HalflapError(
@@ -92,7 +92,7 @@ class _Sweep:
     removed_on: int
     watch: Watch | None
 
-    def run(self, scratch: Scratch, depth_metric: str) -> dict[str, Tensor]:
+    def run(self, scratch: Scratch, depth_metrics: Sequence[str]) -> dict[str, Tensor]:
         """The watch filled, and depth scores by metric, if any."""
         assert scratch.directory is not None
         shelf = Shelf(scratch.directory / STREAMS, scratch.made_from)
@@ -104,7 +104,7 @@ class _Sweep:
         self._carry(shelf)
         with self.model.resident(EXIT) as whole:
             self._leave(shelf, whole)
-            depth = self._compare(shelf, whole, depth_metric) if self.removed_on else {}
+            depth = self._compare(shelf, whole, depth_metrics) if self.removed_on else {}
         shelf.remove()
         return depth
 
@@ -160,30 +160,37 @@ class _Sweep:
                 self.watch.begin(batch)
                 self._final(shelf, whole, number)
 
-    def _compare(self, shelf: Shelf, whole: HybridModel, metric: str) -> dict[str, Tensor]:
+    def _compare(self, shelf: Shelf, whole: HybridModel, metrics: Sequence[str]) -> dict[str, Tensor]:
         """Scores (L,) float32 of what each block's removal does to the final hidden states: mean, and rank in rows."""
         blocks, part = len(self.model.config.blocks), self.batches[: self.removed_on]
-        over, under = ([torch.zeros(len(b.tokens), blocks, dtype=torch.float64) for b in part] for _ in range(2))
+        rows = {
+            metric: [torch.zeros(2, len(batch.tokens), blocks, dtype=torch.float64) for batch in part]
+            for metric in metrics
+        }
         file, start = shelf.directory / REMOVED, 0
         if file.exists():
-            over, under, start = torch.load(file, weights_only=True)
-        with Progress(f"remove blocks ({metric})", blocks, unit="blocks") as progress:
+            rows, start = torch.load(file, weights_only=True)
+        with Progress(title(metrics), blocks, unit="blocks") as progress:
             progress.start_at(start)
             for index in range(start, blocks):
                 for number, batch in enumerate(part):
                     full, without = (self._final(shelf, whole, number, one) for one in (None, index))
-                    compared = compare_rows(metric, whole.head_weight, full, without, batch)
-                    over[number][:, index], under[number][:, index] = compared
+                    for metric in metrics:
+                        compared = compare_rows(metric, whole.head_weight, full, without, batch)
+                        rows[metric][number][:, :, index] = compared
                 record = io.BytesIO()  # PyTorch's writer cannot say that a disk is full
-                torch.save((over, under, index + 1), record)
+                torch.save((rows, index + 1), record)
                 with atomic_write(file) as out:
                     out.write(record.getvalue())
                 progress.advance()
         sums: Sums = {}
-        for rows in zip(over, under, strict=True):
-            add_rows(sums, *rows)
-        scores = scores_of(sums, metric)
-        return {metric: scores.mean, f"{metric}_rank": scores.rank}
+        found: dict[str, Tensor] = {}
+        for metric, of_batches in rows.items():
+            for of_rows in of_batches:
+                add_rows(sums, metric, *of_rows)
+            scores = scores_of(sums, metric)
+            found |= {metric: scores.mean, f"{metric}_rank": scores.rank}
+        return found
 
     def _final(self, shelf: Shelf, whole: HybridModel, number: int, removed: int | None = None) -> Tensor:
         stream = self._read(shelf, _name(number, removed), number)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from halflap.compress import partial
 from halflap.compress.axes import Sizes, depth_units
-from halflap.compress.depth import DEPTH_METRICS, depth_scores, remove_one_by_one
+from halflap.compress.depth import DEPTH_METRICS, depth_scores, depth_scores_by, remove_one_by_one
 from halflap.compress.importance import Importance, Scoring
 from halflap.compress.metrics import collect, collect_all
 from halflap.compress.partial import Scratch
-from halflap.compress.ranking import drop_order, kept_blocks, rank_blocks
+from halflap.compress.ranking import drop_order, kept_blocks, rank_blocks, ranks_blocks
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
@@ -75,6 +75,13 @@ def test_means_and_ranks_are_those_of_whole_models(metric: str, family: str, mak
     ]
     assert found.mean.tolist() == pytest.approx(means, rel=1e-5)
     assert len(table[0]) == 4 and found.rank.tolist() == pytest.approx(ranks)
+
+
+def test_several_metrics_in_one_pass_are_each_alone(family: str, make: Make, text: Batch) -> None:
+    together = depth_scores_by(tuple(DEPTH_METRICS), make(family), [text])
+    for metric, scores in together.items():
+        alone = depth_scores(make(family), [text], metric)
+        assert all(torch.equal(one, other) for one, other in zip(scores, alone, strict=True)), metric
 
 
 @pytest.mark.parametrize("metric", DEPTH_METRICS)
@@ -151,6 +158,15 @@ def test_the_named_metric_ranks(make: Make) -> None:
     depth = {"kl": torch.tensor([4.0, 3.0, 2.0, 1.0]), "kl_rank": torch.tensor([1.0, 2.0, 3.0, 4.0])}
     assert drop_order(Importance("x", {}, depth), config)[0] == 3
     assert drop_order(Importance("x", {}, depth, depth_metric="kl_rank"), config)[0] == 1  # the only M and * go last
+
+
+def test_counts_of_each_type_take_final_hidden_states_by_ranks_where_no_metric_is_named(make: Make) -> None:
+    config: ModelConfig = make("nemotron_h").config
+    depth = {"kl": torch.tensor([4.0, 3.0, 2.0, 1.0]), "hidden_mse_rank": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    unnamed, named = Importance("x", {}, depth), Importance("x", {}, depth, depth_metric="kl")
+    assert ranks_blocks(unnamed) == ranks_blocks(named, by_type=True) == "kl"
+    assert ranks_blocks(unnamed, by_type=True) == "hidden_mse_rank"
+    assert drop_order(unnamed, config)[0] == 3 and drop_order(unnamed, config, by_type=True)[0] == 1
 
 
 @pytest.mark.parametrize(("family_name", "count"), [("nemotron_h", 4), ("nemotron_h", 9), ("llama", 1), ("llama", 4)])

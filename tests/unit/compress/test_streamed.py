@@ -71,7 +71,7 @@ def streamed(
     checkpoint: Checkpoint, directory: Path, packed: bool, metric: str, depth_metric: str, made_from: str = ""
 ) -> list[bytes]:
     model, scratch = StreamedModel.of(checkpoint, torch.float32), Scratch(directory, made_from)
-    found = collect_streamed(model, batches(packed), metric, depth_metric, SCORINGS, scratch)
+    found = collect_streamed(model, batches(packed), metric, (depth_metric,), SCORINGS, scratch)
     return [one.to_bytes() for one in found]
 
 
@@ -210,7 +210,7 @@ def test_no_more_than_one_part_is_ever_in_memory(
     monkeypatch.setattr(Stream, "through", step)
     model = StreamedModel(checkpoint.config, read, torch.float32)
     text = [Batch(rows[:1, :4], rows[:1, 1:5], torch.ones(1, 4)) for rows in TOKENS]
-    collect_streamed(model, text, "activation", "kl", SCORINGS[:1], Scratch(tmp_path / "scratch"))
+    collect_streamed(model, text, "activation", ("kl", "hidden_mse"), SCORINGS[:1], Scratch(tmp_path / "scratch"))
     whole = sum(entry.spec.nbytes for entry in checkpoint.entries.values()) * (2 if dtype == "bfloat16" else 1)
     assert most * 4 < 0.4 * whole
     assert 0.9 * most * 4 < max(weighed) - before < 1.1 * most * 4 + 40_000
