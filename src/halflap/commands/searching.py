@@ -42,13 +42,25 @@ from halflap.compress.partial import Scratch
 from halflap.compress.plan import PruningPlan
 from halflap.compress.programme import Programme
 from halflap.compress.ranking import drop_order
-from halflap.compress.search import Order, Round, Score, SearchResult, by_agreement, by_loss, ranked_search, stages
+from halflap.compress.search import (
+    Look,
+    Order,
+    Round,
+    Score,
+    SearchResult,
+    by_agreement,
+    by_loss,
+    ranked_search,
+    stages,
+)
 from halflap.compress.space import Fitting, fitting
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError, RecipeError
 from halflap.models.model import HybridModel
 
 SEARCH = "search.json"
+FIRST_LOOK_SHARE = 8
+"""A first look reads this fraction of the tokens: eight times the shortlist then costs as much as the shortlist."""
 
 
 def check(given: Given) -> None:
@@ -212,6 +224,7 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Meas
     """Measure the likeliest as cut and, if tokens are given, the best of them after rounds of distillation."""
     recipe, settings = given.recipe, given.recipe.settings
     batches = students.choosing(given.scoring, settings.score_tokens)
+    few = students.choosing(given.scoring, settings.score_tokens // FIRST_LOOK_SHARE)
     refined = min(settings.refined, settings.shortlist, len(found.candidates))
     rounds = stages(refined, settings.shortlist_tokens, settings.rounds == "halving")
     if not settings.shortlist_tokens:
@@ -246,6 +259,7 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Meas
         made_from=_made_from(given),
         path=given.place / SEARCH,
         shortlist=settings.shortlist,
+        look=Look(settings.first_look, _score(given, model, few, measure)) if settings.first_look else None,
         order=METHODS[settings.method].order,
         rounds=rounds,
         refine=refine,

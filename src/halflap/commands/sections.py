@@ -106,6 +106,9 @@ class SearchSettings:
     """One size an axis for all blocks, ranked by loss; numbers of blocks of each type and one width of all MLPs,
     ranked by the text's tokens and by the teacher's that a candidate says (minipuzzle); or a variant for each block by
     what it does in the teacher, ranked by loss (puzzle)."""
+    first_look: int = 64
+    """Of the candidates so many, the likeliest, are first scored on an eighth of `score_tokens`, and the best are the
+    shortlist; 0 takes the likeliest for it."""
     shortlist: Positive = 8
     """Candidates that are built and scored by loss."""
     shortlist_tokens: Tokens = 0
@@ -126,6 +129,7 @@ class SearchSettings:
     """Method puzzle: largest share of the blocks in which two candidates may be alike."""
 
     def __post_init__(self) -> None:
+        _require("first_look", self.first_look, self.first_look >= 0, "at least 0")
         _require("max_overlap", self.max_overlap, 0 <= self.max_overlap <= 1, "from 0 to 1")
 
 

@@ -1,4 +1,4 @@
-"""Rank the likeliest candidates as cut, then the best of them after short distillations; keep everything.
+"""Look at the likeliest candidates, rank the best of them as cut, then the best of those after short distillations.
 
 What is measured, and how a candidate is built and trained, is the caller's business: `score` and `refine` are functions
 of plans. Distillations come in rounds (successive halving: Jamieson & Talwalkar 2016), of all that are refined, then of
@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ class Trial:
     loss       nats a token of the text
     accuracy   share of its tokens that are the likeliest
     agreement  share of the teacher's likeliest tokens that are
+    glance     the same three by name, on the few tokens of a first look
     variants   of method puzzle, what becomes of each of the teacher's blocks
     """
 
@@ -49,6 +51,7 @@ class Trial:
     loss: float | None = None
     accuracy: float | None = None
     agreement: float | None = None
+    glance: Mapping[str, float] | None = None
     rounds: tuple[Round, ...] = ()
     variants: tuple[str, ...] = ()
 
@@ -167,6 +170,13 @@ Refine = Callable[[Sequence[PruningPlan], int], Sequence[Round]]
 """(plans, tokens) -> each after distillation on so many tokens in all, at the least; what earlier rounds did counts."""
 
 
+class Look(NamedTuple):
+    """A first look: at how many of the likeliest candidates, and what measures them on few tokens."""
+
+    candidates: int
+    score: Score
+
+
 def ranked_search(
     fitting: Fitting,
     plan_for: Callable[[Trial], PruningPlan],
@@ -175,27 +185,28 @@ def ranked_search(
     made_from: Mapping[str, Any],
     path: str | Path,
     shortlist: int = 8,
+    look: Look | None = None,
     order: Order = by_loss,
     rounds: Sequence[Stage] = (),
     refine: Refine | None = None,
 ) -> SearchResult:
-    """Score the `shortlist` likeliest candidates, refine the best of those in `rounds`, and write `path`.
+    """Score a `shortlist` of candidates, refine the best of those in `rounds`, and write `path`.
 
-    What `path` already holds for the same `made_from` is taken from there.
+    The shortlist is the best of a first look, without one the likeliest. What `path` already holds for the same
+    `made_from` is taken from there.
     """
     known = _known(path, made_from)
-    likeliest, others = fitting.candidates[:shortlist], fitting.candidates[shortlist:]
-    unseen = [_untried(candidate) for candidate in others]
-    scored = [known.get((c.sizes, c.variants), _untried(c)) for c in likeliest]
-    todo = [place for place, trial in enumerate(scored) if trial.loss is None]
-    with Progress("candidates as cut", len(scored), unit="candidates") as progress:
-        progress.start_at(len(scored) - len(todo))
-        plans = [plan_for(scored[place]) for place in todo]
-        for place, found in zip(todo, score(plans) if plans else (), strict=True):
-            scored[place] = dataclasses.replace(scored[place], **found)
-            _result(made_from, fitting, _ranked(scored, order), unseen).save(path)
-            progress.advance()
-    trials = order(scored)
+    count = shortlist if look is None else max(shortlist, look.candidates)
+    trials = [known.get((c.sizes, c.variants), _untried(c)) for c in fitting.candidates[:count]]
+    beyond = [_untried(candidate) for candidate in fitting.candidates[count:]]
+
+    def save(trials: Sequence[Trial], others: Sequence[Trial]) -> None:
+        _result(made_from, fitting, _ranked(trials, order), others).save(path)
+
+    if look is not None and len(trials) > shortlist:
+        trials = _by_glance(_measured(trials, _glanced_at, look.score, plan_for, partial(save, others=beyond)), order)
+    trials, unseen = trials[:shortlist], [*trials[shortlist:], *beyond]
+    trials = order(_measured(trials, _scored, score, plan_for, partial(save, others=unseen)))
     for number, stage in enumerate(rounds if refine is not None else ()):
         best, rest = trials[: stage.candidates], trials[stage.candidates :]
         if refine is not None and any(len(trial.rounds) <= number for trial in best):
@@ -210,6 +221,52 @@ def ranked_search(
     result = dataclasses.replace(result, plan=plan_for(result.chosen).to_json())
     result.save(path)
     return result
+
+
+class _Measurement(NamedTuple):
+    """What a trial may have: its name, whether it has it, and the trial with it."""
+
+    name: str
+    has: Callable[[Trial], bool]
+    put: Callable[[Trial, Mapping[str, float]], Trial]
+
+
+_glanced_at = _Measurement(
+    "first look at candidates",
+    lambda trial: trial.glance is not None,
+    lambda trial, found: dataclasses.replace(trial, glance=dict(found)),
+)
+_scored = _Measurement(
+    "candidates as cut",
+    lambda trial: trial.loss is not None,
+    lambda trial, found: dataclasses.replace(trial, **found),
+)
+
+
+def _measured(
+    trials: Sequence[Trial],
+    measurement: _Measurement,
+    score: Score,
+    plan_for: Callable[[Trial], PruningPlan],
+    save: Callable[[Sequence[Trial]], None],
+) -> list[Trial]:
+    """The trials with the measurement, saved after every one that lacked it."""
+    trials = list(trials)
+    todo = [place for place, trial in enumerate(trials) if not measurement.has(trial)]
+    with Progress(measurement.name, len(trials), unit="candidates") as progress:
+        progress.start_at(len(trials) - len(todo))
+        plans = [plan_for(trials[place]) for place in todo]
+        for place, found in zip(todo, score(plans) if plans else (), strict=True):
+            trials[place] = measurement.put(trials[place], found)
+            save(trials)
+            progress.advance()
+
+
+def _by_glance(trials: Sequence[Trial], order: Order) -> list[Trial]:
+    """In the order that what was seen at the first look gives."""
+    seen = [dataclasses.replace(trial, **dict(trial.glance or {})) for trial in trials]
+    places = {id(one): place for place, one in enumerate(seen)}
+    return [trials[places[id(one)]] for one in order(seen)]
 
 
 def _untried(candidate: Candidate) -> Trial:
@@ -249,5 +306,5 @@ def _row(trial: Trial) -> dict[str, Any]:
 def _trial(row: Mapping[str, Any]) -> Trial:
     scores = {name: row.get(name) for name in ("loss", "accuracy", "agreement")}
     rounds = tuple(Round(done["tokens"], done["loss"]) for done in row.get("rounds", ()))
-    variants = tuple(row.get("variants", ()))
-    return Trial(Sizes.from_json(row["sizes"]), row["costs"], row["hurt"], **scores, rounds=rounds, variants=variants)
+    more = {"glance": row.get("glance"), "variants": tuple(row.get("variants", ()))}
+    return Trial(Sizes.from_json(row["sizes"]), row["costs"], row["hurt"], **scores, rounds=rounds, **more)

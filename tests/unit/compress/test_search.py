@@ -18,6 +18,7 @@ from halflap.compress.costs import Budget
 from halflap.compress.grid import SearchSpace
 from halflap.compress.plan import PruningPlan
 from halflap.compress.search import (
+    Look,
     Round,
     SearchResult,
     Stage,
@@ -85,6 +86,41 @@ def test_the_lowest_loss_wins(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "search.json").read_text())["candidates"]
     assert rows[0]["chosen"] and not rows[1]["chosen"] and rows[0]["costs"]["params"]
     assert PruningPlan.load(tmp_path / "search.json") == plan_for(result.chosen)
+
+
+class Glances(Losses):
+    """On few tokens the narrowest does worst, which is not what the whole text says."""
+
+    def __call__(self, plans: Sequence[PruningPlan]) -> Iterator[dict[str, float]]:
+        for found in super().__call__(plans):
+            yield {"loss": -found["loss"]}
+
+
+def test_the_best_of_a_first_look_are_the_shortlist(tmp_path: Path) -> None:
+    glances, score = Glances(), Losses()
+    result = run(tmp_path / "search.json", score, look=Look(9, glances))
+    assert len(glances.calls) == 9 and sorted(score.calls) == sorted(glances.calls)[-4:]
+    assert sum(trial.glance is not None for trial in result.trials) == 9 < len(FITTING.candidates)
+    assert result.chosen.loss == min(score.calls) / 100 and len(result.trials) == len(FITTING.candidates)
+    assert SearchResult.load(tmp_path / "search.json") == result
+
+
+def test_no_first_look_at_what_the_shortlist_holds(tmp_path: Path) -> None:
+    glances = Glances()
+    run(tmp_path / "search.json", Losses(), look=Look(4, glances))
+    assert not glances.calls
+
+
+@pytest.mark.parametrize(("glanced", "scored"), [(3, 0), (99, 2)])
+def test_an_interrupted_look_goes_on_to_the_same_end(tmp_path: Path, glanced: int, scored: int) -> None:
+    whole = run(tmp_path / "whole.json", Losses(), look=Look(9, Glances()))
+    path = tmp_path / "search.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(path, Losses(scored), look=Look(9, Glances(glanced)))
+    glances, score = Glances(), Losses()
+    assert run(path, score, look=Look(9, glances)) == whole
+    assert len(glances.calls) == max(0, 9 - glanced) and len(score.calls) == 4 - scored
+    assert path.read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
 def test_rounds_keep_the_better_half(tmp_path: Path) -> None:
