@@ -225,6 +225,8 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Meas
     recipe, settings = given.recipe, given.recipe.settings
     batches = students.choosing(given.scoring, settings.score_tokens)
     few = students.choosing(given.scoring, settings.score_tokens // FIRST_LOOK_SHARE)
+    remark = students.choosing_remark(given.scoring, settings.score_tokens, given.importance.tokens)
+    found = dataclasses.replace(found, remark="; ".join(part for part in (found.remark, remark) if part) or None)
     refined = min(settings.refined, settings.shortlist, len(found.candidates))
     rounds = stages(refined, settings.shortlist_tokens, settings.rounds == "halving")
     if not settings.shortlist_tokens:

@@ -148,10 +148,24 @@ def budget_of(budgets: Budgets, teacher: ModelConfig, table: CostTable | None = 
 
 
 def choosing(loader: Loader, tokens: int) -> list[Batch]:
-    """The last batches of the first epoch: neither calibrated on nor, in a short distillation, trained on."""
+    """The last batches of the first epoch: where there is text enough, neither calibrated on nor, in a short
+    distillation, trained on."""
     most = sum(loader.rows) // loader.micro_batch_size or 1
     count = min(most, max(1, round(tokens / loader.tokens_per_batch)))
     return [loader.batch(most - 1 - index) for index in range(count)]
+
+
+def choosing_remark(loader: Loader, tokens: int, calibrated_on: int) -> str | None:
+    """Says where there was less text to choose by than was asked for, or where importance was measured on it too."""
+    there = sum(loader.rows) * loader.sequence_length
+    if there < tokens:
+        return f"candidates were to be scored on {tokens:,} tokens, and there were {there:,}: all were read"
+    if there < tokens + calibrated_on:
+        return (
+            f"importance was measured on {calibrated_on:,} of the {there:,} tokens of text, so that candidates are "
+            f"scored on {tokens + calibrated_on - there:,} of these again; give more text, or lower --score-tokens"
+        )
+    return None
 
 
 def judge(

@@ -260,6 +260,7 @@ def _measured(
             trials[place] = measurement.put(trials[place], found)
             save(trials)
             progress.advance()
+    return trials
 
 
 def _by_glance(trials: Sequence[Trial], order: Order) -> list[Trial]:
