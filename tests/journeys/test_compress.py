@@ -62,7 +62,8 @@ def scored(place: Path) -> Path:
 
 def test_score_leaves_importance_of_every_axis(scored: Path, place: Path) -> None:
     found = Importance.load(scored)
-    assert set(found.depth) == {"block_influence", "kl", "kl_rank"} and found.tokens > 1900
+    assert set(found.depth) == {"block_influence", "kl", "kl_rank", "hidden_mse", "hidden_mse_rank"}
+    assert found.tokens > 1900 and found.depth_metric == ""
     result = json.loads((place / "scored" / "status.json").read_text())["result"]
     assert {row["axis"] for row in result["axes"]} >= {"hidden_size", "mamba_num_heads", "num_attention_heads"}
 

@@ -23,7 +23,7 @@ from halflap.models.model import HybridModel, initialize
 from halflap.models.presets import preset
 
 Cli = Callable[..., Any]
-SMALL = ("--calibration-tokens", 256, "--score-tokens", 256, "--eval-tokens", 200, "--shortlist", 2)
+SMALL = ("--calibration-tokens", 256, "--score-tokens", 256, "--eval-tokens", 200, "--shortlist", 2, "--first-look", 0)
 FIT = ("--fit.sequence-length", 32, "--fit.batch-size", 4, "--fit.learning-rate", 1e-3, "--tokens", "1K")
 
 
