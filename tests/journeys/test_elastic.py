@@ -131,7 +131,7 @@ def test_it_ends_the_same_after_an_interruption(
 ) -> None:
     importance = ("--importance", run / "importance.safetensors")
     words = ("compress", place / "teacher", "--data", place / "text.jsonl", "--elastic", "85%", "70%", *importance)
-    words = (*words, "--score-tokens", 256, "--eval-tokens", 200, "--shortlist", 2, *FIT, "--out", tmp_path / "run")
+    words = (*words, *SMALL[2:], *FIT, "--out", tmp_path / "run")
     steps, deal = [], elastic_verb.deal
 
     def interrupted(*given: Any) -> Any:
