@@ -158,15 +158,20 @@ def _corrected(
 
 
 def select(tensor: Tensor, dims: tuple[Dim, ...], keep: Mapping[str, Kept]) -> Tensor:
-    """The kept sub-grid of a tensor."""
+    """The kept sub-grid of a tensor, in memory of its own unless nothing is cut."""
     result = tensor
     for dimension, dim in enumerate(dims):
         index = dim_indices(dim, keep)
         if index is not None:
             result = _take(result, dimension, index)
-    if result is not tensor and (result._is_view() or not result.is_contiguous()):
+    if result is not tensor and (_share_memory(result, tensor) or not result.is_contiguous()):
         result = result.clone(memory_format=torch.contiguous_format)
     return result
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether one is a view of the other, which `_is_view` does not tell of tensors made in inference mode."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def dim_indices(dim: Dim, keep: Mapping[str, Kept]) -> Tensor | None:

@@ -130,6 +130,20 @@ def test_killed_passes_go_on_at_their_block(
     assert Shelf(tmp_path, "others").done is None
 
 
+def test_cutting_leaves_the_teacher_as_it_is(teacher: Checkpoint) -> None:
+    """In inference mode too, where PyTorch does not tell views: what is kept lies together, and is scaled."""
+    shapes = score_shapes(teacher.config)
+    widths = {key: torch.arange(shape[-1], 0, -1.0).expand(shape) for key, shape in shapes.items()}
+    plan = plan_for(Importance("x", widths), teacher.digest, teacher.config, Sizes(hidden_size=24))
+    assert plan.keep["hidden"] == tuple(range(24)) and plan.scales
+    with torch.inference_mode():
+        tensors = {name: tensor + 0 for name, tensor in teacher.tensors()}
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        made = dict(apply_plan(plan, tensors.items()))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
+        assert not torch.equal(made["norm.weight"], before["norm.weight"][:24])
+
+
 # ---- certificates
 
 
