@@ -151,6 +151,17 @@ def test_what_does_not_fit_is_streamed(
     assert halflap(*words, "--dtype", "bfloat16", "--out", tmp_path / "narrow").json["streamed"]
 
 
+def test_layers_go_one_by_one(halflap: Cli, place: Path, tmp_path: Path) -> None:
+    found = []
+    for flags in ((), ("--stream",)):
+        out = tmp_path / str(len(flags))
+        words = ("score", place / "teacher", "--data", place / "text.jsonl", *SCORE, "--depth-iterative", 4)
+        removed = halflap(*words, *flags, "--out", out).json["removed"]
+        found.append((removed, Importance.load(out / "importance.safetensors").to_bytes()))
+        assert len(removed) == 4 and not (out / "scoring").exists()
+    assert found[0] == found[1]
+
+
 def test_arithmetic_is_what_is_asked_for(halflap: Cli, place: Path, tmp_path: Path) -> None:
     found = []
     for flags in ((), ("--stream",)):
@@ -169,7 +180,7 @@ def test_what_needs_the_whole_model_is_refused(
     text = ("--data", place / "text.jsonl")
     for flags, message in (
         (("--metric", "taylor"), "'taylor' needs the whole model in memory"),
-        (("--depth-iterative", 2), "leave out --depth-iterative"),
+        (("--depth-metric", "taylor"), "'taylor' needs the whole model in memory"),
     ):
         outcome = halflap("score", place / "teacher", *text, *SCORE, *flags, "--stream", "--out", tmp_path / flags[0])
         assert outcome.status == 1 and message in outcome.err

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,20 @@ from halflap.checkpoints.streamed import StreamedModel
 from halflap.commands.config_compress import CompressRecipe
 from halflap.commands.sections import ScoreSettings
 from halflap.commands.students import Teacher
-from halflap.compress.depth import check_count, depth_scores_by, remove_one_by_one
+from halflap.compress.depth import (
+    DepthScores,
+    Removal,
+    check_count,
+    depth_scores,
+    depth_scores_by,
+    named,
+    remove_one_by_one,
+)
 from halflap.compress.importance import Importance, Scoring
 from halflap.compress.metrics import collect_all
 from halflap.compress.partial import Scratch
 from halflap.compress.plan import Row
-from halflap.compress.streamed import collect_streamed
+from halflap.compress.streamed import check_metrics, collect_streamed, depth_scores_streamed
 from halflap.data.batch import Batch
 from halflap.data.loader import Loader
 from halflap.errors import HalflapError
@@ -188,26 +197,29 @@ def _measure_streamed(
     calibration: str,
     teacher: Teacher,
 ) -> list[Importance]:
-    """The same with one block in memory. Raises HalflapError for what needs gradients, or blocks more than once."""
+    """The same with one block in memory. Raises HalflapError for what needs gradients."""
+    metrics = _metrics(settings)
+    check_metrics(settings.metric, metrics)
+    part, removed = batches[: _removed_on(batches)], Row()
+    depth: dict[str, torch.Tensor] = {}
     if settings.depth_iterative is not None:
-        raise HalflapError(
-            "depth_iterative needs every block in every round, and the weights are read a block at a time, once: leave "
-            "out --depth-iterative, or take a machine with more memory"
-        )
+        score = lambda gone: depth_scores_streamed(model, part, metrics[0], gone, scratch)
+        scores, removed = _one_by_one(model.config, score, settings)
+        depth = named({metrics[0]: scores})
     found = collect_streamed(
         model,
         batches,
         settings.metric,
-        _metrics(settings),
+        metrics,
         scorings(settings),
         scratch,
-        removed_on=_removed_on(batches),
+        removed_on=0 if removed else len(part),
         seed=teacher.seed,
     )
-    common = {"teacher": teacher.digest, "calibration": calibration}
+    common: dict[str, Any] = {"teacher": teacher.digest, "calibration": calibration, "removed": removed}
     if settings.metric != "random":
         common["depth_metric"] = _ranks(settings)
-    return [dataclasses.replace(one, **common) for one in found]
+    return [dataclasses.replace(one, depth={**one.depth, **depth}, **common) for one in found]
 
 
 def _depth(
@@ -219,12 +231,15 @@ def _depth(
     if metrics[0] in one_pass:
         return dict(collect_all(model, batches, one_pass[metrics[0]], [Scoring()], scratch=scratch)[0].depth), ()
     if settings.depth_iterative is None:
-        found, removed = depth_scores_by(metrics, model, batches, scratch=scratch), Row()
-    else:
-        average, count = settings.depth_average, settings.depth_iterative
-        scores, removed = remove_one_by_one(model, batches, metrics[0], average, count, scratch)
-        found = {metrics[0]: scores}
-    return {k: v for name, of in found.items() for k, v in ((name, of.mean), (f"{name}_rank", of.rank))}, removed
+        return named(depth_scores_by(metrics, model, batches, scratch=scratch)), ()
+    score = lambda gone: depth_scores(model, batches, metrics[0], gone=gone, scratch=scratch)
+    scores, removed = _one_by_one(model.config, score, settings)
+    return named({metrics[0]: scores}), removed
+
+
+def _one_by_one(config: ModelConfig, score: Callable[[Row], DepthScores], settings: ScoreSettings) -> Removal:
+    assert settings.depth_iterative is not None
+    return remove_one_by_one(config, score, settings.depth_average, settings.depth_iterative)
 
 
 def text_digest(batches: list[Batch]) -> str:

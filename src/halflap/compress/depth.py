@@ -16,7 +16,7 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -131,22 +131,27 @@ def scores_of(sums: Sums, metric: str, gone: Row = ()) -> DepthScores:
     return DepthScores(mean, rank)
 
 
-def remove_one_by_one(
-    model: HybridModel, batches: Sequence[Batch], metric: str, average: str, count: int, scratch: Scratch = NOWHERE
-) -> Removal:
+def named(scores: Mapping[str, DepthScores]) -> dict[str, Tensor]:
+    """Scores by metric as an importance file has them."""
+    means = {metric: of.mean for metric, of in scores.items()}
+    return means | {f"{metric}_rank": of.rank for metric, of in scores.items()}
+
+
+def remove_one_by_one(config: ModelConfig, score: Callable[[Row], DepthScores], average: str, count: int) -> Removal:
     """Remove the block, or layer of blocks, that scores least, score the others again, until `count` are removed.
 
-    average: "mean" or "rank", which of the scores decides, under the rules of `ranking.rank_blocks`. Every round leaves
-    its sums in the scratch directory. Raises HalflapError on a count that cannot be.
+    score: gives the scores of those that are left when others are gone, as `depth_scores` does. average: "mean" or
+    "rank", which of them decides, under the rules of `ranking.rank_blocks`. Raises HalflapError on a count that cannot
+    be.
     """
-    check_count(model.config, count)
-    units = depth_units(model.config)
+    check_count(config, count)
+    units = depth_units(config)
     removed: Row = ()
-    scores = DepthScores(*(torch.full((len(model.blocks),), torch.nan),) * 2)
+    scores = DepthScores(*(torch.full((len(config.blocks),), torch.nan),) * 2)
     while len(removed) < count:
-        found = depth_scores(model, batches, metric, gone=removed, scratch=scratch)
+        found = score(removed)
         scores = DepthScores(*(old.where(new.isnan(), new) for old, new in zip(scores, found, strict=True)))
-        following = rank_blocks(getattr(scores, average).tolist(), model.config, removed)[len(removed)]
+        following = rank_blocks(getattr(scores, average).tolist(), config, removed)[len(removed)]
         removed += next(unit for unit in units if following in unit)
     return Removal(scores, removed)
 

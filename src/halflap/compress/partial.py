@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,15 @@ def resumable(
         if index + 1 == len(batches) or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
             _write(sums, name, scratch, index + 1)
             saved = time.monotonic()
+
+
+def once(name: str, scratch: Scratch, make: Callable[[], Sums]) -> Sums:
+    """What `make` gives, or what it gave to an earlier process, from the file `name`."""
+    sums: Sums = {}
+    if not _read(sums, name, scratch, torch.device("cpu")):
+        sums = make()
+        _write(sums, name, scratch, 1)
+    return sums
 
 
 def _write(sums: Sums, name: str, scratch: Scratch, done: int) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from halflap.compress import partial
 from halflap.compress.axes import Sizes, depth_units
-from halflap.compress.depth import DEPTH_METRICS, depth_scores, depth_scores_by, remove_one_by_one
+from halflap.compress.depth import DEPTH_METRICS, Removal, depth_scores, depth_scores_by, remove_one_by_one
 from halflap.compress.importance import Importance, Scoring
 from halflap.compress.metrics import collect, collect_all
-from halflap.compress.partial import Scratch
+from halflap.compress.partial import NOWHERE, Scratch
 from halflap.compress.ranking import drop_order, kept_blocks, rank_blocks, ranks_blocks
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
@@ -121,6 +121,13 @@ def test_no_single_row_decides_ranks(make: Make, text: Batch) -> None:
 # ---- one after another
 
 
+def one_by_one(
+    model: HybridModel, batches: Sequence[Batch], metric: str, average: str, count: int, scratch: Scratch = NOWHERE
+) -> Removal:
+    score = lambda gone: depth_scores(model, batches, metric, gone=gone, scratch=scratch)
+    return remove_one_by_one(model.config, score, average, count)
+
+
 def greedy(make: Callable[[], HybridModel], text: Batch, metric: str, count: int) -> tuple[int, ...]:
     """Whole models, rebuilt for every question."""
     full, gone = make(), ()
@@ -136,14 +143,14 @@ def greedy(make: Callable[[], HybridModel], text: Batch, metric: str, count: int
 @pytest.mark.parametrize("metric", ["hidden_mse", "kl"])
 def test_removal_one_by_one_is_greedy_against_the_full_model(metric: str, family: str, make: Make, text: Batch) -> None:
     count = 1 if family == "mamba1" else 2
-    found = remove_one_by_one(make(family), [text], metric, "mean", count)
+    found = one_by_one(make(family), [text], metric, "mean", count)
     assert found.removed == greedy(lambda: make(family), text, metric, count)
     assert found.scores.mean.isfinite().all() and len(found.removed) == count
 
 
 def test_what_was_removed_goes_first_and_the_rest_by_the_last_round(make: Make, text: Batch) -> None:
     model = make("nemotron_h")
-    found = remove_one_by_one(model, [text], "kl", "rank", 2)
+    found = one_by_one(model, [text], "kl", "rank", 2)
     again = depth_scores(model, [text], "kl", gone=found.removed[:1])
     left = [index for index in range(4) if index not in found.removed]
     assert again.mean[found.removed[0]].isnan() and torch.equal(found.scores.rank[left], again.rank[left])
@@ -172,7 +179,7 @@ def test_counts_of_each_type_take_final_hidden_states_by_ranks_where_no_metric_i
 @pytest.mark.parametrize(("family_name", "count"), [("nemotron_h", 4), ("nemotron_h", 9), ("llama", 1), ("llama", 4)])
 def test_counts_that_cannot_be_are_refused(family_name: str, count: int, make: Make, text: Batch) -> None:
     with pytest.raises(HalflapError, match="correct --depth-iterative"):
-        remove_one_by_one(make(family_name), [text], "kl", "mean", count)
+        one_by_one(make(family_name), [text], "kl", "mean", count)
 
 
 def test_a_block_that_breaks_the_outputs_is_named(make: Make, text: Batch) -> None:
@@ -215,7 +222,7 @@ def measured(model: HybridModel, batches: Sequence[Batch], metric: str, scratch:
         scorings = [Scoring(), Scoring(mamba="z" if metric == "taylor" else "flap", batch="mean")]
         found = collect_all(model, batches, metric, scorings, scratch=scratch)
         return b"".join(importance.to_bytes() for importance in found)
-    scores, removed = remove_one_by_one(model, batches, metric, "rank", 2, scratch)
+    scores, removed = one_by_one(model, batches, metric, "rank", 2, scratch)
     return Importance("x", {}, {"mean": scores.mean, "rank": scores.rank}, removed=removed).to_bytes()
 
 
@@ -252,10 +259,10 @@ def test_a_later_round_goes_on_where_it_was(make: Make, text: Batch, tmp_path: P
     config = make("nemotron_h")
     batches = DiesInSecondRound(rows, -1)
     with pytest.raises(Killed):
-        remove_one_by_one(config, batches, "kl", "mean", 2, Scratch(tmp_path, "a"))
+        one_by_one(config, batches, "kl", "mean", 2, Scratch(tmp_path, "a"))
     batches = Deadly(rows, -1)
-    found = remove_one_by_one(config, batches, "kl", "mean", 2, Scratch(tmp_path, "a"))
-    assert batches.asked == [0, 1] and found.removed == remove_one_by_one(config, rows, "kl", "mean", 2).removed
+    found = one_by_one(config, batches, "kl", "mean", 2, Scratch(tmp_path, "a"))
+    assert batches.asked == [0, 1] and found.removed == one_by_one(config, rows, "kl", "mean", 2).removed
     assert whole == measured(model, rows, "kl", Scratch(tmp_path, "b"))
 
 

@@ -13,11 +13,12 @@ import torch
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model, write_checkpoint
 from halflap.checkpoints.streamed import ENTRY, EXIT, StreamedModel, largest_part, part_names
 from halflap.compress import streamed as streamed_module
-from halflap.compress.depth import DEPTH_METRICS, depth_scores
+from halflap.compress.axes import depth_units
+from halflap.compress.depth import DEPTH_METRICS, depth_scores, remove_one_by_one
 from halflap.compress.importance import Scoring
 from halflap.compress.metrics import collect_all
 from halflap.compress.partial import Scratch
-from halflap.compress.streamed import collect_streamed
+from halflap.compress.streamed import collect_streamed, depth_scores_streamed
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.layout import layout
@@ -135,7 +136,7 @@ def test_a_killed_sweep_goes_on_to_the_same_bytes(
 
 def test_a_damaged_shelf_says_what_to_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = write("llama-tiny", tmp_path / "model")
-    monkeypatch.setattr(streamed_module._Sweep, "_carry", lambda *_: 1 / 0)
+    monkeypatch.setattr(streamed_module._Scores, "_carry", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         streamed(checkpoint, tmp_path / "scratch", True, "activation", "kl")
     (file,) = (tmp_path / "scratch" / "streams").iterdir()
@@ -147,11 +148,41 @@ def test_a_damaged_shelf_says_what_to_delete(tmp_path: Path, monkeypatch: pytest
 def test_streams_of_another_sweep_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = write("llama-tiny", tmp_path / "model")
     with monkeypatch.context() as patch:
-        patch.setattr(streamed_module._Sweep, "_leave", lambda *_: 1 / 0)
+        patch.setattr(streamed_module._Scores, "_leave", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             streamed(checkpoint, tmp_path / "scratch", False, "activation", "kl", "other text")
     again = streamed(checkpoint, tmp_path / "scratch", True, "activation", "kl", "this text")
     assert again == in_memory(checkpoint, True, "activation", "kl")
+
+
+@pytest.mark.parametrize("name", ["hymba", "nemotron-h-tiny"])
+def test_blocks_that_go_one_by_one_are_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the second round, whose streams lack what the first one took; the first is not read again."""
+    checkpoint, text = write(name, tmp_path / "model"), batches()
+    model, scratch = load_model(checkpoint.path), Scratch(tmp_path / "scratch", "")
+    streamed_model = StreamedModel.of(checkpoint, torch.float32)
+    count = 2 * len(depth_units(checkpoint.config)[0])
+    whole = remove_one_by_one(checkpoint.config, lambda gone: depth_scores(model, text, "kl", gone=gone), "mean", count)
+    score = lambda gone: depth_scores_streamed(streamed_model, text, "kl", gone, scratch)
+    steps, through, most = list[int](), Stream.through, [10**6]
+
+    def step(self: Stream, index: int, block: Any) -> Stream:
+        if len(steps) == most[0]:
+            raise KeyboardInterrupt
+        steps.append(index)
+        return through(self, index, block)
+
+    monkeypatch.setattr(Stream, "through", step)
+    blocks = len(checkpoint.config.blocks)
+    first = len(text) * blocks * (blocks + 1) // 2
+    most[0] = first + len(text) * (blocks + 3)
+    with pytest.raises(KeyboardInterrupt):
+        remove_one_by_one(checkpoint.config, score, "mean", count)
+    steps.clear()
+    most[0] = 10**6
+    found = remove_one_by_one(checkpoint.config, score, "mean", count)
+    assert found.removed == whole.removed and len(found.removed) == count and min(steps) > 0
+    assert torch.equal(found.scores.mean, whole.scores.mean) and torch.equal(found.scores.rank, whole.scores.rank)
 
 
 def test_metrics_that_need_the_whole_model_are_refused(tmp_path: Path) -> None:
