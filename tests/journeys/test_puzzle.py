@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from halflap.checkpoints import passes
 from halflap.checkpoints.checkpoint import load_model, save_model
 from halflap.checkpoints.config import read_lineage
 from halflap.commands import puzzle, shortlist
+from halflap.compress import replace_streamed
 from halflap.compress.plan import PruningPlan
 from halflap.data.tokenizer import train_tokenizer
 from halflap.models.count import count_parameters
@@ -138,7 +140,11 @@ def test_an_interrupted_search_ends_with_the_same_files(
     [
         (("--params", 1000), 1, "a budget of 1,000 parameters cannot be met: the smallest student of this library"),
         (("--space.hidden-size", 64), 1, "space.hidden_size was given; method puzzle chooses block by block"),
-        (("--stream",), 2, "method is puzzle, which tries each variant in the place of its block and needs the"),
+        (
+            ("--stream", "--shortlist-tokens", 64),
+            2,
+            "and a distillation needs the teacher in memory, where its weights",
+        ),
         (("--max-overlap", 2), 2, "max_overlap is 2.0; it must be from 0 to 1: correct --max-overlap"),
         (("--method", "jigsaw"), 2, "method"),
     ],
@@ -176,6 +182,36 @@ def test_trained_blocks_reach_the_student(halflap: Callable[..., Any], place: Pa
     assert different and all(name.startswith("blocks.") for name in different)
     assert read_lineage(tmp_path / "run" / "checkpoint")[-1]["verb"] == "distill_blocks"
     assert halflap("verify", tmp_path / "run", "--tokens", 64, "--json").json["passed"]
+
+
+@pytest.mark.parametrize("block_tokens", [0, 64])
+def test_a_block_at_a_time_it_says_the_same(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_tokens: int
+) -> None:
+    """In several readings and killed on the way: the same scores, students and losses, with blocks that learnt too."""
+    words = (*search_words(place, "hymba"), "--block-tokens", block_tokens, "--space.intermediate-size", 48)
+    whole = halflap(*words, "--out", tmp_path / "whole", "--json").json["candidates"]
+    monkeypatch.setattr(passes, "STREAMS_AT_ONCE", 600_000)
+    save, saved = replace_streamed._commit, [0]
+
+    def failing(*arguments: Any) -> None:
+        saved[0] += 1
+        if saved[0] == 30:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(replace_streamed, "_commit", failing)
+    run = tmp_path / "run"
+    assert halflap(*words, "--stream", "--out", run).status == 130
+    known = json.loads((run / "variant_scores.json").read_text())["scores"]
+    assert known and (run / "replacing").is_dir()
+    assert halflap(*words, "--stream", "--out", run, "--json").json["candidates"] == whole
+    assert not (run / "replacing").exists() and not (run / "streams").exists()
+    scores = [(folder / "variant_scores.json").read_bytes() for folder in (run, tmp_path / "whole")]
+    assert scores[0] == scores[1] and len(known) < len(json.loads(scores[0])["scores"])
+    if block_tokens:
+        for block in (tmp_path / "whole" / "blocks").iterdir():
+            assert (run / "blocks" / block.name).read_bytes() == block.read_bytes()
 
 
 def test_rounds_of_distillation_go_on_from_trained_blocks(

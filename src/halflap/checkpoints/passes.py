@@ -108,13 +108,22 @@ def served_together(model: StreamedModel, inputs: Sequence[Input]) -> list[slice
     """Runs of inputs whose streams are of STREAMS_AT_ONCE bytes together, or of one input."""
     found: list[slice] = []
     start, held = 0, 0
-    for number, (tokens, segments) in enumerate(inputs):
-        size = stream_bytes(model.config, model.context_of(tokens, segments).positions.numel(), model.dtype)
+    for number, given in enumerate(inputs):
+        size = _bytes_of(model, given)
         if number > start and held + size > STREAMS_AT_ONCE:
             found.append(slice(start, number))
             start, held = number, 0
         held += size
     return [*found, slice(start, len(inputs))] if inputs else []
+
+
+def copies_at_once(model: StreamedModel, inputs: Sequence[Input]) -> int:
+    """How often STREAMS_AT_ONCE bytes hold the streams of all inputs."""
+    return STREAMS_AT_ONCE // sum(_bytes_of(model, given) for given in inputs)
+
+
+def _bytes_of(model: StreamedModel, given: Input) -> int:
+    return stream_bytes(model.config, model.context_of(*given).positions.numel(), model.dtype)
 
 
 def digest_of(inputs: Sequence[Input]) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +13,14 @@ from torch import Tensor
 
 from halflap.checkpoints.passes import Input, Passes, carry
 from halflap.checkpoints.shelf import Shelf
-from halflap.checkpoints.streamed import StreamedModel
+from halflap.checkpoints.streamed import Part, StreamedModel
 from halflap.commands.students import Teacher
-from halflap.compress.candidates import Source
+from halflap.compress.candidates import Source, part_of_student
+from halflap.compress.local import trained_at
 from halflap.compress.partial import Scratch
 from halflap.compress.plan import PruningPlan
 from halflap.data.batch import Batch
+from halflap.models.model import HybridModel
 from halflap.train.numerics import precision, resolve_dtype
 from halflap.train.objectives.agreement import with_teacher_tokens
 
@@ -46,10 +51,12 @@ def measured(
     scratch: Scratch,
     *,
     with_teacher: bool,
+    trained: Path,
 ) -> Iterator[dict[str, float]]:
     """What is measured of each plan's student, in order, in float32.
 
-    with_teacher: the batches are given the teacher's likeliest tokens. Streams lie in the scratch directory, 4 D bytes
+    with_teacher: the batches are given the teacher's likeliest tokens. trained: folder of blocks that the search has
+    trained, which students have in place of theirs. Streams lie in the scratch directory, 4 D bytes
     a token of every student; interrupted, they are gone on with.
     """
     assert scratch.directory is not None
@@ -57,7 +64,10 @@ def measured(
     inputs: list[Input] = [(batch.tokens, batch.segments) for batch in moved]
     source = Source(teacher.checkpoint, torch.float32, teacher.device)
     whole = Passes("teacher", source.whole(), inputs)
-    students = [source.cut(plan, plan.digest, inputs) for plan in plans]
+    students = [
+        dataclasses.replace(source.cut(plan, plan.digest, inputs), alter=partial(_put_trained, trained, plan))
+        for plan in plans
+    ]
     shelf, dtype = Shelf(scratch.directory, scratch.made_from), resolve_dtype(teacher.dtype, teacher.device)
     with torch.inference_mode(), precision(teacher.device, dtype):
         carry([whole, *students] if with_teacher else students, teacher.config, shelf)
@@ -68,3 +78,9 @@ def measured(
     for passes in students:
         yield measure(Coming(passes.model, passes.hidden_states(shelf)), batches, teacher)
     shelf.remove()
+
+
+def _put_trained(folder: Path, plan: PruningPlan, student: HybridModel, part: Part) -> None:
+    """The trained weights of a part, named as in the teacher, in place of the student's, where there are any."""
+    if isinstance(at := part_of_student(plan, part), int):
+        student.load_state_dict(trained_at(folder, plan, at), strict=False)

@@ -35,6 +35,7 @@ from halflap.compress.axes import Sizes, check_sizes, largest_sizes
 from halflap.compress.cost_table import CostTable
 from halflap.compress.costs import BUDGETS
 from halflap.compress.importance import Importance
+from halflap.compress.local import with_trained
 from halflap.compress.plan import PLAN, PruningPlan, plan_file
 from halflap.compress.ranking import plan_for, ranks_blocks
 from halflap.errors import CheckFailed, HalflapError, RecipeError
@@ -347,7 +348,7 @@ def _remarks(*remarks: str | None, without: list[str]) -> str | None:
 
 
 def _write_trained(directory: Path, pruned: Path, plan: PruningPlan, searched: Path, teacher: Teacher) -> None:
-    """The student with the blocks that the search has trained; `pruned` is it as cut."""
-    student = students.with_trained_blocks(load_model(pruned, "float32"), plan, searched)
+    """The student with the blocks that the search has trained; `pruned` is it as cut. A block at a time."""
+    tensors = with_trained(searched / students.BLOCKS, plan, Checkpoint.open(pruned).tensors())
     step = lineage_step("distill_blocks", {"teacher": teacher.digest, "plan": plan.digest})
-    students.save_trained(directory, student, pruned, step)
+    students.write_trained(directory, plan.student, tensors, pruned, step)

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from halflap.checkpoints.streamed import AnyModel, StreamedModel
 from halflap.commands import scoring, students
 from halflap.commands.given import Given
 from halflap.compress import local
 from halflap.compress.axes import Sizes
 from halflap.compress.library import WHOLE, Library, Option
+from halflap.compress.partial import Scratch
 from halflap.compress.plan import PruningPlan
 from halflap.compress.programme import Programme
 from halflap.compress.replace import Replacement, Scores, replacement, replacement_scores
+from halflap.compress.replace_streamed import replacement_scores_streamed
 from halflap.compress.space import Candidate, Fitting
 from halflap.data.batch import Batch
-from halflap.data.loader import Loader
 from halflap.errors import HalflapError
 from halflap.files import write_json
 from halflap.models.model import HybridModel
 from halflap.models.sharing import with_source
-from halflap.train.config import Fit
 
 SCORES, FORMAT = "variant_scores.json", "halflap-variant-scores-1"
+SCRATCH = "replacing"
+"""Folder of a search with the streams of a teacher that is read a block at a time."""
 
 
 def programme_of(given: Given) -> Programme:
@@ -43,7 +47,7 @@ def programme_of(given: Given) -> Programme:
     return Programme(library, given.budget)
 
 
-def propose(given: Given, model: HybridModel, programme: Programme) -> Fitting:
+def propose(given: Given, model: AnyModel, programme: Programme) -> Fitting:
     """Candidates, the best sum of scores first: as many as the shortlist has places, or as differ enough."""
     settings, library = given.recipe.settings, programme.library
     scores = _measured(given, model, library)
@@ -64,10 +68,11 @@ def propose(given: Given, model: HybridModel, programme: Programme) -> Fitting:
     return Fitting(candidates, len(library.options), remark)
 
 
-def _measured(given: Given, model: HybridModel, library: Library) -> Scores:
+def _measured(given: Given, model: AnyModel, library: Library) -> Scores:
     """The score of every variant, once it has learnt what its block does, if the recipe has tokens for that."""
-    recipe, teacher, settings = given.recipe, given.teacher, given.recipe.settings
+    teacher, settings = given.teacher, given.recipe.settings
     folder = given.shared / students.BLOCKS
+    weights = model.shell if isinstance(model, StreamedModel) else model
 
     def plan_with(option: Option) -> PruningPlan:
         blocks = range(len(teacher.config.blocks))
@@ -75,46 +80,57 @@ def _measured(given: Given, model: HybridModel, library: Library) -> Scores:
 
     def make(option: Option) -> Replacement:
         plan, index = plan_with(option), option.blocks[0]
-        return replacement(model, plan, index, local.trained_block(folder, plan, index))
+        return replacement(weights, plan, index, local.trained_block(folder, plan, index))
 
     if settings.block_tokens:
-        _distill_blocks(folder, model, library, plan_with, given.scoring, settings.block_tokens, recipe.fit)
+        _distill_blocks(given, model, library, plan_with, folder)
     batches = [batch.to(teacher.device) for batch in students.choosing(given.scoring, settings.replacement_tokens)]
     made_from = {
         "teacher": teacher.digest,
         "importance": given.importance.digest,
         "text": scoring.text_digest(batches),
-        "norm_correction": recipe.norm_correction,
+        "norm_correction": given.recipe.norm_correction,
         "block_tokens": settings.block_tokens,
     }
-    return _scores(given.shared / SCORES, made_from, model, batches, library, make)
+    scores = _scores(given.shared / SCORES, made_from, model, batches, library, make)
+    shutil.rmtree(given.shared / SCRATCH, ignore_errors=True)
+    return scores
 
 
 def _distill_blocks(
-    blocks: Path,
-    model: HybridModel,
-    library: Library,
-    plan_with: Callable[[Option], PruningPlan],
-    loader: Loader,
-    tokens: int,
-    fit: Fit,
+    given: Given, model: AnyModel, library: Library, plan_with: Callable[[Option], PruningPlan], folder: Path
 ) -> None:
     """Train every variant on the first tokens of the text, block by block, but those whose files are there."""
-    steps = max(1, round(tokens / loader.tokens_per_batch))
-    for index in range(len(model.blocks)):
+    loader, fit, config = given.scoring, given.recipe.fit, given.teacher.config
+    steps = max(1, round(given.recipe.settings.block_tokens / loader.tokens_per_batch))
+
+    def untrained(index: int) -> list[PruningPlan]:
         own = [o for o in library.options if o.blocks == (index,) and o.variant != WHOLE and not o.variant.dropped]
-        plans = [plan for plan in map(plan_with, own) if not local.block_file(blocks, plan, index).exists()]
-        variants = [replacement(model, plan, index) for plan in plans]
-        if variants:
-            local.distill_block(model, variants, index, loader.batch, steps, fit)
+        return [plan for plan in map(plan_with, own) if not local.block_file(folder, plan, index).exists()]
+
+    def train(weights: HybridModel, index: int, plans: list[PruningPlan], lessons: local.Lessons) -> None:
+        variants = [replacement(weights, plan, index) for plan in plans]
+        local.distill_block(variants, index, lessons, steps, fit, config.num_meta_tokens)
         for plan, variant in zip(plans, variants, strict=True):
-            local.save_block(blocks, plan, index, variant)
+            local.save_block(folder, plan, index, variant)
+
+    todo = {index: plans for index in range(len(config.blocks)) if (plans := untrained(index))}
+    if not isinstance(model, StreamedModel):
+        for index, plans in todo.items():
+            train(model, index, plans, local.lessons_of(model, loader.batch, index))
+    elif todo:
+        batches = [loader.batch(step) for step in range(steps)]
+        made_from = json.dumps({"teacher": given.teacher.digest, "text": scoring.text_digest(batches)})
+        scratch = Scratch(given.shared / SCRATCH, made_from)
+        for index, lessons in local.lessons_streamed(model, batches, scratch, [*todo]):
+            for plan in todo[index]:  # one at a time: with its gradients it is several times what a block is
+                train(model.shell, index, [plan], lessons)
 
 
 def _scores(
     file: Path,
     made_from: Mapping[str, Any],
-    model: HybridModel,
+    model: AnyModel,
     batches: list[Batch],
     library: Library,
     make: Callable[[Option], Replacement],
@@ -130,4 +146,7 @@ def _scores(
         tokens = sum(int((batch.weights > 0).sum()) for batch in batches)
         write_json(file, {"format": FORMAT, "made_from": made_from, "tokens": tokens, "scores": scores})
 
+    if isinstance(model, StreamedModel):
+        scratch = Scratch(file.parent / SCRATCH, json.dumps(made_from))
+        return replacement_scores_streamed(model, batches, library, make, scratch, known, save)
     return replacement_scores(model, batches, library, make, known, save)

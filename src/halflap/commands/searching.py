@@ -132,8 +132,8 @@ def _minipuzzle(given: Given, found: Fitting) -> SearchResult:
 def _puzzle(given: Given, programme: Programme) -> SearchResult:
     """A variant for each block, by how its score in the teacher's place adds up, ranked by loss."""
     model = _teacher(given)
-    assert model is not None
-    return _rank(given, model, puzzle.propose(given, model, programme), students.next_token_loss)
+    found = puzzle.propose(given, model or given.teacher.stream(), programme)
+    return _rank(given, model, found, students.next_token_loss)
 
 
 def _teacher(given: Given) -> HybridModel | None:
@@ -147,16 +147,10 @@ def _teacher(given: Given) -> HybridModel | None:
             "compress trains a student beside its teacher, whose weights do not fit in memory; take score, search, "
             "prune and verify, which read them a block at a time, or a machine with more memory"
         )
-    where = "where its weights do not fit or --stream has them read a block at a time"
-    if recipe.settings.method == "puzzle":
-        raise RecipeError(
-            "method is puzzle, which tries each variant in the place of its block and needs the teacher in memory, "
-            f"{where}: choose another --method"
-        )
     if recipe.settings.shortlist_tokens:
         raise RecipeError(
             f"shortlist_tokens is {recipe.settings.shortlist_tokens}, and a distillation needs the teacher in memory, "
-            f"{where}: leave out --shortlist-tokens"
+            "where its weights do not fit or --stream has them read a block at a time: leave out --shortlist-tokens"
         )
     return None
 
@@ -179,7 +173,8 @@ def _score(given: Given, model: HybridModel | None, batches: list[Batch], measur
     def together(plans: Sequence[PruningPlan]) -> Iterator[dict[str, float]]:
         made_from = json.dumps({**_made_from(given), "text": text_digest(batches)})
         scratch = Scratch(given.place / STREAMS, made_from)
-        return measured(given.teacher, plans, batches, measure, scratch, with_teacher=agree)
+        trained = given.shared / students.BLOCKS
+        return measured(given.teacher, plans, batches, measure, scratch, with_teacher=agree, trained=trained)
 
     return together if model is None else in_turn
 

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,7 +267,20 @@ def save_trained(
     step: Mapping[str, Any],
     lineage: Lineage | None = None,
 ) -> Checkpoint:
-    """A student after training, in the types of the checkpoint it started from.
+    """A student after training, in the types of the checkpoint it started from, with what `write_trained` adds."""
+    tensors = student.cpu().state_dict().items()
+    return write_trained(directory, student.config, tensors, source, step, lineage)
+
+
+def write_trained(
+    directory: Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    source: Path,
+    step: Mapping[str, Any],
+    lineage: Lineage | None = None,
+) -> Checkpoint:
+    """Parameters after training, in the order of the layout, as a checkpoint in the types of the one they came from.
 
     It comes with that one's tokenizer, and with its plan and lineage unless another `lineage` is given.
     """
@@ -275,8 +288,8 @@ def save_trained(
     keeps_plan = lineage is None and (source / PLAN).exists()
     written = write_checkpoint(
         directory,
-        student.config,
-        student.cpu().state_dict().items(),
+        config,
+        tensors,
         dtype=cut.dtypes,
         tokenizer_from=source,
         lineage=[*(cut.lineage if lineage is None else lineage), step],

@@ -57,12 +57,15 @@ def _among_all(plan: PruningPlan, at: int, index: int) -> BlockConfig:
 def replacement(
     model: HybridModel, plan: PruningPlan, index: int, trained: Mapping[str, Tensor] | None = None
 ) -> Replacement:
-    """Block `index` of a plan's student, cut from the teacher's weights or, where it was trained, with those."""
+    """Block `index` of a plan's student, cut from the teacher's weights or, where it was trained, with those.
+
+    Of the teacher no other block need be in memory.
+    """
     with torch.device("meta"):
         made = Replacement(plan, index)
     tensors = trained or cut_block(plan, index, model.state_dict().items())
     made.block.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, strict=True, assign=True)
-    return made.to(model.head_weight.device).eval()
+    return made.to(next(model.blocks[index].parameters()).device).eval()
 
 
 def replacement_scores(
@@ -79,9 +82,7 @@ def replacement_scores(
     that an interrupted call, given them as `known`, ends as if it had not been.
     """
     batches = list(batches)
-    count = sum(float(batch.weights.sum()) for batch in batches)
-    if not count:
-        raise HalflapError("no text was read, so no block can be replaced; give at least one document")
+    count = count_targets(batches)
     scores = dict(known or {})
     todo = [option for option in library.options if option.variant != WHOLE]
     if len(scores) == len(todo):
@@ -103,6 +104,14 @@ def replacement_scores(
     return scores
 
 
+def count_targets(batches: Iterable[Batch]) -> float:
+    """What the sums of the batches' tokens are divided by. Raises HalflapError without text."""
+    count = sum(float(batch.weights.sum()) for batch in batches)
+    if not count:
+        raise HalflapError("no text was read, so no block can be replaced; give at least one document")
+    return count
+
+
 def _missing(options: Sequence[Option], blocks: tuple[int, ...], scores: Scores, dropped: bool = False) -> list[Option]:
     return [o for o in options if o.blocks == blocks and o.variant.dropped == dropped and o.name not in scores]
 
@@ -113,7 +122,7 @@ class _Passes:
     def __init__(self, model: HybridModel, batches: list[Batch]) -> None:
         self.model, self.batches = model, batches
         passes = [full_pass(model, batch) for batch in batches]
-        self.full = [_with_target(full, batch) for (full, _, _), batch in zip(passes, batches, strict=True)]
+        self.full = [full for full, _, _ in passes]
         self.streams = [stream for _, stream, _ in passes]
         self.contexts = [context for _, _, context in passes]
 
@@ -128,11 +137,11 @@ class _Passes:
             context = self.contexts[place]
             out = stream if block is None else block(stream, context)
             final = finish(self.model, out, context, tuple(range(following)))
-            head, weights = self.model.head_weight, batch.weights[batch.weights > 0]
-            total += float(kl_divergence_sum(_with_target(final, batch), head, self.full[place], head, weights))
+            total += divergence(self.model.head_weight, self.full[place], final, batch)
         return total
 
 
-def _with_target(hidden: Tensor, batch: Batch) -> Tensor:
-    """Rows (M, D) of the tokens that have a target."""
-    return hidden[batch.weights > 0]
+def divergence(head: Tensor, full: Tensor, replaced: Tensor, batch: Batch) -> float:
+    """Sum over the tokens that have a target of KL(p_full || p_replaced), from final hidden states (B, T, D)."""
+    used = batch.weights > 0
+    return float(kl_divergence_sum(replaced[used], head, full[used], head, batch.weights[used]))

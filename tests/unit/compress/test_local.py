@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 from halflap.commands.students import build
 from halflap.compress.axes import Sizes
 from halflap.compress.library import WHOLE, Variant
-from halflap.compress.local import distill_block, save_block, trained_block, trained_tensors
+from halflap.compress.local import distill_block, lessons_of, save_block, trained_block, trained_tensors
 from halflap.compress.metrics import collect
 from halflap.compress.plan import PruningPlan
 from halflap.compress.ranking import plan_of_variants
-from halflap.compress.replace import replacement
+from halflap.compress.replace import Replacement, replacement
 from halflap.data.batch import Batch
 from halflap.models.config import Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.context import SequenceContext
@@ -63,6 +64,18 @@ def variants_of(config: ModelConfig, only: int | None = None) -> list[Variant]:
     return [cut if only is None or place == only else WHOLE for place, cut in enumerate(cuts)]
 
 
+def learn(
+    model: HybridModel,
+    variants: list[Replacement],
+    index: int,
+    batches: Callable[[int], Batch],
+    steps: int,
+    settings: Fit,
+) -> list[float]:
+    lessons = lessons_of(model, batches, index)
+    return distill_block(variants, index, lessons, steps, settings, model.config.num_meta_tokens)
+
+
 @pytest.mark.parametrize(("name", "index"), [("mamba2", 0), ("mamba2", 1), ("hymba", 4), ("hymba", 7)])
 def test_a_variant_learns_what_its_block_does(name: str, index: int) -> None:
     """On fresh batches every step, so what is learnt holds for text not seen before; the teacher stays as it is."""
@@ -70,9 +83,9 @@ def test_a_variant_learns_what_its_block_does(name: str, index: int) -> None:
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     plan = plan_of(model, variants_of(model.config, index))
     settings = Fit(learning_rate=3e-3, schedule="constant", weight_decay=0.0)
-    first = distill_block(model, [replacement(model, plan, index)], index, batch, 1, settings)[0]
+    first = learn(model, [replacement(model, plan, index)], index, batch, 1, settings)[0]
     one, other = (replacement(model, plan, index) for _ in range(2))
-    last = distill_block(model, [one, other], index, batch, 40, settings)
+    last = learn(model, [one, other], index, batch, 40, settings)
     assert 0 < last[0] == last[1] < 0.9 * first < 1.5
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
@@ -90,7 +103,7 @@ def test_what_stands_in_padding_is_not_learnt(name: str, index: int) -> None:
         segments = (torch.arange(time) < 7).long()[None]
         padded = Batch(tokens, tokens.roll(-1, 1), segments.float(), segments)
         variant = replacement(model, plan, index)
-        losses += distill_block(model, [variant], index, lambda _, padded=padded: padded, 3, settings)
+        losses += learn(model, [variant], index, lambda _, padded=padded: padded, 3, settings)
         trained.append(torch.cat([p.detach().flatten() for p in variant.block.parameters()]))
     assert (trained[1] - trained[0]).abs().max() < 1e-9 and torch.equal(trained[1], trained[2])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-9)
@@ -108,7 +121,7 @@ def test_documents_of_one_row_teach_what_they_do_in_rows_of_their_own(name: str,
     for tokens, segments in ((apart, torch.ones_like(apart)), (together, 1 + (torch.arange(12) >= 6).long()[None])):
         rows = Batch(tokens, tokens.roll(-1, 1), segments.clamp(max=1).float(), segments)
         variant = replacement(model, plan, index)
-        distill_block(model, [variant], index, lambda _, rows=rows: rows, 3, settings)
+        learn(model, [variant], index, lambda _, rows=rows: rows, 3, settings)
         trained.append(torch.cat([p.detach().flatten() for p in variant.block.parameters()]))
     assert (trained[0] - trained[1]).abs().max() < 1e-9
 
