@@ -59,13 +59,16 @@ def collect_streamed(
     check_metrics(metric, depth_metrics)
     if metric == "random":
         return [random_of(model.config, seed)]
-    removes = "block_influence" not in depth_metrics
-    watch = Watch(model.shell, scorings) if metric == "activation" or not removes else None
+    if not batches:
+        raise HalflapError("no calibration text was read, so nothing can be scored; give at least one document")
+    influence = "block_influence" in depth_metrics
+    watch = Watch(model.shell, scorings) if metric == "activation" or influence else None
     text, depth = batches if metric == "activation" else batches[:removed_on], dict[str, Tensor]()
     with torch.inference_mode():
         if text:
-            sums = _Scores(model, text, removed_on * removes, watch).run(scratch, depth_metrics)
-            depth = named({name: scores_of(sums, name) for name in depth_metrics}) if sums else {}
+            sums = _Scores(model, text, 0 if influence else removed_on, watch).run(scratch, depth_metrics)
+            scored = () if influence or not removed_on else depth_metrics
+            depth = named({name: scores_of(sums, name) for name in scored})
         found = [] if watch is None else watch.result()
         if metric == "weight_norm":
             depth |= found[0].depth if found else {}
