@@ -189,7 +189,7 @@ def test_blocks_that_go_one_by_one_are_the_same(name: str, tmp_path: Path, monke
 def test_no_text_is_an_error(tmp_path: Path, metric: str) -> None:
     model = StreamedModel.of(write("llama-tiny", tmp_path / "model"), torch.float32)
     with pytest.raises(HalflapError, match="no calibration text was read"):
-        collect_streamed(model, [], metric, "kl", SCORINGS, Scratch(tmp_path / "scratch", ""))
+        collect_streamed(model, [], metric, ("kl",), SCORINGS, Scratch(tmp_path / "scratch", ""))
 
 
 def test_metrics_that_need_the_whole_model_are_refused(tmp_path: Path) -> None:
