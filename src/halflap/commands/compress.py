@@ -38,7 +38,7 @@ from halflap.compress.importance import Importance
 from halflap.compress.local import with_trained
 from halflap.compress.plan import PLAN, PruningPlan, plan_file
 from halflap.compress.ranking import plan_for, ranks_blocks
-from halflap.errors import CheckFailed, HalflapError, RecipeError
+from halflap.errors import HalflapError, RecipeError
 from halflap.inference.generate import require_positions
 from halflap.models.count import count_non_embedding_parameters, count_parameters
 from halflap.parallel import mesh
@@ -143,14 +143,7 @@ def verify(recipe: VerifyRecipe, run: Run) -> dict[str, Any]:
     teacher = Checkpoint.open(students.teacher_of(directory, recipe.teacher))
     must_stream(teacher.config, "float32", torch.device("cpu"), asked=True)
     certificate = students.certify(directory, teacher, plan, recipe.tokens, recipe.common.seed)
-    if not certificate["passed"]:
-        raise CheckFailed(
-            f"the student in {str(directory)!r} is not its masked teacher: logits differ by "
-            f"{certificate['exact_max_abs_error']:.2g} of {certificate['logit_scale']:.2g}, as {CERTIFICATE} beside "
-            "it says axis by axis: prune again",
-            certificate,
-        )
-    return certificate
+    return students.require_passed(certificate, directory)
 
 
 def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
@@ -323,7 +316,7 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[
                 "a plan was given, and importance, space or norm_correction, which it has settled: leave out the others"
             )
         plan = PruningPlan.load(recipe.plan)
-        plan.check_teacher(teacher.digest)
+        plan.check_teacher(teacher.digest, teacher.config)
         return plan, None, None
     _require_target(recipe.budgets, sizes)
     only_drops = sizes == Sizes(drop_blocks=sizes.drop_blocks) and not has_ceiling(recipe.budgets)

@@ -33,7 +33,7 @@ from halflap.compress.verify import verify
 from halflap.data.batch import Batch
 from halflap.data.loader import Loader
 from halflap.data.tokenizer import Tokenizer
-from halflap.errors import HalflapError
+from halflap.errors import CheckFailed, HalflapError
 from halflap.evaluate.documents import documents_of
 from halflap.evaluate.held_out import evaluate_text
 from halflap.files import write_json
@@ -245,14 +245,29 @@ def write_student(
 
 
 def prune(directory: Path, teacher: Teacher, plan: PruningPlan) -> dict[str, Any] | None:
-    """Write the student as cut and certify it; of a large one, which takes minutes, `halflap verify` does."""
+    """Write the student as cut and certify it; of a large one, which takes minutes, `halflap verify` does.
+
+    Raises CheckFailed when it is not its masked teacher; the student stays for `halflap verify` to look at.
+    """
     if (directory / CERTIFICATE).exists():
-        return read_json(directory / CERTIFICATE)
+        return require_passed(read_json(directory / CERTIFICATE), directory)
     if not is_complete(directory, plan):
         write_student(directory, teacher, plan, apply_plan(plan, teacher.checkpoint.tensors()))
     if count_parameters(teacher.config) > CERTIFIED_AT_ONCE:
         return None
-    return certify(directory, teacher.checkpoint, plan, seed=teacher.seed)
+    return require_passed(certify(directory, teacher.checkpoint, plan, seed=teacher.seed), directory)
+
+
+def require_passed(certificate: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The certificate of the student in `directory`. Raises CheckFailed, with the certificate, if it did not pass."""
+    if not certificate["passed"]:
+        raise CheckFailed(
+            f"the student in {str(directory)!r} is not its masked teacher: logits differ by "
+            f"{certificate['exact_max_abs_error']:.2g} of {certificate['logit_scale']:.2g}, as {CERTIFICATE} beside "
+            "it says axis by axis: prune again (--overwrite), with a plan made anew if one was given",
+            certificate,
+        )
+    return certificate
 
 
 def is_complete(directory: Path, plan: PruningPlan) -> bool:

@@ -82,12 +82,18 @@ class PruningPlan:
         text = json.dumps(self.to_json(), sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def check_teacher(self, digest: str) -> None:
-        """Raise HalflapError unless `digest` is that of the teacher this plan was made for."""
+    def check_teacher(self, digest: str, config: ModelConfig) -> None:
+        """Raise HalflapError unless `digest` and `config` are those of the teacher this plan was made for."""
         if digest != self.teacher:
             raise HalflapError(
                 f"the pruning plan was made for teacher {self.teacher[:12]} and this checkpoint is {digest[:12]}; its "
                 "indices mean nothing here: give the teacher of the plan, or make a plan for this checkpoint"
+            )
+        if found := _first_difference(self.teacher_config.to_json(), config.to_json()):
+            name, planned, here = found
+            raise HalflapError(
+                f"the pruning plan says of its teacher that {name} is {planned}, and this checkpoint's is {here}, so "
+                "the plan was changed after it was made and its student would be of another model: make it again"
             )
 
     def student_name(self, name: str) -> str | None:
@@ -206,6 +212,23 @@ class PruningPlan:
             found = ", ".join(row["path"] for row in data["sweep"]["values"])
             raise HalflapError(f"{str(path)!r} holds the best of several budgets; give one of them: {found}")
         return PruningPlan.from_json(data["plan"] if isinstance(data.get("plan"), Mapping) else data)
+
+
+def _first_difference(plan: Any, teacher: Any, name: str = "") -> tuple[str, str, str] | None:
+    """Where two JSON values differ, as in `blocks[2].activation`, and what each says there; None when they are equal."""
+    if plan == teacher:
+        return None
+    if isinstance(plan, Mapping) and isinstance(teacher, Mapping):
+        inside = [(f"{name}.{key}".lstrip("."), key) for key in {**plan, **teacher}]
+        found = (_first_difference(plan.get(key), teacher.get(key), place) for place, key in inside)
+    elif isinstance(plan, list) and isinstance(teacher, list) and len(plan) == len(teacher):
+        pairs = enumerate(zip(plan, teacher, strict=True))
+        found = (_first_difference(*pair, f"{name}[{index}]") for index, pair in pairs)
+    elif isinstance(plan, list) and isinstance(teacher, list):
+        return f"the number of {name}", str(len(plan)), str(len(teacher))
+    else:
+        return name, repr(plan), repr(teacher)
+    return next((one for one in found if one is not None), None)
 
 
 def plan_file(path: str | Path) -> Path:

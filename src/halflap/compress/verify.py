@@ -56,7 +56,7 @@ def verify(
 
     Raises HalflapError when plan, teacher and student do not belong together, or when the student was trained since.
     """
-    plan.check_teacher(teacher.digest)
+    plan.check_teacher(teacher.digest, teacher.config)
     if student.config != plan.student:
         raise HalflapError(
             f"the student is a {student.config.pattern()} of width {student.config.hidden_size} and its plan makes a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,16 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_another_teacher_is_refused() -> None:
-    plan().check_teacher("teacher")
+    config = plan().teacher_config
+    plan().check_teacher("teacher", config)
     with pytest.raises(HalflapError, match="made for teacher"):
-        plan().check_teacher("other")
+        plan().check_teacher("other", config)
+    for other, says in (
+        (dataclasses.replace(config, norm_eps=1e-3), "that norm_eps is 1e-05, and this checkpoint's is 0.001"),
+        (dataclasses.replace(config, blocks=config.blocks[:-1]), f"the number of blocks is {len(config.blocks)}"),
+    ):
+        with pytest.raises(HalflapError, match=says):
+            plan().check_teacher("teacher", other)
 
 
 def test_calibrated_needs_measurements() -> None:

@@ -1,0 +1,87 @@
+"""A student that is not what its plan makes of the teacher is no result: nothing is made of it, and the command fails."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halflap.checkpoints.checkpoint import save_model
+from halflap.compress import verify
+from halflap.data.tokenizer import train_tokenizer
+from halflap.models.model import HybridModel, initialize
+from halflap.models.presets import preset
+
+FIT = ("--fit.sequence-length", 32, "--fit.batch-size", 4)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher with random weights and a tokenizer, text, and a student without two of the teacher's blocks."""
+    from halflap.cli import main
+
+    folder = tmp_path_factory.mktemp("wrong")
+    generator = random.Random(0)
+    documents = [" ".join(generator.choices(["half", "lap", "joint", "wood"], k=60)) for _ in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    train_tokenizer(documents, 280).save(folder / "tokenizer")
+    model = HybridModel(preset("nemotron-h-tiny"))
+    initialize(model, 0)
+    save_model(model, folder / "teacher", tokenizer_from=folder / "tokenizer")
+    words = ("prune", folder / "teacher", "--sizes.drop-blocks", 1, 4, "--out", folder / "pruned", "--quiet")
+    assert main([str(word) for word in words]) == 0
+    return folder
+
+
+def _edited(value: Any, name: str, to: Any) -> Any:
+    """The JSON value with every field `name` in it set."""
+    if isinstance(value, list):
+        return [_edited(item, name, to) for item in value]
+    if isinstance(value, dict):
+        return {key: to if key == name else _edited(item, name, to) for key, item in value.items()}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "says"),
+    [
+        ("activation", "silu", "blocks[1].activation is 'silu', and this checkpoint's is 'relu2'"),
+        ("norm_eps", 1e-3, "norm_eps is 0.001, and this checkpoint's is 1e-05"),
+    ],
+)
+def test_a_plan_whose_teacher_was_edited_is_refused(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, name: str, to: Any, says: str
+) -> None:
+    plan = json.loads((place / "pruned" / "checkpoint" / "pruning_plan.json").read_text())
+    (tmp_path / "edited.json").write_text(json.dumps(_edited(plan, name, to)))
+    words = ("prune", place / "teacher", "--plan", tmp_path / "edited.json", "--out", tmp_path / "run")
+    outcome = halflap(*words)
+    assert outcome.status == 1 and says in outcome.err and "make it again" in outcome.err
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_student_that_is_not_certified_is_no_result(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where rounding were an error: the order of sums alone makes a difference."""
+    monkeypatch.setitem(verify.WIDE_TOLERANCE, torch.float64, 0.0)
+    teacher, text = place / "teacher", ("--data", place / "text.jsonl", "--tokens", "1K", *FIT)
+    heads = ("--sizes.mamba-num-heads", 8)
+    scored = ("score", teacher, "--data", place / "text.jsonl", "--tokens", 512, "--sequence-length", 32)
+    assert halflap(*scored, "--out", tmp_path / "scored").status == 0
+    words = ("prune", teacher, "--importance", tmp_path / "scored", *heads, "--out", tmp_path / "run")
+    for _ in range(2):  # the second finds the certificate of the first
+        outcome = halflap(*words, "--json")
+        assert outcome.status == 1 and "is not its masked teacher" in outcome.err
+        assert json.loads(outcome.out)["passed"] is False
+    assert not (tmp_path / "run" / "status.json").exists()
+    words = ("compress", teacher, *text, "--importance", tmp_path / "scored", *heads, "--out", tmp_path / "all")
+    outcome = halflap(*words)
+    assert outcome.status == 1 and "is not its masked teacher" in outcome.err
+    assert (tmp_path / "all" / "pruned" / "certificate.json").exists()
+    assert not (tmp_path / "all" / "checkpoint").exists() and not (tmp_path / "all" / "training").exists()
