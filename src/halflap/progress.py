@@ -28,6 +28,12 @@ def is_quiet() -> bool:
     return _quiet
 
 
+def say(line: str) -> None:
+    """A line on standard error that is no measure of progress but is to be known; silenced with it."""
+    if not _quiet:
+        print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """How far one piece of work is; use as `with Progress("train", total=steps) as progress: progress.advance()`.
 

@@ -111,11 +111,38 @@ def test_compress_measures_a_table_and_then_its_student(
     assert row["seconds"] == pytest.approx(made_up_seconds(student, Condition("decode", 64, 2)))
     assert row["predicted_seconds"] == pytest.approx(row["seconds"], rel=0.05)
     assert row["predicted_seconds"] <= row["budget_seconds"] < row["teacher_seconds"]
-    assert row["tokens_per_second"] == pytest.approx(2 / row["seconds"])
+    assert row["tokens_per_second"] == pytest.approx(2 / row["seconds"]) and row["within_budget"] is True
+    assert "| budget, kept |" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
     assert {"costs.json", "latency.json"} <= {file.name for file in (tmp_path / "run").iterdir()}
     assert "The cost table predicted" in (tmp_path / "run" / "report.html").read_text()
     shown = halflap(*words).out
     assert "a pass" in shown and "predicted" in shown and "decode at context 64, batch 2" in shown
+
+
+def test_a_student_that_is_slower_than_predicted_is_said_to_be(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its seven blocks, of widths that no stack had, take three times what the table tells."""
+    teacher = read_config(place / "teacher")
+
+    def seconds_of(config: ModelConfig, condition: Condition, *_: Any) -> float:
+        student = len(config.blocks) == len(teacher.blocks) and config != teacher and config.vocab_size == 512
+        return made_up_seconds(config, condition) * (3 if student else 1)
+
+    monkeypatch.setattr(timing, "seconds_of", seconds_of)
+    words = ("compress", place / "teacher", "--data", place / "text.jsonl", "--tokens", "1K", *FIT, *AT)
+    small = ("--eval-tokens", 200, "--shortlist", 1, "--score-tokens", 128, "--space.max-depth-cut", 0)
+    words = (*words, *small, "--importance", place / "scored", "--latency", "90%", "--out", tmp_path / "run")
+    measured = halflap(*words, "--json")
+    assert "stacks of blocks is" in measured.err and "each left out in turn" in measured.err  # of the table
+    result, row = measured.json, measured.json["latency"]
+    assert row["within_budget"] is False
+    over = f"{row['seconds'] / row['budget_seconds'] - 1:.1%}"
+    assert f"takes {over} more than its budget" in result["remark"] and "--latency 0." in result["remark"]
+    assert "which it EXCEEDS" in halflap(*words).out
+    assert f"| budget, EXCEEDED by {over} |" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"which the student exceeds by {over[:-1]}" in page
 
 
 def test_steps_share_the_first_teachers_table(

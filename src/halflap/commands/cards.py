@@ -24,10 +24,12 @@ def write_card(
     certificate: Mapping[str, Any] | None = None,
     rows: Mapping[str, Mapping[str, Any]] | None = None,
     judged_on: str = "",
+    latency: Mapping[str, Any] | None = None,
 ) -> None:
     """Write README.md of a student anew, with everything that is known of it.
 
-    rows: judgement by arm, as `scores.json` has them; judged_on: which text that was, in words.
+    rows: judgement by arm, as `scores.json` has them; judged_on: which text that was, in words;
+    latency: the student's time, as `latency.json` has it.
     """
     directory = find_directory(directory)
     if certificate is None and (directory / CERTIFICATE).exists():
@@ -40,6 +42,8 @@ def write_card(
         parts.append(_nested(directory))
     if rows:
         parts.append(_judgement(rows, judged_on))
+    if latency:
+        parts.append(_latency(latency))
     text = model_card(directory, read_config(directory), read_lineage(directory), license_of(directory), "".join(parts))
     with atomic_write(directory / CARD, "w") as file:
         file.write(text)
@@ -106,5 +110,23 @@ def _judgement(rows: Mapping[str, Mapping[str, Any]], judged_on: str) -> str:
 {chr(10).join(lines)}
 
 Judged on {judged_on or "held-out text"}.
+
+"""
+
+
+def _latency(row: Mapping[str, Any]) -> str:
+    """Measured, predicted and allowed times of a pass."""
+    times = {
+        "student": row["seconds"],
+        "teacher": row["teacher_seconds"],
+        "student, as predicted": row["predicted_seconds"],
+    }
+    if row["budget_seconds"] is not None:
+        over = row["seconds"] / row["budget_seconds"] - 1
+        times[f"budget, EXCEEDED by {over:.1%}" if over > 0 else "budget, kept"] = row["budget_seconds"]
+    lines = [f"| {name} | {1e3 * seconds:,.4g} |" for name, seconds in times.items()]
+    return f"""| {row["phase"]} at context {row["context"]:,}, batch {row["batch"]} | ms a pass |
+|---|---|
+{chr(10).join(lines)}
 
 """

@@ -254,11 +254,12 @@ def _compress(
 
     setting = arms.Setting(recipe, run, teacher, plan, importance, training, corpora, tutor)
     table = arms.train_and_judge(setting)
-    latency = None
+    latency = late = None
     if times is not None:
         budget = students.budget_of(recipe.budgets, teacher.config, times)
         latency = timing.judge_latency(run.path / "latency.json", budget, tutor.teacher, plan.student)
-    write_card(run.checkpoint_dir, certificate=certificate, rows=table, judged_on=corpora.held_out_is)
+        late = timing.excess(latency, budget)
+    write_card(run.checkpoint_dir, certificate=certificate, rows=table, judged_on=corpora.held_out_is, latency=latency)
     return {
         "teacher": table["teacher"],
         "pruned": table["pruned"],
@@ -271,7 +272,7 @@ def _compress(
         "latency": latency,
         "controls": [{"name": name, **table[name]} for name in recipe.controls if name in table],
         "held_out": corpora.held_out_is,
-        "remark": _remarks(shortage, remark, without=[name for name in recipe.controls if name not in table]),
+        "remark": _remarks(shortage, remark, late, without=[name for name in recipe.controls if name not in table]),
         "report": str(build_report([run.path], run.path / "report.html")),
     }
 

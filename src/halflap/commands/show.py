@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from halflap.commands import show_compress
-from halflap.commands.tables import generic, number, records, short, size
+from halflap.commands.tables import fit_text, generic, number, records, short, size
 
 PIPE_WIDTH = 10_000  # columns of a file or pipe: a row is a line, and no number is cut
 COLOURS = {"M": "cyan", "S": "blue", "*": "bold yellow", "H": "magenta", "-": "green"}
@@ -188,8 +188,7 @@ def _block_costs(result: Mapping[str, Any], console: Console) -> None:
         kinds = ", ".join(f"{kind} {1e3 * seconds:,.3g}" for kind, seconds in row["seconds_by_kind"].items())
         console.print(f"{row['phase']} at context {row['context']:,}, batch {row['batch']}", style="bold")
         console.print(f"  a pass of the model {1e3 * row['seconds']:,.3g} ms: {kinds}")
-        error = f"{row['median_error']:.1%} off in the median, {row['worst_error']:.1%} at worst"
-        console.print(f"  the fit to {row['stacks']} stacks of blocks is {error}, each left out in turn")
+        console.print(f"  {fit_text(row)}")
     machine = result["hardware"]
     threads = "" if machine["threads"] is None else f"{machine['threads']} threads, "
     console.print(f"{machine['name']}, {threads}{machine['dtype']}, {machine['kernels']} kernels; {result['path']}")

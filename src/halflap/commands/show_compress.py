@@ -108,7 +108,8 @@ def latency_text(row: Mapping[str, Any]) -> str:
     def ms(name: str) -> str:
         return f"{1e3 * row[name]:,.3g} ms"
 
-    budget = "" if row["budget_seconds"] is None else f", budget {ms('budget_seconds')}"
+    late = ", which it EXCEEDS" if row.get("within_budget") is False else ""
+    budget = "" if row["budget_seconds"] is None else f", budget {ms('budget_seconds')}{late}"
     beside = f"predicted {ms('predicted_seconds')}{budget}, teacher {ms('teacher_seconds')}"
     condition = f"{row['phase']} at context {row['context']:,}, batch {row['batch']}"
     took = f"{ms('seconds')} ± {ms('seconds_spread')} a pass, {row['tokens_per_second']:,.4g} tokens a second"

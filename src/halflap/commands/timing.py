@@ -18,6 +18,7 @@ from halflap.commands.device import check_memory, choose_device, choose_dtype
 from halflap.commands.resolve import shape_of
 from halflap.commands.sections import Budgets
 from halflap.commands.students import Teacher
+from halflap.commands.tables import fit_text
 from halflap.compress.cost_model import Condition
 from halflap.compress.cost_table import CostTable
 from halflap.compress.costs import Budget
@@ -28,6 +29,7 @@ from halflap.inference.generate import require_positions
 from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel, initialize
 from halflap.ops import select
+from halflap.progress import say
 from halflap.run import Run
 
 COSTS = "costs.json"
@@ -92,7 +94,10 @@ def computed_in(teacher: Teacher) -> str:
 
 
 def table_for(budgets: Budgets, teacher: Teacher, place: Path) -> CostTable | None:
-    """The table that a budget of time needs: the one named with --costs, or one measured now and kept in `place`."""
+    """The table that a budget of time needs: the one named with --costs, or one measured now and kept in `place`.
+
+    Of one that is measured it is said how far its fit is off.
+    """
     condition = Condition(budgets.phase, budgets.context, budgets.batch)
     dtype = computed_in(teacher)
     if budgets.costs is not None:
@@ -102,7 +107,9 @@ def table_for(budgets: Budgets, teacher: Teacher, place: Path) -> CostTable | No
         return table
     if budgets.latency is None and budgets.throughput is None:
         return None
-    return measure_costs(teacher.config, [condition], teacher.device, dtype, place / COSTS)
+    table = measure_costs(teacher.config, [condition], teacher.device, dtype, place / COSTS)
+    say(f"cost table {place / COSTS}: {fit_text(condition_row(table, condition))}")
+    return table
 
 
 def judge_latency(file: Path, budget: Budget, teacher: Teacher, student: ModelConfig) -> dict[str, Any]:
@@ -121,16 +128,31 @@ def judge_latency(file: Path, budget: Budget, teacher: Teacher, student: ModelCo
 
 def latency_row(budget: Budget, times: Mapping[str, Sequence[float]], predicted: float) -> dict[str, Any]:
     """Seconds a pass, medians with the distance of the extremes as spread, and the student's throughput."""
-    measured = statistics.median(times["student"])
+    measured, ceiling = statistics.median(times["student"]), budget.ceilings.get("latency")
     return {
         **vars(budget.condition),
-        "budget_seconds": budget.ceilings.get("latency"),
+        "budget_seconds": ceiling,
+        "within_budget": None if ceiling is None else measured <= ceiling,
         "predicted_seconds": predicted,
         "seconds": measured,
         "seconds_spread": max(times["student"]) - min(times["student"]),
         "teacher_seconds": statistics.median(times["teacher"]),
         "tokens_per_second": budget.condition.tokens / measured,
     }
+
+
+def excess(row: Mapping[str, Any], budget: Budget) -> str | None:
+    """By how much a measured student exceeds its budget of time, and what then helps; None where it does not."""
+    if row.get("within_budget") is not False:
+        return None
+    over = row["seconds"] / row["budget_seconds"]
+    tighter, flag = 1e3 * row["budget_seconds"] / over, budget.binding_time
+    asked = f"--latency {tighter:.3g}ms" if flag == "latency" else f"--throughput {(budget.throughput or 0) * over:.4g}"
+    return (
+        f"the student's pass takes {over - 1:.1%} more than its budget ({1e3 * row['seconds']:,.3g} ms of "
+        f"{1e3 * row['budget_seconds']:,.3g} ms, predicted {1e3 * row['predicted_seconds']:,.3g} ms): ask for as much "
+        f"less ({asked}), or measure costs and student again on a device that does nothing else"
+    )
 
 
 def bench_blocks(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
