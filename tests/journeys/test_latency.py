@@ -196,9 +196,9 @@ def test_a_sweep_finds_the_best_of_each_value(halflap: Callable[..., Any], place
         assert best["chosen"] and best["loss"] and 0.95 * share <= best["costs"]["params"] / teacher <= share
         alike = [r["loss"] for r in result["candidates"] if r["value"] == row["value"]]
         assert best["loss"] == min(alike) and json.loads(Path(row["path"]).read_text())["plan"] is not None
-    assert "60%" in halflap(*swept[:-1]).out
-    page = halflap("report", tmp_path / "run", "--out", tmp_path / "page.html", "--json").json["path"]
-    assert Path(page).read_text().count(", chosen") == 2
+    shown = halflap(*swept[:-1]).out
+    assert "60%" in shown and f"report: {result['report']}" in shown
+    assert Path(result["report"]).read_text().count(", chosen") == 2
     pruned = halflap("prune", place / "teacher", "--plan", tmp_path / "run" / "search.json", "--out", tmp_path / "a")
     assert pruned.status == 1 and "best of several budgets" in pruned.err and "60%/search.json" in pruned.err
     one = result["sweep"]["values"][0]["path"]
@@ -233,8 +233,7 @@ def test_a_value_takes_what_a_tighter_one_found_where_that_is_better(tmp_path: P
 def test_the_page_of_a_sweep_of_memory_draws_memory(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
     words = ("search", place / "teacher", "--importance", place / "scored", "--data", place / "text.jsonl", *FIT)
     words = (*words, "--score-tokens", 128, "--shortlist", 2, "--out", tmp_path / "run")
-    assert halflap(*words, "--sweep", "memory", "70%", "80%").status == 0
-    page = halflap("report", tmp_path / "run", "--out", tmp_path / "page.html", "--json").json["path"]
+    page = halflap(*words, "--sweep", "memory", "70%", "80%", "--json").json["report"]
     assert "MiB of memory against held-out loss" in Path(page).read_text()
 
 

@@ -74,7 +74,7 @@ def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
 
 
 def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
-    """Rank the sizes that fit the budgets."""
+    """Rank the sizes that fit the budgets, and draw them on a page."""
     teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
     swept = sweep.budgets_of(recipe.sweep, recipe.budgets)
     if not swept:
@@ -105,7 +105,12 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     else:
         result = found[""].to_json()
     shown = {name: value for name, value in result.items() if name != "plan"}
-    return shown | {"pattern": teacher.config.pattern(), "path": str(run.path / searching.SEARCH)}
+    page = build_report([run.path], run.path / "report.html")
+    return shown | {
+        "pattern": teacher.config.pattern(),
+        "path": str(run.path / searching.SEARCH),
+        "report": str(page),
+    }
 
 
 def prune(recipe: PruneRecipe, run: Run) -> dict[str, Any]:

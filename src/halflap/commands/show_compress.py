@@ -90,6 +90,8 @@ def search(result: Mapping[str, Any], console: Console) -> None:
     console.print(f"{look}{sum(row['loss'] is not None for row in rows):,} scored")
     if result["remark"]:
         console.print(result["remark"])
+    if "report" in result:
+        console.print(f"report: {result['report']}")
 
 
 def _kept(row: Mapping[str, Any], pattern: str) -> str:
