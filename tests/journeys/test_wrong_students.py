@@ -1,4 +1,4 @@
-"""A student that is not what its plan makes of the teacher is no result: nothing is made of it, and the command fails."""
+"""A student that is not what its plan makes of the teacher is no result, and the command fails."""
 
 from __future__ import annotations
 

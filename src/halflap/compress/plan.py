@@ -215,7 +215,7 @@ class PruningPlan:
 
 
 def _first_difference(plan: Any, teacher: Any, name: str = "") -> tuple[str, str, str] | None:
-    """Where two JSON values differ, as in `blocks[2].activation`, and what each says there; None when they are equal."""
+    """Where JSON values differ, as in `blocks[2].activation`, and what each says there; None where they are equal."""
     if plan == teacher:
         return None
     if isinstance(plan, Mapping) and isinstance(teacher, Mapping):
