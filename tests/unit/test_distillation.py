@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from halflap.checkpoints.checkpoint import place
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig
@@ -20,7 +21,7 @@ from halflap.train.config import Fit
 from halflap.train.fit import fit
 from halflap.train.objectives.distillation import LOSSES, Distillation, TopKDistillation
 from halflap.train.objectives.language import NextToken
-from halflap.train.teacher_logits import TopKTeacher, store_teacher_logits
+from halflap.train.teacher_logits import TopKTeacher, find_stored, store_teacher_logits, was_stored
 
 ROWS, LENGTH, VOCAB = 4, 16, 40
 BLOCKS = {"M": Mamba2Config(4, 4, 2, 4, chunk_size=8), "*": AttentionConfig(2, 1, 4), "-": MLPConfig(16)}
@@ -148,6 +149,46 @@ def test_storing_goes_on_where_it_stopped(tmp_path: Path) -> None:
     store_teacher_logits(teacher, counted, 4, tmp_path, k=4)
     assert asked == [0, 1, 2, 2, 3, 0]  # and the first again, to measure what is lost
     assert json.loads((tmp_path / "manifest.json").read_text())["k"] == 4
+
+
+def test_what_is_stored_needs_no_teacher(tmp_path: Path) -> None:
+    asked: Any = {"k": 4, "digest": "a", "vocab_size": VOCAB}
+    assert find_stored(tmp_path, batches, 2, **asked) is None and not was_stored(tmp_path)
+    stored = store_teacher_logits(make(CONFIG, 0), batches, 2, tmp_path, k=4, digest="a")
+    assert find_stored(tmp_path, batches, 2, **asked) == stored and was_stored(tmp_path)
+    fewer = find_stored(tmp_path, batches, 1, **asked)
+    assert fewer is not None and fewer.bytes < stored.bytes and fewer.error == stored.error
+    assert find_stored(tmp_path, batches, 3, **asked) is None
+    with pytest.raises(HalflapError, match=r"with k 4, not 5"):
+        find_stored(tmp_path, batches, 2, **{**asked, "k": 5})
+    with pytest.raises(HalflapError, match="other tokens"):
+        find_stored(tmp_path, lambda step: batches(step + 1), 2, **asked)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({n: v for n, v in manifest.items() if n != "error"}))
+    assert find_stored(tmp_path, batches, 2, **asked) is None, "it was not measured what is lost"
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl"])
+def test_a_teacher_loaded_in_bfloat16_teaches_about_the_same(loss: str) -> None:
+    """As on a GPU: the arithmetic is bfloat16, and so are the teacher's weights. It has 8 bits of a mantissa."""
+    student, teacher = make(STUDENT, 1), make(CONFIG, 0)
+    narrow = make(CONFIG, 0)
+    narrow.load_state_dict(
+        {n: place(n, t, torch.bfloat16, "cpu") for n, t in teacher.state_dict().items()}, assign=True
+    )
+    found = []
+    for each in (teacher, narrow):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            total = Distillation(each, loss=loss).loss(student, batches(0)).sum
+        found.append(
+            (
+                float(total.detach()),
+                torch.cat([g.flatten() for g in torch.autograd.grad(total, [*student.parameters()])]),
+            )
+        )
+    (wide, wide_gradient), (other, gradient) = found
+    assert other == pytest.approx(wide, rel=0.05)
+    assert float((gradient - wide_gradient).norm() / wide_gradient.norm()) < 0.1
 
 
 def test_what_was_stored_for_other_things_is_refused(tmp_path: Path) -> None:

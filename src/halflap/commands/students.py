@@ -80,6 +80,12 @@ class Teacher:
     def digest(self) -> str:
         return self.checkpoint.digest
 
+    @property
+    def teaches_in(self) -> str:
+        """The dtype it is loaded in to teach: on a GPU that of the arithmetic, at half the memory; float32 on a CPU."""
+        narrow = self.device.type == "cuda" and resolve_dtype(self.dtype, self.device) == torch.bfloat16
+        return "bfloat16" if narrow else "float32"
+
     def load(self, dtype: str = "float32") -> HybridModel:
         """The model, in float32 whatever it is stored in, if nothing else is said."""
         return load_model(self.checkpoint.path, dtype, self.device)

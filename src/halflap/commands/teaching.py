@@ -30,7 +30,7 @@ from halflap.train.objectives.distillation import Distillation, TopKDistillation
 from halflap.train.objectives.intermediate import InnerStates, WithProjections, pair_states, proportional_map
 from halflap.train.objectives.language import NextToken
 from halflap.train.phases import Plan
-from halflap.train.teacher_logits import TopKTeacher, store_teacher_logits
+from halflap.train.teacher_logits import TopKTeacher, find_stored, store_teacher_logits
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def distill_into(
         place = stored_in or Path(loss.top_k_in or directory.parent / "teacher-logits")
         lesson = _stored(student, teacher, batches, count, loss, place)
     else:
-        model = None if loss.loss == "next_token" else teacher.load()
+        model = None if loss.loss == "next_token" else teacher.load(teacher.teaches_in)
         lesson = _lesson(student, teacher, model, batches, loss, origin)
 
     result = fit(
@@ -137,7 +137,7 @@ def named_by(loss: LossSettings, log: Callable[[dict[str, Any]], None]) -> Calla
 
 def objective_of(teacher: Teacher, loss: LossSettings) -> Objective:
     """On what the teacher says while a student learns, inner states left out, or on the text itself."""
-    return NextToken() if loss.loss == "next_token" else _distillation(teacher.load(), loss)
+    return NextToken() if loss.loss == "next_token" else _distillation(teacher.load(teacher.teaches_in), loss)
 
 
 class Pupil(NamedTuple):
@@ -163,7 +163,7 @@ def distill_together(
     Each ends as it would by `distill_into`, whose schedule is over `tokens` and which stops after `until`.
     Where inner states are learned the teacher runs for each student, as its states are handed over as they come.
     """
-    model = None if loss.loss == "next_token" else teacher.load()
+    model = None if loss.loss == "next_token" else teacher.load(teacher.teaches_in)
     shared = None if model is None or loss.intermediate else _distillation(model, loss, remember=True)
     trainees = []
     for student, directory, origin in pupils:
@@ -222,17 +222,12 @@ def _lesson(
 def _stored(
     student: HybridModel, teacher: Teacher, batches: Callable[[int], Any], steps: int, loss: LossSettings, place: Path
 ) -> Lesson:
-    """On the teacher's largest logits, which are computed once and kept in `place`."""
-    stored = store_teacher_logits(
-        teacher.load(),
-        batches,
-        steps,
-        place,
-        k=loss.top_k,
-        digest=teacher.digest,
-        device=str(teacher.device),
-        dtype=teacher.dtype,
-    )
+    """On the teacher's largest logits, which are kept in `place`; it is loaded only if some are not there."""
+    what: dict[str, Any] = {"k": loss.top_k, "digest": teacher.digest}
+    stored = find_stored(place, batches, steps, vocab_size=teacher.config.vocab_size, **what)
+    if stored is None:
+        model, device = teacher.load(teacher.teaches_in), str(teacher.device)
+        stored = store_teacher_logits(model, batches, steps, place, device=device, dtype=teacher.dtype, **what)
     objective = TopKDistillation(loss.top_k_tail, loss.next_token_share)
     said = {"teacher_logits": dataclasses.asdict(stored)}
     return Lesson(student, objective, TopKTeacher(place).batches(batches), said)

@@ -15,9 +15,10 @@ import dataclasses
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from halflap.ops.vocabulary_loss import top_k_error_sum, top_k_log_probs
 from halflap.progress import track
 from halflap.train.numerics import precision, resolve_dtype
 
-FORMAT = 1
+FORMAT, MANIFEST = 1, "manifest.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +68,9 @@ def store_teacher_logits(
     digest names the teacher. Raises HalflapError when the directory holds another teacher's or another k.
     """
     place = Path(directory)
-    if not 1 <= k <= teacher.config.vocab_size:
-        raise HalflapError(f"k is {k}; the teacher's vocabulary allows 1 to {teacher.config.vocab_size}: correct k")
-    manifest = {"format": FORMAT, "teacher": digest, "vocab_size": teacher.config.vocab_size, "k": k}
+    manifest = _manifest_of(digest, teacher.config.vocab_size, k)
     _check_manifest(place, manifest)
-    write_json(place / "manifest.json", manifest)
+    write_json(place / MANIFEST, manifest)
     teacher.to(device).eval()
     missing = [index for index in range(count) if not _file(place, index).exists()]
     for index in track(missing, "teacher"):
@@ -87,15 +86,36 @@ def store_teacher_logits(
                 rest=(1 - log_probs.exp().sum(1)).clamp_min(0).cpu().numpy(),
                 tokens=np.frombuffer(_tokens_digest(batch), dtype=np.uint8),
             )
-    size = sum(_file(place, index).stat().st_size for index in range(count))
-    tokens = sum(_stored_tokens(_file(place, index)) for index in range(count))
-    first = batches(0)
-    known = TopKTeacher(place).read(0, first)
+    known = TopKTeacher(place).read(0, batches(0))
     with torch.no_grad(), precision(torch.device(device), resolve_dtype(dtype, device)):
-        error = _error(teacher, known, device)
-    stored = Stored(size, size / tokens, error)
-    write_json(place / "manifest.json", {**manifest, **dataclasses.asdict(stored)})
+        stored = _cost(place, count, _error(teacher, known, device))
+    write_json(place / MANIFEST, {**manifest, **dataclasses.asdict(stored)})
     return stored
+
+
+def find_stored(
+    directory: str | Path, batches: Callable[[int], Batch], count: int, *, k: int, digest: str, vocab_size: int
+) -> Stored | None:
+    """What storing batches 0 ... count - 1 has cost, for which no teacher is needed; None unless all of them are there.
+
+    Raises HalflapError when the directory holds another teacher's, another k or the first batch with other tokens.
+    """
+    place, manifest = Path(directory), _manifest_of(digest, vocab_size, k)
+    _check_manifest(place, manifest)
+    if not was_stored(place) or not all(_file(place, index).exists() for index in range(count)):
+        return None
+    TopKTeacher(place).read(0, batches(0))
+    return _cost(place, count, _read_manifest(place)["error"])
+
+
+def was_stored(directory: str | Path) -> bool:
+    """Whether some storing in this directory came to its end."""
+    return "error" in _read_manifest(Path(directory))
+
+
+def _cost(place: Path, count: int, error: float) -> Stored:
+    size = sum(_file(place, index).stat().st_size for index in range(count))
+    return Stored(size, size / sum(_stored_tokens(_file(place, index)) for index in range(count)), error)
 
 
 def _stored_tokens(file: Path) -> int:
@@ -110,7 +130,7 @@ class TopKTeacher:
         """Raises HalflapError when the directory holds no stored teacher."""
         self.path = Path(directory)
         try:
-            manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
             self.vocab_size, self.k, self.digest = manifest["vocab_size"], manifest["k"], manifest["teacher"]
         except (OSError, ValueError, KeyError) as error:
             raise HalflapError(
@@ -147,13 +167,23 @@ class TopKTeacher:
         return lambda index: self.read(index, batches(index))
 
 
-def _check_manifest(place: Path, manifest: dict[str, object]) -> None:
-    path = place / "manifest.json"
-    if not path.exists():
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
+def _manifest_of(digest: str, vocab_size: int, k: int) -> dict[str, Any]:
+    """What all that is stored in one directory has in common. Raises HalflapError on a k that cannot be."""
+    if not 1 <= k <= vocab_size:
+        raise HalflapError(f"k is {k}; the teacher's vocabulary allows 1 to {vocab_size}: correct k")
+    return {"format": FORMAT, "teacher": digest, "vocab_size": vocab_size, "k": k}
+
+
+def _read_manifest(place: Path) -> dict[str, Any]:
+    """Empty where nothing is stored."""
+    path = place / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _check_manifest(place: Path, manifest: Mapping[str, Any]) -> None:
+    found = _read_manifest(place)
     for name, value in manifest.items():
-        if found.get(name) != value:
+        if found and found.get(name) != value:
             raise HalflapError(
                 f"{place} already holds teacher outputs with {name} {found.get(name)!r}, not {value!r}; "
                 "give another directory or remove that one"
