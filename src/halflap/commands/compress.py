@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
-from halflap.checkpoints.config import find_directory, lineage_step, read_json
-from halflap.commands import arms, chain, elastic, scoring, searching, students, sweep, teaching, timing
+from halflap.checkpoints.config import find_directory, lineage_step, read_config, read_json
+from halflap.commands import arms, chain, elastic, memory, scoring, searching, students, sweep, teaching, timing
 from halflap.commands.cards import CERTIFICATE, write_card
 from halflap.commands.config_compress import (
     CompressRecipe,
@@ -157,6 +157,7 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
     teacher = open_teacher(students.teacher_of(directory, recipe.teacher), recipe.common, recipe.text.data)
     if recipe.teacher is None:
         students.check_unchanged(directory, teacher)
+    memory.check_distill(recipe, run.path, teacher, read_config(directory))
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus", recipe.eval_data)
     phases = plan_of(recipe.loss_settings.phases, recipe.fit, len(corpora.train), mesh.world_size())
     loader = training_loader(
@@ -205,6 +206,7 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
     chain.check_steps(recipe)
     teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
     check_sizes(teacher.config, recipe.sizes)
+    memory.check_compress(recipe, run.path, teacher)
     if recipe.eval_context is not None:
         require_positions(teacher.config, recipe.eval_context, "a window that is judged takes")
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus", recipe.eval_data)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from halflap.checkpoints.config import lineage_step, read_json
 from halflap.commands import students
+from halflap.commands.memory import IN_TRAINING, LOGITS
 from halflap.commands.sections import LossSettings
 from halflap.commands.students import Teacher
 from halflap.commands.teaching import Pupil, Tutor, distill_into, distill_together
@@ -29,8 +30,6 @@ from halflap.models.model import HybridModel
 from halflap.train.config import Fit
 from halflap.train.numerics import free_memory
 
-BYTES_IN_TRAINING = 16
-"""Of a parameter: weight, gradient and two moments in float32."""
 SHARE_OF_MEMORY = 0.7
 """Of what is free; the rest is for activations."""
 STORED_LOGITS = 64
@@ -102,7 +101,7 @@ def _train_alone(shared: Shortlist, pupil: Pupil, until: int) -> dict[str, Any]:
         loss=loss,
         log=lambda row: None,
         origin=pupil.origin,
-        stored_in=shared.place / "shortlist" / "teacher-logits",
+        stored_in=shared.place / "shortlist" / LOGITS,
     )
 
 
@@ -117,7 +116,7 @@ def keep(shared: Shortlist, plan: PruningPlan, tokens: int) -> None:
         step = lineage_step("distill", {"teacher": shared.tutor.teacher.digest}, **numbers)
         students.save_trained(place / "checkpoint", student, place / "cut", step)
     _drop_trainings(shared, [])
-    shutil.rmtree(shared.place / "shortlist" / "teacher-logits", ignore_errors=True)
+    shutil.rmtree(shared.place / "shortlist" / LOGITS, ignore_errors=True)
 
 
 def _drop_trainings(shared: Shortlist, but: Sequence[Path]) -> None:
@@ -133,7 +132,7 @@ def _taught(shared: Shortlist, plans: Sequence[PruningPlan]) -> str:
     """Whether the candidates are taught "together" or "in turn", as was decided when the first round began."""
     file = shared.place / "shortlist" / "taught.json"
     if not file.exists():
-        needed = BYTES_IN_TRAINING * sum(count_parameters(plan.student) for plan in plans)
+        needed = IN_TRAINING * sum(count_parameters(plan.student) for plan in plans)
         free = free_memory(shared.teacher.device)
         how = "together" if needed <= SHARE_OF_MEMORY * free else "in turn"
         if how == "in turn":

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from halflap.checkpoints.config import lineage_step, read_json
 from halflap.commands import students
 from halflap.commands.config_compress import CompressRecipe
+from halflap.commands.memory import LOGITS
 from halflap.commands.sections import LossSettings
 from halflap.commands.students import Teacher, open_teacher
 from halflap.compress.plan import PruningPlan
@@ -100,7 +101,7 @@ def distill_into(
     )
     if loss.loss != "next_token" and loss.top_k and loss.top_k_from == "disk":
         count = _steps(batches, until or tokens, loader.world) if phases is None else phases.steps
-        place = stored_in or Path(loss.top_k_in or directory.parent / "teacher-logits")
+        place = stored_in or Path(loss.top_k_in or directory.parent / LOGITS)
         lesson = _stored(student, teacher, batches, count, loss, place)
     else:
         model = None if loss.loss == "next_token" else teacher.load(teacher.teaches_in)
