@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from halflap.commands import study
+import torch
+
+from halflap.commands import memory, operations, study
 from halflap.commands.fleet import vllm_command
 from halflap.commands.resolve import check_inputs, plan_of, shape_of
+from halflap.commands.study_file import Study
 from halflap.inputs import size_of
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters, flops_per_token
 from halflap.models.presets import PRESETS
-from halflap.recipe import inputs_of, settings_of
+from halflap.recipe import Common, inputs_of, settings_of
 from halflap.train.phases import Plan
-
-PASSES = {"pretrain": 3, "distill": 3, "compress": 3}
-"""Forward passes that a token costs its model: training costs a backward pass, which is two."""
 
 
 def estimate(verb: str, recipe: Any) -> dict[str, Any]:
     """Bytes of input, parameters, tokens, floating-point operations and a floor for the memory; nothing is run.
 
-    The student of `compress` is counted as its teacher, so its figures are upper bounds.
+    What is cut, by `search` and `compress`, is counted as its teacher, so that these figures are upper bounds.
     """
     check_inputs(recipe)
     if verb == "study":
@@ -40,13 +41,16 @@ def estimate(verb: str, recipe: Any) -> dict[str, Any]:
     result["parameters"] = count_parameters(main)
     phases = settings.get("phases")
     plan = plan_of(phases, recipe.fit, len(recipe.text.data)) if phases else None
-    if tokens := plan.tokens if plan else settings.get("tokens"):
+    teacher = shapes.get("teacher")
+    tokens = plan.tokens if plan else settings.get("tokens")
+    if tokens:
+        result["tokens"] = tokens
+    if tokens or verb == "search":
         length = settings.get("fit.sequence_length") or settings.get("sequence_length") or 2048
-        result |= {"tokens": tokens, "flops": _flops(verb, main, shapes.get("teacher"), settings, tokens, length)}
+        result["flops"] = operations.of(verb, recipe, main, teacher, tokens or 0, length)
     if plan:
-        each = _flops(verb, main, shapes.get("teacher"), {}, 1, plan.sequence_length)
-        result["phases"] = _phases(plan, each)
-    result["memory_bytes"] = _memory(verb, main, shapes.get("teacher"))
+        result["phases"] = _phases(plan, operations.of(verb, recipe, main, teacher, 1, plan.sequence_length))
+    result["memory_bytes"] = _memory(verb, recipe, main, teacher)
     if verb == "serve":
         result["memory_bytes"] *= recipe.listening.replicas
     return result
@@ -57,7 +61,7 @@ def _study(recipe: Any) -> dict[str, Any]:
     plan, shapes = study.arms_of(recipe)
     rows = []
     for name, shape in shapes.items():
-        length, tokens, passes = plan.fit.sequence_length, plan.tokens, PASSES["pretrain"]
+        length, tokens, passes = plan.fit.sequence_length, plan.tokens, operations.TRAINING
         if name in plan.compressions:
             arm = plan.compressions[name]
             own = plan.compressions[str(arm.of)] if arm.control not in (None, "scratch") else arm
@@ -66,7 +70,7 @@ def _study(recipe: Any) -> dict[str, Any]:
         flops = tokens * passes * flops_per_token(shape, length, "prefill")
         if plan.recall is not None:
             asked = plan.recall.steps * plan.fit.batch_size * plan.recall.length
-            flops += asked * PASSES["pretrain"] * flops_per_token(shape, plan.recall.length, "prefill")
+            flops += asked * operations.TRAINING * flops_per_token(shape, plan.recall.length, "prefill")
         row = {"arm": name, "parameters": count_parameters(shape), "tokens": len(plan.seeds) * tokens}
         rows.append(row | {"flops": len(plan.seeds) * flops})
     largest = max(shapes.values(), key=count_parameters)
@@ -76,8 +80,16 @@ def _study(recipe: Any) -> dict[str, Any]:
         "tokens": sum(row["tokens"] for row in rows),
         "flops": sum(row["flops"] for row in rows),
         "arms": rows,
-        "memory_bytes": recipe.workers * _memory("pretrain" if plan.teacher is None else "distill", largest, None),
+        "memory_bytes": recipe.workers * _memory_of_arm(recipe, plan, largest),
     }
+
+
+def _memory_of_arm(recipe: Any, plan: Study, largest: ModelConfig) -> int:
+    """Of an arm at a time: what is trained from scratch, or the most that a compression holds."""
+    if plan.teacher is None:
+        return _memory("pretrain", recipe, largest)
+    recipes = [arm.recipe for arm in plan.compressions.values() if arm.control is None]
+    return max(_memory("compress", dataclasses.replace(one, common=recipe.common), largest) for one in recipes)
 
 
 def _phases(plan: Plan, each: int) -> list[dict[str, Any]]:
@@ -102,18 +114,17 @@ def _phases(plan: Plan, each: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _flops(
-    verb: str, main: ModelConfig, teacher: ModelConfig | None, settings: dict[str, Any], tokens: int, length: int
-) -> int:
-    """Forward and backward passes over the tokens, the teacher's forward passes, and the calibration's."""
-    total = tokens * flops_per_token(main, length, "prefill") * PASSES.get(verb, 1)
-    if verb in ("distill", "compress"):
-        total += tokens * flops_per_token(teacher or main, length, "prefill")
-    passes = settings.get("calibration_tokens", 0) + PASSES["pretrain"] * settings.get("teacher_correction", 0)
-    return total + passes * flops_per_token(main, length, "prefill")
+def _memory(verb: str, recipe: Any, main: ModelConfig, teacher: ModelConfig | None = None) -> int:
+    """Weights as they are loaded; with training also gradients and two moments; activations come on top."""
+    own, whole = count_parameters(main), count_parameters(teacher or main)
+    width = 2 if _on_gpu(recipe.common) and recipe.common.dtype != "float32" else 4
+    if verb == "distill":
+        return memory.most(memory.distilling(whole, own, width, recipe.loss_settings))
+    if verb == "compress":
+        loss = recipe.loss_settings
+        return memory.most(memory.compressing(whole, own, width, loss, bool(loss.teacher_correction)))
+    return own * (memory.IN_TRAINING if verb == "pretrain" else 4)
 
 
-def _memory(verb: str, main: ModelConfig, teacher: ModelConfig | None) -> int:
-    """Float32 weights; with training also gradients and two moments; activations come on top."""
-    held = count_parameters(main) * 4 * (4 if verb in PASSES else 1)
-    return held + (count_parameters(teacher or main) * 4 if verb in ("distill", "compress") else 0)
+def _on_gpu(common: Common) -> bool:
+    return common.device == "cuda" or (common.device == "auto" and torch.cuda.is_available())
