@@ -34,6 +34,10 @@ from halflap.models.model import HybridModel, initialize
 from halflap.report.arms import Arm, Arms
 from halflap.run import Run
 
+TRAINING = "training.json"
+SAID = ("teacher_logits", "block_map")
+"""What the teacher's stored logits take and lose, and the teacher's blocks whose states are learned."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -98,9 +102,9 @@ def _judge(setting: Setting, model: HybridModel) -> dict[str, Any]:
 
 def _train(setting: Setting, name: str, start: HybridModel, place: Path) -> dict[str, Any]:
     """Train an arm into `place`/checkpoint; training.json is written last and says that it is done."""
-    recipe, summary = setting.recipe, place / "training.json"
+    recipe, summary = setting.recipe, place / TRAINING
     if summary.exists():
-        return read_json(summary)
+        return {name: value for name, value in read_json(summary).items() if name != "said"}
     before = _short_tokens(setting) if name == "student" else 0
     tutor = setting.tutor
     done = teaching.distill_into(
@@ -127,8 +131,13 @@ def _train(setting: Setting, name: str, start: HybridModel, place: Path) -> dict
         "seconds": done["tokens"] / max(rate, 1e-9),
         "tokens_per_second": rate,
     }
-    write_json(summary, trained)
+    write_json(summary, trained | {"said": {name: done[name] for name in SAID if name in done}})
     return trained
+
+
+def said(run: Path) -> dict[str, Any]:
+    """What is to be said of the student's training beside its numbers, once it is done: see SAID."""
+    return read_json(run / TRAINING).get("said", {})
 
 
 def _short_tokens(setting: Setting) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from halflap.checkpoints.card import CARD, license_of, model_card
 from halflap.checkpoints.config import find_directory, read_config, read_json, read_lineage
-from halflap.commands.show_compress import sizes_text
+from halflap.commands.show_compress import sizes_text, stored_text
 from halflap.compress import elastic
 from halflap.compress.plan import PLAN, PruningPlan
 from halflap.files import atomic_write
@@ -25,11 +25,12 @@ def write_card(
     rows: Mapping[str, Mapping[str, Any]] | None = None,
     judged_on: str = "",
     latency: Mapping[str, Any] | None = None,
+    stored: Mapping[str, Any] | None = None,
 ) -> None:
     """Write README.md of a student anew, with everything that is known of it.
 
     rows: judgement by arm, as `scores.json` has them; judged_on: which text that was, in words;
-    latency: the student's time, as `latency.json` has it.
+    latency: the student's time, as `latency.json` has it; stored: what the teacher's stored logits take and lose.
     """
     directory = find_directory(directory)
     if certificate is None and (directory / CERTIFICATE).exists():
@@ -38,6 +39,8 @@ def write_card(
     if (directory / PLAN).exists():
         parts.append(_cut(PruningPlan.load(directory / PLAN)))
         parts.append(_certificate(certificate))
+    if stored:
+        parts.append(f"Distillation: {stored_text(stored)}.\n\n")
     if (directory / elastic.FILE).exists():
         parts.append(_nested(directory))
     if rows:

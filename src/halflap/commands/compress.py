@@ -180,8 +180,8 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
     if mesh.is_main():
         step = lineage_step("distill", {"teacher": teacher.digest}, tokens=result["tokens"], loss=result["loss"])
         students.save_trained(run.checkpoint_dir, student, directory, step)
-        if (directory / CERTIFICATE).exists():
-            write_card(run.checkpoint_dir, certificate=read_json(directory / CERTIFICATE))
+        certificate = read_json(directory / CERTIFICATE) if (directory / CERTIFICATE).exists() else None
+        write_card(run.checkpoint_dir, certificate=certificate, stored=result.get("teacher_logits"))
     return result | {"held_out": corpora.held_out_is, "parameters": count_parameters(student.config)}
 
 
@@ -266,7 +266,15 @@ def _compress(
         budget = students.budget_of(recipe.budgets, teacher.config, times)
         latency = timing.judge_latency(run.path / "latency.json", budget, tutor.teacher, plan.student)
         late = timing.excess(latency, budget)
-    write_card(run.checkpoint_dir, certificate=certificate, rows=table, judged_on=corpora.held_out_is, latency=latency)
+    said = arms.said(run.path)
+    write_card(
+        run.checkpoint_dir,
+        certificate=certificate,
+        rows=table,
+        judged_on=corpora.held_out_is,
+        latency=latency,
+        stored=said.get("teacher_logits"),
+    )
     return {
         "teacher": table["teacher"],
         "pruned": table["pruned"],
@@ -279,6 +287,7 @@ def _compress(
         "latency": latency,
         "controls": [{"name": name, **table[name]} for name in recipe.controls if name in table],
         "held_out": corpora.held_out_is,
+        **said,
         "remark": _remarks(shortage, remark, late, without=[name for name in recipe.controls if name not in table]),
         "report": str(build_report([run.path], run.path / "report.html")),
     }

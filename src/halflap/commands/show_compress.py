@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from halflap.commands.tables import number, records, short
+from halflap.commands.tables import number, records, short, size
 from halflap.compress.library import summary
 
 SIZE_WORDS = {
@@ -118,6 +118,15 @@ def latency_text(row: Mapping[str, Any]) -> str:
     return f"{condition}: {took} ({beside})"
 
 
+def stored_text(stored: Mapping[str, Any]) -> str:
+    """What a teacher's stored logits take, and what of its distribution is lost."""
+    each = f"{stored['bytes_per_token']:,.4g} bytes a token"
+    return (
+        f"the teacher's largest logits, as stored, take {size(stored['bytes'])}, {each}, and lose "
+        f"{stored['error']:.3g} nats a token of its distribution"
+    )
+
+
 def verify(result: Mapping[str, Any], console: Console) -> None:
     console.print(f"passed: the student equals {result['reference']}")
     scale = f"of logits up to {result['logit_scale']:.3g}"
@@ -148,6 +157,8 @@ def compress(result: Mapping[str, Any], console: Console) -> None:
     console.print(f"{ratio}{proof}")
     if latency := result["latency"]:
         console.print(latency_text(latency))
+    if stored := result.get("teacher_logits"):
+        console.print(stored_text(stored))
     console.print(f"judged on {result['held_out']}")
     if result["remark"]:
         console.print(result["remark"])

@@ -21,6 +21,7 @@ RUN_DOCUMENTS = (
     "inputs.json",
     "search.json",
     "scores.json",
+    "training.json",
     "bench.json",
     "latency.json",
     "arms.json",

@@ -191,6 +191,7 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
         "series": series,
         "curves_plot": _curves_plot(series, divergence=False),
         "divergence_plot": _curves_plot(series, divergence=True),
+        "stored": next((node for run in runs if (node := _stored(run)) is not None), None),
         "speed": read_speed(runs, *(() if topic and judgements.arms else (before, after))),
         "latency": next((node for run in runs if (node := run.document("latency.json")) is not None), None),
         "analysis": read_analysis(runs),
@@ -200,6 +201,13 @@ def _context(sources: Sources, problems: list[str], links: Links) -> dict[str, A
         "problems": problems,
     }
     return context | {"speed_card": _speed_card(context["speed"])}
+
+
+def _stored(run: RunFiles) -> Node | None:
+    """What a run's stored teacher logits take and lose: of `compress`, or of `distill`."""
+    training, status = run.document("training.json"), run.document("status.json")
+    of_arm = training.get("said", "teacher_logits") if training is not None else None
+    return of_arm or (status.get("result", "teacher_logits") if status is not None else None)
 
 
 def _topic(runs: Sequence[RunFiles]) -> dict[str, str] | None:
