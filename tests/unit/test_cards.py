@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from halflap.checkpoints.card import license_of
+from halflap.checkpoints.card import license_of, more_of
 from halflap.checkpoints.checkpoint import Checkpoint, save_model
 from halflap.commands.cards import write_card
 from halflap.commands.students import certify, write_student
@@ -50,13 +52,39 @@ def test_a_students_card(student: Path) -> None:
     assert Checkpoint.open(student).digest == digest
 
 
+def test_an_export_keeps_what_a_students_card_says(halflap: Callable[..., Any], student: Path, tmp_path: Path) -> None:
+    write_card(student, rows={"student": ROW}, judged_on="ten pages")
+    before = (student / "README.md").read_text()
+    result = halflap("export", student, "--out", tmp_path / "same", "--json").json
+    text = (tmp_path / "same" / "README.md").read_text()
+    said = before[before.index("## What was cut") : before.index("## How it came to be")]
+    assert not result["padded"] and said in text and "Judged on ten pages." in said and "it equals the teacher" in said
+    assert "2. export: " in text and "license: apache-2.0" in text and "All this is of" not in text
+    for name in ("pruning_plan.json", "certificate.json"):
+        assert (tmp_path / "same" / name).read_bytes() == (student / name).read_bytes()
+    halflap("export", student, "--quantize", "int8", "--out", tmp_path / "packed")
+    assert "before its weights were packed (int8" in (tmp_path / "packed" / "README.md").read_text()
+
+
+def test_a_padded_export_says_that_its_widths_are(halflap: Callable[..., Any], student: Path, tmp_path: Path) -> None:
+    teacher = open_(tmp_path / "teacher", Common())
+    index = teacher.config.pattern().index("-")
+    plan = PruningPlan(teacher.digest, teacher.config, keep={f"blocks.{index}.neuron": tuple(range(64))})
+    write_student(tmp_path / "uneven", teacher, plan, apply_plan(plan, teacher.checkpoint.tensors()))
+    words = ("export", tmp_path / "uneven", "--pad-to-stock", "--out", tmp_path / "padded", "--json")
+    assert halflap(*words).json["padded"]
+    text = (tmp_path / "padded" / "README.md").read_text()
+    assert "## What was cut" in text and "before widths that were unequal were padded with zeros" in text
+    assert PruningPlan.load(tmp_path / "padded") == plan
+
+
 def test_a_card_without_more_is_whole(tmp_path: Path) -> None:
     model = HybridModel(preset("hymba-tiny"))
     initialize(model, 0)
     save_model(model, tmp_path / "model")
     text = (tmp_path / "model" / "README.md").read_text()
     assert "## What was cut" not in text and "## How to load it" in text and "llama.cpp does not run it" in text
-    assert license_of(tmp_path / "model") is None and license_of(tmp_path) is None
+    assert license_of(tmp_path / "model") is None and license_of(tmp_path) is None and more_of(tmp_path / "model") == ""
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,14 @@ def license_of(directory: str | Path) -> str | None:
     return None
 
 
+def more_of(directory: str | Path) -> str:
+    """What a card of ours holds beside its table, its lineage and how to load it; empty where there is no such card."""
+    card = Path(directory) / CARD
+    text = card.read_text("utf-8") if card.is_file() else ""
+    found = re.search(r"^\| opens in \|[^\n]*\n\n(.*?)^## How it came to be$", text, re.MULTILINE | re.DOTALL)
+    return found[1] if found and "\nWritten by halflap " in text else ""
+
+
 def model_card(
     directory: Path,
     config: ModelConfig,

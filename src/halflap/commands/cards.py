@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halflap.checkpoints.card import CARD, license_of, model_card
+from halflap.checkpoints.card import CARD, license_of, model_card, more_of
 from halflap.checkpoints.config import find_directory, read_config, read_json, read_lineage
 from halflap.commands.show_compress import sizes_text, stored_text
 from halflap.compress import elastic
@@ -16,6 +17,7 @@ from halflap.models.count import count_parameters
 from halflap.report.shapes import size_rows
 
 CERTIFICATE = "certificate.json"
+NESTED = "## What can be cut from it"
 
 
 def write_card(
@@ -52,6 +54,13 @@ def write_card(
         file.write(text)
 
 
+def carried(source: Path, changed: Sequence[str]) -> str:
+    """Of the card of a checkpoint what is true of a copy in another form too, and how that one was `changed` since."""
+    sections = re.split(r"^(?=## )", more_of(source), flags=re.MULTILINE)
+    kept = "".join(section for section in sections if not section.startswith(NESTED))  # the copy is no elastic one
+    return kept + f"All this is of the student before {' and '.join(changed)}.\n\n" if kept and changed else kept
+
+
 def _cut(plan: PruningPlan) -> str:
     """What of which axis is left, and which blocks went."""
     before, after = count_parameters(plan.teacher_config), count_parameters(plan.student)
@@ -75,7 +84,7 @@ def _nested(directory: Path) -> str:
     """Which sizes lie in an elastic checkpoint, and how they are cut from it."""
     found = elastic.Elastic.load(directory, len(read_config(directory).blocks))
     lines = [f"| {one.budget} | {sizes_text(one.sizes.to_json())} |" for one in found.nested]
-    return f"""## What can be cut from it
+    return f"""{NESTED}
 
 Every axis is sorted by importance, so the first indices of each are a student, which
 `halflap prune DIR --from-elastic --params 60%` (or sizes) writes. Trained together with the whole:

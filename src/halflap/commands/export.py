@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from halflap.checkpoints import gguf_metadata, megatron
-from halflap.checkpoints.card import license_of
+from halflap.checkpoints.card import CARD, license_of, model_card
 from halflap.checkpoints.checkpoint import Checkpoint, copy_tokenizer, write_checkpoint
 from halflap.checkpoints.config import Lineage, family_of, lineage_step
 from halflap.checkpoints.gguf_export import TYPES, write_gguf
@@ -20,7 +20,9 @@ from halflap.checkpoints.gguf_import import open_gguf
 from halflap.checkpoints.padding import padded_config, padder, widened_norms
 from halflap.checkpoints.passes import hidden_states_of
 from halflap.checkpoints.streamed import StreamedModel
+from halflap.commands.cards import CERTIFICATE, carried
 from halflap.commands.config import ExportRecipe
+from halflap.compress.plan import PLAN
 from halflap.errors import HalflapError, RecipeError
 from halflap.files import write_json
 from halflap.models.config import ModelConfig
@@ -152,7 +154,14 @@ def _padding_helps(config: ModelConfig, form: Form) -> bool:
 
 
 def _write_hf(source: Source, directory: Path) -> tuple[Path, Any]:
-    opened = source.checkpoint
+    opened, config, packed = source.checkpoint, source.config, source.quantization
+    changed = ["widths that were unequal were padded with zeros"] if config != opened.config else []
+    changed += [f"its weights were packed ({packed.said()})"] if packed and not opened.quantization else []
+    beside = {
+        file.name: file.read_text("utf-8") for name in (PLAN, CERTIFICATE) if (file := opened.path / name).exists()
+    }
+    more = carried(opened.path, changed)
+    card = model_card(directory, config, source.lineage, license_of(opened.path), more, packed)
     written = write_checkpoint(
         directory,
         source.config,
@@ -161,6 +170,7 @@ def _write_hf(source: Source, directory: Path) -> tuple[Path, Any]:
         tokenizer_from=opened.path,
         lineage=source.lineage,
         quantization=source.quantization,
+        extra_files=beside | {CARD: card},
     )
     return directory, written
 
