@@ -105,6 +105,23 @@ def test_stored_logits_stand_in_for_the_teacher_and_are_told_of(
     assert "nats a token of its distribution" in Path(result["report"]).read_text()
 
 
+def test_a_dry_run_counts_the_teacher_of_the_lineage(halflap: Callable[..., Any], place: Path) -> None:
+    words = ("distill", place / "pruned", "--data", place / "text.jsonl", "--tokens", 256, "--dry-run", "--json")
+    result = halflap(*words).json
+    assert result["memory_bytes"] == 16 * result["parameters"] + 4 * count_parameters(TINY)
+
+
+def test_a_teacher_teaches_in_the_dtype_that_it_is_said_to(
+    halflap: Callable[..., Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loads: list[str]
+) -> None:
+    """As on a GPU: beside the student, and for logits that are stored."""
+    monkeypatch.setattr(students.Teacher, "teaches_in", "bfloat16")
+    words = ("distill", place / "pruned", "--data", place / "text.jsonl", "--tokens", 256, *FIT)
+    for name, more in (("beside", ("--intermediate", "blocks")), ("stored", ("--top-k", 8))):
+        assert halflap(*words, *more, "--out", tmp_path / name).status == 0
+    assert loads == ["bfloat16", "bfloat16"]
+
+
 def test_a_teacher_is_loaded_to_teach_in_the_dtype_of_the_arithmetic_on_a_gpu(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from halflap.commands import memory, operations, study
+from halflap.checkpoints.config import find_directory, read_config
+from halflap.commands import memory, operations, students, study
 from halflap.commands.fleet import vllm_command
 from halflap.commands.resolve import check_inputs, plan_of, shape_of
 from halflap.commands.study_file import Study
+from halflap.errors import HalflapError
 from halflap.inputs import size_of
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters, flops_per_token
@@ -38,6 +41,9 @@ def estimate(verb: str, recipe: Any) -> dict[str, Any]:
     if not shapes:
         return result
     main = next(iter(shapes.values()))
+    if verb == "distill" and "teacher" not in shapes:
+        with contextlib.suppress(HalflapError):  # the run itself says when there is none
+            shapes["teacher"] = read_config(students.teacher_of(find_directory(recipe.student), None))
     result["parameters"] = count_parameters(main)
     phases = settings.get("phases")
     plan = plan_of(phases, recipe.fit, len(recipe.text.data)) if phases else None
