@@ -69,9 +69,11 @@ def test_scores_of_blocks_cost_what_they_read(halflap: Callable[..., Any], teach
 def test_a_search_costs_what_it_tries(halflap: Callable[..., Any], teacher: Path) -> None:
     words = ("search", teacher, "--data", "text.txt", "--params", "50%", "--shortlist", 4, "--score-tokens", 1000)
     words = (*words, "--fit.sequence-length", 64)
+    looking = flops(halflap, *words)
+    words = (*words, "--first-look", 0)
     a_pass = flops_per_token(preset("nemotron-h-tiny"), 64, "prefill")
     plain = flops(halflap, *words)
-    assert plain == 4 * 1000 * a_pass
+    assert plain == 4 * 1000 * a_pass and looking == plain + 64 * 125 * a_pass
     short = flops(halflap, *words, "--shortlist-tokens", 500, "--rounds", "equal") - plain
     assert short == 3 * (3 * 500 + 1000) * a_pass + 500 * a_pass  # of three candidates, and of the teacher for all
     assert flops(halflap, *words[:4], *words[6:], "--sweep", "params", "40%", "60%") == 2 * plain
@@ -89,7 +91,7 @@ def test_compress_costs_all_its_parts(halflap: Callable[..., Any], teacher: Path
     assert flops(halflap, *words, "--sizes.num-blocks", 5, "--loss", "next_token") == plain - 1000 * a_pass
     controls = flops(halflap, *words, "--sizes.num-blocks", 5, "--controls", "scratch", "random")
     assert controls - plain == ((3 + 4) * 1000 + (1 + 2) * 100) * a_pass
-    few = ("--params", "50%", "--shortlist", 2, "--score-tokens", 10)
+    few = ("--params", "50%", "--shortlist", 2, "--score-tokens", 10, "--first-look", 0)
     assert flops(halflap, *words, *few) == plain + 20 * a_pass
     memory = halflap(*words, *few, "--dry-run", "--json").json
     assert memory["memory_bytes"] == 20 * memory["parameters"]  # the teacher beside a student in training

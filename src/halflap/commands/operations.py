@@ -10,6 +10,7 @@ from typing import Any
 from halflap.commands import elastic
 from halflap.commands.config_compress import CompressRecipe, ScoreRecipe, SearchRecipe
 from halflap.commands.scoring import DEPTH_SHARE
+from halflap.commands.searching import FIRST_LOOK_SHARE
 from halflap.commands.sections import REMOVING, LossSettings, ScoreSettings, SearchSettings
 from halflap.commands.students import has_ceiling
 from halflap.compress.axes import depth_units
@@ -52,7 +53,7 @@ def score(settings: ScoreSettings, config: ModelConfig, tokens: int, length: int
         return 0
     each, part = flops_per_token(config, length, "prefill"), tokens // DEPTH_SHARE
     total = tokens * each * SCORED.get(settings.metric, 0)
-    if settings.depth_metric not in REMOVING:
+    if settings.depth_metric is not None and settings.depth_metric not in REMOVING:
         with_widths = {"block_influence": "activation", "taylor": "taylor"}[settings.depth_metric]
         return total + (0 if settings.metric == with_widths else part * each * SCORED[with_widths])
     blocks, leave = len(config.blocks), len(depth_units(config)[0])
@@ -71,8 +72,11 @@ def _rest_of_pass(config: ModelConfig, length: int) -> int:
 def search(settings: SearchSettings, space: SearchSpace, config: ModelConfig, length: int, values: int = 1) -> int:
     """Of choosing a student for each of so many values of a budget, which share the scores of method puzzle."""
     each = flops_per_token(config, length, "prefill")
-    passes = settings.shortlist + (settings.method == "minipuzzle")
-    total = passes * settings.score_tokens * each
+    with_teacher = settings.method == "minipuzzle"
+    total = (settings.shortlist + with_teacher) * settings.score_tokens * each
+    if settings.method != "puzzle" and settings.first_look > settings.shortlist:
+        few = settings.score_tokens // FIRST_LOOK_SHARE
+        total += (settings.first_look + with_teacher) * few * each
     if settings.shortlist_tokens:
         rounds = stages(
             min(settings.refined, settings.shortlist), settings.shortlist_tokens, settings.rounds == "halving"
