@@ -9,20 +9,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from halflap.checkpoints import passes
-from halflap.checkpoints.checkpoint import load_model, save_model
+from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model
 from halflap.checkpoints.config import read_lineage
 from halflap.commands import puzzle, shortlist
 from halflap.compress import replace_streamed
+from halflap.compress.costs import Budget, costs
+from halflap.compress.importance import Importance, score_shapes
+from halflap.compress.library import WHOLE, library_of
 from halflap.compress.plan import PruningPlan
+from halflap.compress.programme import Programme
+from halflap.compress.ranking import plan_of_variants
 from halflap.data.tokenizer import train_tokenizer
+from halflap.hf import HalflapForCausalLM
 from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel, initialize
 from halflap.models.presets import hymba, preset
 
+ROOT = Path(__file__).parents[2]
 FIT = ("--fit.sequence-length", 32, "--fit.batch-size", 4, "--fit.learning-rate", 1e-3)
 FEW = ("--replacement-tokens", 128, "--score-tokens", 128, "--shortlist", 2, "--method", "puzzle")
 TEACHERS = {
@@ -79,6 +88,34 @@ def test_search_then_prune_then_verify(halflap: Callable[..., Any], place: Path,
     student = load_model(tmp_path / "pruned" / "checkpoint")
     plan = PruningPlan.load(tmp_path / "search" / "search.json")
     assert student.config == plan.student and len(plan.keep_blocks) == len(student.blocks)
+
+
+def test_windows_and_channels_of_the_carried_teacher(halflap: Callable[..., Any], tmp_path: Path) -> None:
+    """A choice whose scores are made up so that both are in it: certified, opened by the Auto classes, not by stock."""
+    teacher = Checkpoint.open(ROOT / "demo" / "teacher")
+    at: dict[str, Any] = {"context": 65536, "batch": 8}
+    whole = costs(teacher.config, Budget(**at))
+    budget = Budget(params=0.9 * whole["params"], memory=0.6 * whole["memory"], **at)
+    library = library_of(teacher.config, length=512).saving(budget)
+    wanted = [o.variant.change.window is not None or bool(o.variant.sizes.mamba_head_dim) for o in library.options]
+    scores = np.array([0.0 if o.variant == WHOLE else 0.01 if w else 1.0 for o, w in zip(library.options, wanted)])
+    (choice,) = Programme(library, budget).choices(scores)
+    variants = library.variants(choice.options)
+    widths = {name: torch.rand(size) for name, size in score_shapes(teacher.config).items()}
+    plan = plan_of_variants(Importance("random", widths), teacher.digest, teacher.config, variants, "masked")
+    assert any(v.change.window for v in variants) and any(v.sizes.mamba_head_dim for v in variants)
+    plan.save(tmp_path / "plan.json")
+    cut = halflap("prune", teacher.path, "--plan", tmp_path / "plan.json", "--out", tmp_path / "run", "--json")
+    assert cut.json["verified"] and cut.json["parameters"] == choice.costs["params"]
+    assert halflap("verify", tmp_path / "run", "--tokens", 64, "--json").json["passed"]
+    student, tokens = tmp_path / "run" / "checkpoint", torch.randint(0, 4096, (2, 600))
+    opened = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    assert type(opened) is HalflapForCausalLM
+    with torch.no_grad():
+        one, other = opened(tokens).logits, load_model(student)(tokens)
+    assert float((one - other).abs().max()) <= 1e-5 * float(one.abs().max())
+    refused = halflap("export", student, "--pad-to-stock", "--out", tmp_path / "stock")
+    assert refused.status == 1 and "window" in refused.err
 
 
 def test_an_unequal_student_is_distilled_and_exported(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
@@ -158,6 +195,26 @@ def test_refusals(
         del given[at : at + 2]
     outcome = halflap(*given, *more, "--out", tmp_path / "run")
     assert outcome.status == status and words in outcome.err
+
+
+def test_a_choice_far_below_its_budget_says_so(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
+    """Two of three MLPs may become linear and nothing else may change: no student is near the budget."""
+    given = list(search_words(place, "nemotron-h-tiny"))
+    given[given.index("--params") + 1] = "99.9%"
+    space = ("--space.max-width-cut", 0, "--space.max-depth-cut", 0)
+    result = halflap(*given, *space, "--out", tmp_path / "run", "--json").json
+    best = result["candidates"][0]
+    assert best["costs"]["params"] < 0.95 * 0.999 * count_parameters(TEACHERS["nemotron-h-tiny"])
+    assert f"more than 5 % below the budget: it has {best['costs']['params']:,} parameters where" in result["remark"]
+
+
+def test_windows_that_rows_cannot_show_are_said(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
+    given = list(search_words(place, "llama-tiny"))
+    given[given.index("--params") : given.index("--params") + 2] = ["--memory", "99%"]
+    space = ("--space.max-width-cut", 0, "--space.max-depth-cut", 0, "--space.window", 200, "--context", 512)
+    result = halflap(*given, *space, "--out", tmp_path / "run", "--json").json
+    assert "window 200" in result["candidates"][0]["variants"]
+    assert "windows of 200 hide nothing in rows of 32 tokens" in result["remark"]
 
 
 def test_sizes_and_puzzle_exclude_each_other(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:

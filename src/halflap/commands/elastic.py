@@ -26,14 +26,13 @@ from halflap.commands.students import Teacher, budget_of, has_ceiling, open_teac
 from halflap.commands.teaching import Tutor
 from halflap.compress.axes import Sizes, largest_sizes
 from halflap.compress.cost_table import CostTable
-from halflap.compress.costs import BUDGETS, Budget, Costs, costs
+from halflap.compress.costs import BUDGETS, WITHIN, Budget, Costs, costs
 from halflap.compress.elastic import Elastic, NestedSize, elastic_of, sort_plan
 from halflap.compress.grid import between, choices
 from halflap.compress.importance import Importance
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
 from halflap.compress.slices import Slice
-from halflap.compress.space import WITHIN
 from halflap.data.loader import Loader
 from halflap.errors import RecipeError
 from halflap.files import write_json

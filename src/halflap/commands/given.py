@@ -52,8 +52,13 @@ class Given:
 
     @functools.cached_property
     def library(self) -> Library:
-        """Of method puzzle: what may become of each block. Raises HalflapError for sizes that no block can have."""
-        return library_of(self.teacher.config, self.recipe.space)
+        """Of method puzzle: what may become of each block. Raises HalflapError for sizes that no block can have.
+
+        Windows are shares of the context asked for, but no longer than the rows that variants are scored on, in which
+        a longer one would hide nothing and so seem to do no harm.
+        """
+        length = min(self.recipe.budgets.context, self.scoring.sequence_length)
+        return library_of(self.teacher.config, self.recipe.space, length)
 
     def plan_for(self, trial: Trial) -> PruningPlan:
         if trial.variants:

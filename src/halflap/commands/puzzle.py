@@ -15,7 +15,7 @@ from halflap.commands import scoring, students
 from halflap.commands.given import Given
 from halflap.compress import local
 from halflap.compress.axes import Sizes
-from halflap.compress.library import WHOLE, Library, Option
+from halflap.compress.library import DROPPED, WHOLE, Library, Option
 from halflap.compress.partial import Scratch
 from halflap.compress.plan import PruningPlan
 from halflap.compress.programme import Programme
@@ -34,7 +34,10 @@ SCRATCH = "replacing"
 
 
 def programme_of(given: Given) -> Programme:
-    """What is chosen from and under which budgets. Raises HalflapError for budgets that cannot be met."""
+    """What is chosen from, of all variants those that save something, and under which budgets.
+
+    Raises HalflapError for budgets that cannot be met.
+    """
     library, times = given.library, given.times
     if times is not None:
         blocks = given.teacher.config.blocks
@@ -44,7 +47,7 @@ def programme_of(given: Given) -> Programme:
                 f"the cost table has no times of {absent[0]} blocks, which method puzzle may choose; measure it again "
                 "with `halflap bench MODEL --blocks`, or leave --costs out"
             )
-    return Programme(library, given.budget)
+    return Programme(library.saving(given.budget), given.budget)
 
 
 def propose(given: Given, model: AnyModel, programme: Programme) -> Fitting:
@@ -57,15 +60,32 @@ def propose(given: Given, model: AnyModel, programme: Programme) -> Fitting:
         Candidate(Sizes(), choice.costs, choice.score, tuple(v.name for v in library.variants(choice.options)))
         for choice in choices
     )
-    remark = None
-    if len(candidates) < settings.shortlist:
-        remark = (
-            f"only {len(candidates)} of {settings.shortlist} candidates differ enough under the budget; raise "
-            "--max-overlap for more alike"
+    return Fitting(candidates, len(library.options), _remark(given, programme, candidates))
+
+
+def _remark(given: Given, programme: Programme, candidates: tuple[Candidate, ...]) -> str | None:
+    """What a user must know of candidates: none cut, few, below all that was allowed, or judged by too short a text."""
+    best, budget, wanted = candidates[0], given.budget, given.recipe.settings.shortlist
+    if set(best.variants) == {WHOLE.name}:
+        return "the teacher itself is within the budget: nothing is cut"
+    remarks = []
+    if len(candidates) < wanted:
+        remarks.append(
+            f"only {len(candidates)} of {wanted} candidates differ enough under the budget; raise --max-overlap for "
+            "more alike"
         )
-    if set(candidates[0].variants) == {WHOLE.name}:
-        remark = "the teacher itself is within the budget: nothing is cut"
-    return Fitting(candidates, len(library.options), remark)
+    if short := budget.short(best.costs):
+        remarks.append(
+            f"the best choice stays more than 5 % below the budget: it has {short}; give finer lists, such as "
+            "--space.intermediate-size, to use all of it"
+        )
+    chosen = {variant.change.window for row in candidates for variant in programme.library.named(row.variants)}
+    if hidden := sorted(window for window in chosen if window and window + 1 >= given.scoring.sequence_length):
+        remarks.append(
+            f"windows of {', '.join(map(str, hidden))} hide nothing in rows of {given.scoring.sequence_length} tokens, "
+            "so what they do was not measured; raise --fit.sequence-length, or give shorter ones with --space.window"
+        )
+    return "; ".join(remarks) or None
 
 
 def _measured(given: Given, model: AnyModel, library: Library) -> Scores:
@@ -75,8 +95,7 @@ def _measured(given: Given, model: AnyModel, library: Library) -> Scores:
     weights = model.shell if isinstance(model, StreamedModel) else model
 
     def plan_with(option: Option) -> PruningPlan:
-        blocks = range(len(teacher.config.blocks))
-        return given.plan_of_variants(tuple(option.variant if i in option.blocks else WHOLE for i in blocks))
+        return given.plan_of_variants(library.alone(option))
 
     def make(option: Option) -> Replacement:
         plan, index = plan_with(option), option.blocks[0]
@@ -105,8 +124,9 @@ def _distill_blocks(
     steps = max(1, round(given.recipe.settings.block_tokens / loader.tokens_per_batch))
 
     def untrained(index: int) -> list[PruningPlan]:
-        own = [o for o in library.options if o.blocks == (index,) and o.variant != WHOLE and not o.variant.dropped]
-        return [plan for plan in map(plan_with, own) if not local.block_file(folder, plan, index).exists()]
+        own = [o for o in library.options if o.blocks == (index,) and o.variant not in (WHOLE, DROPPED)]
+        plans = [plan_with(option) for option in own if not library.follows(option)]
+        return [plan for plan in plans if not local.block_file(folder, plan, index).exists()]
 
     def train(weights: HybridModel, index: int, plans: list[PruningPlan], lessons: local.Lessons) -> None:
         variants = [replacement(weights, plan, index) for plan in plans]
@@ -136,11 +156,11 @@ def _scores(
     make: Callable[[Option], Replacement],
 ) -> Scores:
     """Measured once and kept in `file`, which holds what an interrupted measurement had."""
-    known: dict[str, float] = {}
+    known = {option.name: 0.0 for option in library.options if library.follows(option)}
     if file.exists():
         data = json.loads(file.read_text("utf-8"))
         if data["format"] == FORMAT and data["made_from"] == made_from:
-            known = data["scores"]
+            known |= data["scores"]
 
     def save(scores: Scores) -> None:
         tokens = sum(int((batch.weights > 0).sum()) for batch in batches)

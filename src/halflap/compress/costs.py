@@ -32,6 +32,7 @@ from halflap.models.count import (
 )
 from halflap.models.sharing import with_source
 
+WITHIN = 0.95  # a student comes within 5 % below its ceiling where the space allows
 ROUNDING = 1e-9
 """Share by which a time may pass its ceiling: the teacher's own, summed over blocks, is within its 100 %."""
 
@@ -100,6 +101,14 @@ class Budget:
             f"budgets of {asked} cannot be met together: {'; '.join(parts) or 'no two of them can'}; {mend}, or allow "
             f"smaller {what} with --space.max-width-cut or --space.max-depth-cut"
         )
+
+    def short(self, counted: Mapping[str, float]) -> str | None:
+        """What a student has and may have of the cost that is nearest to its ceiling, where it is over 5 % below it."""
+        limits = self.ceilings
+        name = max(limits, key=lambda name: counted[name] / limits[name])
+        if counted[name] >= WITHIN * limits[name]:
+            return None
+        return f"{self.say(name, counted[name])} where {self.say(name, limits[name])} are allowed"
 
     def say(self, cost: str, value: float) -> str:
         """An amount of a cost as people say it."""

@@ -38,6 +38,8 @@ class SearchSpace:
     """Key/value heads of each attention or hybrid block."""
     mamba_intermediate_size: tuple[int, ...] = ()
     """Channels of each Mamba-1 block."""
+    window: tuple[int, ...] = ()
+    """Tokens that a query of an attention or hybrid block sees before itself (puzzle)."""
     num_blocks: tuple[int, ...] = ()
     """Numbers of blocks that stay."""
     num_mamba_blocks: tuple[int, ...] = ()
@@ -123,6 +125,11 @@ def choices(
         given = getattr(space, field.name)
         if field.name.startswith("max_"):
             continue
+        if given and field.name == "window":
+            raise HalflapError(
+                "space.window was given, and windows are varied block by block alone; search with --method puzzle, or "
+                "leave it out"
+            )
         if given and field.name in BLOCK_COUNTS:
             raise HalflapError(
                 f"{field.name} counts blocks of one type, which is not varied here; search with --method minipuzzle, "

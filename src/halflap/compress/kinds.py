@@ -164,7 +164,7 @@ class Change:
 
     pool     so many neighbouring key/value heads are averaged into one, which all their query heads read
              (Ainslie et al. 2023); attention alone, and only where no other block reads them
-    window   tokens that a query sees before itself, fewer than it did
+    window   tokens that a query sees before itself, fewer than it did; what shares keys and values has the same
     linear   attention or an MLP becomes the product of its outer maps, W_o W_v or W_down W_up (Bercovich et al. 2024):
              what it does where a token sees itself alone, or the activation does nothing and the gate is open
     """
@@ -193,10 +193,10 @@ class Change:
                 f"block {index} cannot have {self.pool} of its {heads} key/value heads averaged into one; it must be "
                 "attention alone that shares with no block, and the number must divide its heads: leave the change out"
             )
-        if self.window is not None and (own is None or shared or not 0 < self.window <= (own.window or self.window)):
+        if self.window is not None and (own is None or not 0 < self.window <= (own.window or self.window)):
             raise HalflapError(
-                f"block {index} cannot have a window of {self.window}: it must have attention that shares with no "
-                f"block, and its window ({own and own.window}) can only shrink: leave the change out"
+                f"block {index} cannot have a window of {self.window}: it must have attention, and its window "
+                f"({own and own.window}) can only shrink: leave the change out"
             )
 
 

@@ -1,16 +1,17 @@
 """What may become of each block, and what each of these variants costs (Puzzle: Bercovich et al. 2024). No torch.
 
-A block stays whole, is cut along its own axes, has neighbouring key/value heads averaged or its window shortened,
+A block stays whole, is cut along its own axes, has neighbouring key/value heads averaged, sees a (shorter) window,
 becomes one linear map, or is dropped; the hidden size stays. Blocks that leave together (`depth_units`) are dropped by
 one option that covers them all. A choice is one option for each block; the rules say which choices are students: what
-reads another's keys and values goes with it, a block of each kind stays, and no more are dropped than the search space
-allows.
+reads another's keys and values goes with it and has its window, a block of each kind stays, and no more are dropped
+than the search space allows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ from halflap.compress.kinds import (
     KINDS,
     SHARED,
     Change,
+    SizedAxis,
     block_counts,
     block_sizes,
     changed_block,
+    owner,
     resize_block,
 )
 from halflap.compress.plan import sharing_blocks
@@ -40,16 +43,19 @@ LARGEST_CUTS = 0.9, 0.5
 """Of width and depth: single blocks can do with far less than all of them can."""
 
 # Shares of a size that are tried where none are given (Bercovich et al. 2024 of MLPs and key/value heads; of Mamba
-# heads those of 16 a group). The state size is left whole: cutting it is untried.
+# heads those of 16 a group, with few of their channels, as each goes with each). The state size is left whole: cutting
+# it is untried.
 _HEADS = (0.875, 0.75, 0.5)
 SHARES: Mapping[str, tuple[float, ...]] = {
     "intermediate_size": (0.87, 0.75, 0.5, 0.25, 0.2, 0.1),
     "mamba_num_heads": _HEADS,
+    "mamba_head_dim": (0.75, 0.5),
     "mamba_intermediate_size": _HEADS,
     "num_attention_heads": (0.75, 0.5, 0.25),
     "num_key_value_heads": (0.5, 0.25, 0.125),
 }
-WINDOWS = (0.5, 0.25)
+WINDOWS = (0.5, 0.25, 0.125)
+"""Shares of what a token sees before itself: of its window, or of the text where it sees all."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +138,65 @@ class Library:
             gone = {c: sum(type(self.teacher.blocks[i]) is kind for i in b) for c, b in (dropped | linear).items()}
             rules.append(Rule(of(gone), count - 1))
         going = {index: column for column, blocks in dropped.items() for index in blocks}
+        windows = self._windows()
         for source, readers in readers_of(self.teacher).items():
             for reader in readers:
                 if source in going and going[source] != going[reader]:
                     rules.append(Rule(of({going[source]: 1, going[reader]: -1}), 0))
+                gone = {going[reader]: -1.0} if reader in going else {}
+                for window in sorted(windows[source].keys() | windows[reader].keys()):  # of both, or of none
+                    ours, theirs = windows[reader].get(window, ()), windows[source].get(window, ())
+                    rules.append(Rule(of(dict.fromkeys(ours, 1) | dict.fromkeys(theirs, -1)), 0))
+                    rules.append(Rule(of(dict.fromkeys(theirs, 1) | dict.fromkeys(ours, -1) | gone), 0))
         return rules
+
+    def _windows(self) -> dict[int, dict[int, list[int]]]:
+        """Of each block, its options by the window that they leave, of those that shorten it."""
+        found: dict[int, dict[int, list[int]]] = {index: {} for index in range(len(self.teacher.blocks))}
+        for column, option in enumerate(self.options):
+            if (window := option.variant.change.window) is not None:
+                found[option.blocks[0]].setdefault(window, []).append(column)
+        return found
+
+    def _maker(self, option: Option) -> int:
+        """The block whose keys and values the (first) block of an option reads, which may be itself."""
+        return owner(self.teacher.blocks[option.blocks[0]], option.blocks[0])
+
+    def saving(self, budget: Budget) -> Library:
+        """Without variants that cost no less than the whole block under any of the budgets.
+
+        A window saves no parameters: where they alone are limited, it is not worth a score, let alone a candidate. One
+        that saves in some of the blocks that share keys and values stays in all.
+        """
+        saves = np.array([option.variant in (WHOLE, DROPPED) for option in self.options])
+        whole = {o.blocks: column for column, o in enumerate(self.options) if o.variant == WHOLE}
+        at = [whole.get(option.blocks, column) for column, option in enumerate(self.options)]
+        for name in budget.ceilings:
+            added, _ = self.costs(name, budget)
+            saves |= added < added[at]
+        windows = [(self._maker(option), option.variant.change.window) for option in self.options]
+        saved = {pair for pair, saving in zip(windows, saves, strict=True) if saving and pair[1] is not None}
+        stays = [saving or pair in saved for pair, saving in zip(windows, saves, strict=True)]
+        return dataclasses.replace(self, options=tuple(itertools.compress(self.options, stays)))
+
+    def alone(self, option: Option) -> tuple[Variant, ...]:
+        """What becomes of each block when this option alone is chosen; not of a dropped one.
+
+        What shares keys and values has one window, so the others of its group take that of the option.
+        """
+        window, maker = option.variant.change.window, self._maker(option)
+        follow = WHOLE if window is None else Variant(change=Change(window=window))
+        alike = (follow if owner(block, index) == maker else WHOLE for index, block in enumerate(self.teacher.blocks))
+        return tuple(option.variant if index in option.blocks else other for index, other in enumerate(alike))
+
+    def follows(self, option: Option) -> bool:
+        """Whether it does nothing by itself: a window of keys and values that another block makes.
+
+        Whoever reads them sees the window of the block that makes them, whose score is of all.
+        """
+        window = option.variant.change.window
+        only = window is not None and option.variant == Variant(change=Change(window=window))
+        return only and self._maker(option) not in option.blocks
 
     def costs(self, name: str, budget: Budget) -> tuple[np.ndarray, float]:
         """What each option adds (C,) to a cost, and what the model costs beside its blocks."""
@@ -162,12 +222,15 @@ class Library:
         return tuple(by_name[pair] for pair in enumerate(names))
 
 
-def library_of(teacher: ModelConfig, space: SearchSpace | None = None) -> Library:
+def library_of(teacher: ModelConfig, space: SearchSpace | None = None, length: int | None = None) -> Library:
     """The variants of every block. Raises HalflapError for sizes that no block can have.
 
-    Of an axis with sizes given in the space these are tried, all combined; other axes are cut alone, to `SHARES`.
+    Of an axis with sizes given in the space these are tried, all combined; other axes are cut alone, to `SHARES`, but
+    for SSM heads and their channels, which are combined. length: tokens of the text that windows are shares of where a
+    block sees all; the model's own context when not given.
     """
     space = space or SearchSpace()
+    length = length or teacher.max_position_embeddings
     _check_space(teacher, space)
     width, depth = space.largest_cuts(*LARGEST_CUTS)
     most = int(depth * len(teacher.blocks) + 1e-9)
@@ -178,7 +241,7 @@ def library_of(teacher: ModelConfig, space: SearchSpace | None = None) -> Librar
         for index in unit:
             key = with_source(teacher.blocks[index], 0), index in shared
             if key not in known:
-                known[key] = tuple(_variants(teacher.blocks[index], space, width, index in shared))
+                known[key] = tuple(_variants(teacher.blocks[index], space, width, index in shared, length))
             options += [Option((index,), variant) for variant in known[key]]
         if len(unit) <= most:
             options.append(Option(unit, DROPPED))
@@ -192,6 +255,11 @@ def _check_space(teacher: ModelConfig, space: SearchSpace) -> None:
                 f"space.{name} was given; method puzzle chooses block by block, which keeps the hidden size and drops "
                 "what the budget asks for: leave it out (--space.max-depth-cut limits what is dropped)"
             )
+    if space.window and (min(space.window) < 1 or not any(block.attention for block in teacher.blocks)):
+        raise HalflapError(
+            f"space.window has {', '.join(map(str, space.window))}; this {teacher.family} model ({teacher.pattern()}) "
+            "must have attention, and a window at least 1 token: correct it or leave it out"
+        )
     sizes = {size for block in teacher.blocks for size in block_sizes(block)}
     for field in dataclasses.fields(Sizes):
         if getattr(space, field.name, ()) and field.name not in sizes:
@@ -201,43 +269,68 @@ def _check_space(teacher: ModelConfig, space: SearchSpace) -> None:
             )
 
 
-def _variants(block: BlockConfig, space: SearchSpace, width: float, shared: bool) -> Iterator[Variant]:
+def _variants(block: BlockConfig, space: SearchSpace, width: float, shared: bool, length: int) -> Iterator[Variant]:
     """Whole first, then the largest first, each once."""
-    own, counts = block_sizes(block), block_counts(block)
+    own = block_sizes(block)
     rows = [row for row in KINDS[type(block)].sizes if not (shared and row.axis in SHARED)]
     given = [row.size for row in rows if getattr(space, row.size)]
     found: dict[BlockConfig, Variant] = {block: WHOLE}
     lists = [sorted({own[size], *(v for v in getattr(space, size) if v < own[size])}, reverse=True) for size in given]
-    for values in itertools.product(*lists):
+    windows = _windows_of(block, space, length)
+    for *values, window in itertools.product(*lists, (None, *windows) if space.window else (None,)):
         sizes: dict[str, Any] = {s: v for s, v in zip(given, values, strict=True) if v < own[s]}
         if go_together(sizes):
-            _add(found, block, Variant(Sizes(**sizes)))
-    for row in rows:
-        if row.size in given:
-            continue
-        step = 1 if row.parent is None else counts[row.parent]
-        for value in _automatic(row.size, own[row.size], step, 1 - width):
-            if row.size == "num_key_value_heads" and isinstance(block, AttentionConfig):
-                if own[row.size] % value == 0:
-                    _add(found, block, Variant(change=Change(pool=own[row.size] // value)))
-            else:
-                _add(found, block, Variant(Sizes(**{row.size: value})))  # type: ignore[arg-type]
-    window = block.attention.window if block.attention is not None and not shared else None
-    for value in [round(share * window) for share in WINDOWS] if window else []:
-        _add(found, block, Variant(change=Change(window=max(1, value))))
+            _add(found, block, Variant(Sizes(**sizes), Change(window=window)))
+    for variant in _automatic(block, [row for row in rows if row.size not in given], 1 - width):
+        _add(found, block, variant)
+    for window in windows:
+        _add(found, block, Variant(change=Change(window=window)))
     if isinstance(block, AttentionConfig | MLPConfig) and not shared:
         _add(found, block, Variant(change=Change(linear=True)))
     yield from found.values()
+
+
+def _windows_of(block: BlockConfig, space: SearchSpace, length: int) -> list[int]:
+    """Given ones that are shorter than its own, else `WINDOWS` of its own, or of the text where that is shorter."""
+    if block.attention is None:
+        return []
+    own = math.inf if block.attention.window is None else block.attention.window
+    if space.window:
+        return sorted({window for window in space.window if window < own}, reverse=True)
+    values = (round(share * min(own, length)) for share in WINDOWS)
+    return [window for window in dict.fromkeys(values) if 0 < window < own]
+
+
+def _automatic(block: BlockConfig, rows: Sequence[SizedAxis], least: float) -> Iterator[Variant]:
+    """Each of these sizes cut alone to `SHARES`, then SSM heads with their channels."""
+    own, counts = block_sizes(block), block_counts(block)
+    lists = {
+        row.size: _steps_down(row.size, own[row.size], 1 if row.parent is None else counts[row.parent], least)
+        for row in rows
+    }
+    for size, values in lists.items():
+        for value in values:
+            if size == "num_key_value_heads" and isinstance(block, AttentionConfig):
+                if own[size] % value == 0:
+                    yield Variant(change=Change(pool=own[size] // value))
+            else:
+                yield Variant(Sizes(**{size: value}))  # type: ignore[arg-type]
+    for heads in ("mamba_num_heads", "num_attention_heads"):  # in a hybrid block an SSM head is a query head's
+        for pair in itertools.product(lists.get(heads, ()), lists.get("mamba_head_dim", ())):
+            both: dict[str, Any] = dict(zip((heads, "mamba_head_dim"), pair, strict=True))
+            yield Variant(Sizes(**both))
 
 
 def _add(found: dict[BlockConfig, Variant], block: BlockConfig, variant: Variant) -> None:
     found.setdefault(variant.of(block), variant)
 
 
-def _automatic(size: str, whole: int, step: int, least: float) -> list[int]:
+def _steps_down(size: str, whole: int, step: int, least: float) -> list[int]:
     """`SHARES` of a size in whole steps: of so many heads' parents, or for neurons and channels a power of two."""
     if size in ("intermediate_size", "mamba_intermediate_size"):
         step = max(8, 1 << max(0, (whole // 64).bit_length() - 1))
+    if size == "mamba_head_dim":
+        step = max(1, whole // 8)
     shares = [share for share in SHARES.get(size, ()) if share >= least - 1e-9]
     values = (max(1, round(share * whole / step)) * step for share in shares)
     return [value for value in dict.fromkeys(values) if value < whole]

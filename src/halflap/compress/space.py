@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from halflap.compress.axes import Sizes, block_types, largest_sizes
-from halflap.compress.costs import Budget, Costs, with_throughput
+from halflap.compress.costs import WITHIN, Budget, Costs, with_throughput
 from halflap.compress.grid import (
     ATTENTION_HEADS,
     LARGEST_CUTS,
@@ -35,7 +35,6 @@ from halflap.compress.kinds import BLOCK_COUNTS
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
 
-WITHIN = 0.95  # a student comes within 5 % below its ceiling where the space allows
 WIDENED = (
     f"no student within the usual cuts ({100 * LARGEST_CUTS[0]:g} % of a width, {100 * LARGEST_CUTS[1]:g} % of the "
     "blocks, attention heads whole) meets the budgets, so larger cuts were allowed; --space.max-width-cut and "
@@ -124,7 +123,7 @@ def fitting(
         _refuse(grid, together, spent, ceilings, budget, teacher, whole)
     remarks = [WIDENED] if tried != space else []
     if not close.any():
-        remarks.append(_not_close(grid, largest, spent, ceilings, budget, whole))
+        remarks.append(_not_close(grid, largest, spent, budget, whole))
     chosen = np.nonzero(close if close.any() else largest)
     spent |= {name: cost.over(name, grid) for name in cost.names if name not in spent}
     found = [
@@ -241,18 +240,15 @@ def _not_close(
     grid: SizeLists,
     largest: np.ndarray,
     spent: Mapping[str, np.ndarray],
-    ceilings: Mapping[str, float],
     budget: Budget,
     whole: Mapping[str, int],
 ) -> str:
-    best = {name: float(spent[name][largest].max()) for name in ceilings}
-    nearest = max(ceilings, key=lambda name: best[name] / ceilings[name])
-    reached = budget.say(nearest, best[nearest])
+    best = {name: float(spent[name][largest].max()) for name in budget.ceilings}
     first = _sizes_at(grid, np.argwhere(largest)[0])
     if largest.sum() == 1 and all(value == whole[size] for size, value in first.items()):
-        return f"the teacher itself has {reached}, within the budget: nothing is cut"
+        nearest = max(best, key=lambda name: best[name] / budget.ceilings[name])
+        return f"the teacher itself has {budget.say(nearest, best[nearest])}, within the budget: nothing is cut"
     return (
-        f"no size of the search space comes within 5 % of the budget: the nearest student has {reached} where "
-        f"{budget.say(nearest, ceilings[nearest])} are allowed; give finer lists, such as "
-        "--space.intermediate-size, to use all of it"
+        f"no size of the search space comes within 5 % of the budget: the nearest student has {budget.short(best)}; "
+        "give finer lists, such as --space.intermediate-size, to use all of it"
     )

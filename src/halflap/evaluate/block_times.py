@@ -19,7 +19,9 @@ import torch
 
 from halflap.compress.cost_model import Condition, kind_of
 from halflap.compress.cost_table import CostTable, Rows, Stack
-from halflap.compress.kinds import KINDS, block_counts, resize_block
+from halflap.compress.grid import LEFT_WHOLE, WIDENED_CUTS
+from halflap.compress.kinds import KINDS, Change, block_counts, changed_block, resize_block
+from halflap.compress.library import SHARES
 from halflap.evaluate.bench import now
 from halflap.inference.generate import prefill
 from halflap.models.cache import Cache, fields, parts
@@ -35,9 +37,11 @@ LARGER_THAN_CACHE = 4
 """How many times the last-level cache a stack reads, so that nearly nothing of one pass is left for the next."""
 MOST_COPIES = 64
 HALF = 0.5
-LEVELS = (1.0, 0.875, 0.75, 0.625, HALF)
-MIXES = 4
-"""Stacks of each kind whose every size is drawn from LEVELS, beside those of whole and half sizes."""
+LEVELS = (1.0, 0.75, HALF, 0.25)
+MIXES = 6
+"""Stacks of each kind whose every size is drawn from LEVELS and its least, beside those of whole, half and least."""
+WINDOW, NARROWEST = "window", 1 / 64
+"""Windows are varied as sizes are, down to this share of the widest."""
 SECONDS, LONG, LEAST_PASSES, MOST_PASSES = 0.3, 2.0, 3, 200
 """Passes are timed until so much time and so many passes are over; if they are long, until a longer time is."""
 
@@ -59,9 +63,10 @@ def stacks(model: ModelConfig, condition: Condition, width: int, cache: int) -> 
         return Stack(hidden, vocabulary, block, min(MOST_COPIES, max(2, -(-reads // each))))
 
     largest = _largest_of_each_kind(model)
-    found = [stack(*sized) for block in (*largest, *_linear(model)) for sized in _grid(block, model.hidden_size)]
+    timed = (*_windowed(largest, condition.context), *_linear(model))
+    found = [stack(*sized) for block in timed for sized in _grid(block, model.hidden_size)]
     main = max(largest, key=lambda block: sum(kind_of(block) == kind_of(other) for other in model.blocks))
-    for hidden in (_cut(model.hidden_size, share) for share in (1.0, 0.75, HALF)):
+    for hidden in (_cut(model.hidden_size, share) for share in (1.0, HALF, _least("hidden_size"))):
         found += [Stack(hidden, words, main, 2) for words in (vocabulary, max(vocabulary, reads // (width * hidden)))]
     return list(dict.fromkeys((*found, Stack(model.hidden_size, model.vocab_size, None, 1))))
 
@@ -82,6 +87,27 @@ def _largest_of_each_kind(model: ModelConfig) -> list[BlockConfig]:
     return [block for _, block in found.values()]
 
 
+def _windowed(blocks: Sequence[BlockConfig], context: int) -> list[BlockConfig]:
+    """The blocks, and with half of the context for a window those that see all of it: what they may become.
+
+    A window that is there already is widened to that where other blocks may get it, or clipped to the context.
+    """
+    open_ended = [block for block in blocks if block.attention is not None and block.attention.window is None]
+    widest = max(1, context // 2) if open_ended else 1
+    found: dict[str, BlockConfig] = {}
+    for block in blocks:
+        own = None if block.attention is None else block.attention.window
+        found[kind_of(block)] = block if own is None else _with_window(block, max(min(own, context), widest))
+    for block in open_ended:
+        narrowed = _with_window(block, widest)
+        found.setdefault(kind_of(narrowed), narrowed)
+    return list(found.values())
+
+
+def _with_window(block: BlockConfig, window: int) -> BlockConfig:
+    return changed_block(block, Change(window=window))
+
+
 def _linear(model: ModelConfig) -> list[LinearConfig]:
     """What attention and MLPs may become, unless it is there already."""
     kinds = {type(block) for block in model.blocks}
@@ -89,17 +115,29 @@ def _linear(model: ModelConfig) -> list[LinearConfig]:
 
 
 def _grid(block: BlockConfig, hidden: int) -> Iterator[tuple[BlockConfig, int]]:
-    """Whole; half; each size alone at half; each alone whole; and some mixes."""
-    axes = ["hidden", *(row.axis for row in KINDS[type(block)].sizes)]
-    draw = random.Random(f"{block}")
-    shares: list[Mapping[str, float]] = [dict.fromkeys(axes, 1.0), dict.fromkeys(axes, HALF)]
-    shares += [dict.fromkeys(axes, 1.0) | {axis: HALF} for axis in axes]
-    shares += [dict.fromkeys(axes, HALF) | {axis: 1.0} for axis in axes]
-    shares += [{axis: draw.choice(LEVELS) for axis in axes} for _ in range(MIXES)]
-    whole = block_counts(block)
+    """Whole; half; each size alone at half, and at the least that a search chooses; all but the width so; mixes."""
+    axes = {"hidden": _least("hidden_size")} | {row.axis: _least(row.size) for row in KINDS[type(block)].sizes}
+    window = None if block.attention is None else block.attention.window
+    if window is not None:
+        axes[WINDOW] = NARROWEST
+    whole, draw = dict.fromkeys(axes, 1.0), random.Random(f"{block}")
+    shares: list[Mapping[str, float]] = [whole, dict.fromkeys(axes, HALF), axes | {"hidden": 1.0}]
+    shares += [whole | {axis: share} for axis, least in axes.items() for share in (HALF, least)]
+    shares += [{axis: draw.choice([*LEVELS, least]) for axis, least in axes.items()} for _ in range(MIXES)]
+    whole_counts = block_counts(block)
     for share in shares:
-        counts = {axis: _cut(count, share.get(axis, 1.0)) for axis, count in whole.items()}
-        yield resize_block(block, counts), _cut(hidden, share["hidden"])
+        counts = {axis: _cut(count, share.get(axis, 1.0)) for axis, count in whole_counts.items()}
+        cut = resize_block(block, counts)
+        if window is not None:
+            cut = _with_window(cut, max(1, round(window * share[WINDOW])))
+        yield cut, _cut(hidden, share["hidden"])
+
+
+def _least(size: str) -> float:
+    """The smallest share of a size that a search chooses by itself; half of one that it leaves whole."""
+    if size in LEFT_WHOLE and size not in SHARES:
+        return HALF
+    return min(1 - WIDENED_CUTS[0], *SHARES.get(size, (1.0,)))
 
 
 def _cut(count: int, share: float) -> int:

@@ -11,6 +11,7 @@ import torch
 from halflap.checkpoints.checkpoint import load_model, save_model
 from halflap.checkpoints.streamed import part_names
 from halflap.commands.students import build
+from halflap.compress.axes import readers_of
 from halflap.compress.compose import compose
 from halflap.compress.kinds import Change
 from halflap.compress.masked import masked_teacher
@@ -21,6 +22,7 @@ from halflap.errors import HalflapError
 from halflap.models.cache import Cache
 from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig, RopeConfig
 from halflap.models.model import HybridModel, initialize
+from halflap.models.presets import hymba
 
 TEACHER = "t" * 64
 CONFIG = ModelConfig(
@@ -103,6 +105,25 @@ def test_a_changed_student_is_its_masked_teacher(model: HybridModel, name: str) 
     for one in plans_by_axis(plan).values():
         assert distance(build(model, one), masked_teacher(model, one)) < EQUAL
     assert "changes" in plans_by_axis(plan)
+
+
+def test_what_shares_keys_and_values_has_one_window() -> None:
+    config = hymba(6, hidden=32, mlp=24, heads=(4, 2), state=4, window=16, meta=3, vocab=40, original_context=None)
+    ((source, (reader,)),) = readers_of(config).items()
+    model = HybridModel(config).double().eval()
+    initialize(model, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10 if parameter.ndim > 1 else 1)
+    plan = PruningPlan(
+        TEACHER, config, changes={0: Change(window=9), **dict.fromkeys((source, reader), Change(window=4))}
+    )
+    reference = masked_teacher(model, plan)
+    assert distance(build(model, plan), reference) < EQUAL < 1e-3 < distance(model, reference)
+    with pytest.raises(
+        HalflapError, match=f"block {reader} reads the .* of block {source} .*, whose window is 4 where"
+    ):
+        PruningPlan(TEACHER, config, changes={source: Change(window=4)})
 
 
 @pytest.mark.parametrize("name", PLANS)

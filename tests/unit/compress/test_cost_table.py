@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,12 +18,16 @@ from halflap.compress.cost_model import Condition, amounts, fit, kind_of
 from halflap.compress.cost_table import CostTable, Stack
 from halflap.compress.costs import Budget, costs
 from halflap.compress.grid import SearchSpace, choices, widening
+from halflap.compress.kinds import block_sizes
+from halflap.compress.library import library_of
+from halflap.compress.programme import Programme, student_of
 from halflap.compress.space import fitting
 from halflap.errors import HalflapError
 from halflap.evaluate.block_times import measure, stacks
-from halflap.models.config import Mamba1Config, MLPConfig, ModelConfig
+from halflap.models.config import AttentionConfig, Mamba1Config, MLPConfig, ModelConfig
 from halflap.models.count import cache_bytes, count_parameters
 from halflap.models.presets import hymba, preset
+from halflap.models.sharing import with_source
 
 TINY = preset("nemotron-h-tiny")
 SHARING = hymba(
@@ -76,6 +81,22 @@ def test_times_that_are_sums_are_predicted_exactly(
     assert table.models[condition].scale == pytest.approx(1, abs=1e-6)
     assert table.models[condition].median_error < 1e-6
     for student in students(MODELS[name]):
+        assert table.seconds(student, condition) == pytest.approx(true_seconds(student, condition), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("condition", [DECODE, PREFILL], ids=str)
+def test_unequal_students_of_method_puzzle_are_too(
+    name: str, condition: Condition, tables: dict[str, CostTable]
+) -> None:
+    """Blocks windowed, linear, averaged, cut to a tenth or gone, in every place where the rules allow it."""
+    model, table, draw = MODELS[name], tables[name], np.random.default_rng(0)
+    library = library_of(model, length=condition.context)
+    programme, sizes = Programme(library, Budget(params=1e15)), library.covers.sum(0)
+    for _ in range(10):
+        (choice,) = programme.choices(draw.uniform(-1, 0, len(sizes)) * sizes)
+        student = student_of(model, library.variants(choice.options))
+        assert table.unknown(condition, (with_source(block, 0) for block in student.blocks)) == []
         assert table.seconds(student, condition) == pytest.approx(true_seconds(student, condition), rel=1e-5)
 
 
@@ -139,13 +160,31 @@ def test_stacks_read_as_much_as_the_model_or_several_times_the_cache(name: str) 
         whole = 4 * count_parameters(model) + cache_bytes(model, 64, 2, 32, conv_bits=32)
         assert found[-1].config(model) == model and len(set(found)) == len(found)
         kinds = set(map(kind_of, model.blocks))
-        may_be_linear = {"linear"} if kinds & {"attention", "mlp", "mlp gated"} else set()
-        assert {kind_of(s.block) for s in found if s.block is not None} == kinds | may_be_linear
+        may_be = {"linear"} if kinds & {"attention", "mlp", "mlp gated"} else set()
+        may_be |= {f"{kind} windowed" for kind in kinds & {"attention", "hybrid mamba1"}}
+        assert {kind_of(s.block) for s in found if s.block is not None} == kinds | may_be
         for stack in found[:-1]:
             config = stack.config(model)
             reads = 4 * count_parameters(config) + cache_bytes(config, 64, 2, 32, conv_bits=32)
             assert reads >= 0.9 * min(whole, 4 * cache) or stack.copies in (2, 64)
             assert len(config.blocks) == stack.copies + (config.blocks[0] != stack.block)
+
+
+def test_what_a_search_chooses_lies_within_what_is_measured() -> None:
+    """Of every size the smallest that puzzle makes, and windows from half of the context down."""
+    model = preset("nemotron-h-8m")
+    timed = [s.block for s in stacks(model, DECODE, 4, CACHE) if s.block is not None]
+    for kind in {type(block) for block in model.blocks}:
+        own = [block_sizes(block) for block in timed if isinstance(block, kind)]
+        made = [
+            o.variant.of(model.blocks[o.blocks[0]])
+            for o in library_of(model).options
+            if isinstance(model.blocks[o.blocks[0]], kind) and not o.variant.dropped and not o.variant.change.linear
+        ]
+        for size in own[0]:
+            assert min(sizes[size] for sizes in own) <= min(block_sizes(block)[size] for block in made)
+    windows = {block.window for block in timed if isinstance(block, AttentionConfig)} - {None}
+    assert max(windows) == 32 and min(windows) == 1  # type: ignore[type-var]
 
 
 def test_each_size_is_varied_alone() -> None:

@@ -19,7 +19,7 @@ from halflap.compress.kinds import Change
 from halflap.compress.library import DROPPED, WHOLE, Library, Option, Variant, library_of, summary
 from halflap.compress.programme import Programme, student_of
 from halflap.errors import HalflapError
-from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, ModelConfig
+from halflap.models.config import AttentionConfig, BlockConfig, HybridConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.presets import hymba, preset
 
 BLOCKS: tuple[BlockConfig, ...] = (
@@ -36,6 +36,20 @@ HYMBA = hymba(6, hidden=32, mlp=24, heads=(4, 2), state=4, window=4, meta=3, voc
 
 def model(*blocks: BlockConfig) -> ModelConfig:
     return ModelConfig("nemotron_h", 40, 16, blocks)
+
+
+def layers(readers: tuple[bool, ...]) -> ModelConfig:
+    """A Hymba of windowed layers, of which some read the keys and values of the first; a layer is two blocks."""
+    shape = hymba(2, hidden=32, mlp=24, heads=(4, 2), state=4, window=8, meta=3, vocab=40, original_context=None)
+    hybrid, mlp = shape.blocks[0], shape.blocks[1]
+    assert isinstance(hybrid, HybridConfig)
+
+    def windowed(source: int | None) -> HybridConfig:
+        attention = dataclasses.replace(hybrid.attention, window=8, key_value_source=source)
+        return dataclasses.replace(hybrid, attention=attention)
+
+    blocks = [windowed(0 if reads and place else None) for place, reads in enumerate(readers)]
+    return dataclasses.replace(shape, blocks=tuple(block for hybrid in blocks for block in (hybrid, mlp)))
 
 
 def all_choices(library: Library) -> list[tuple[int, ...]]:
@@ -57,14 +71,21 @@ def budget_of(ceilings: dict[str, float], weight_bits: int = 8) -> Budget:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Library, Budget, np.ndarray]:
-    """Up to 6 blocks of 3 variants, one of which may be to go, under 1 to 3 budgets somewhere within what there is."""
-    blocks = draw(st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=6))
-    whole = library_of(model(*blocks), SearchSpace(max_depth_cut=draw(st.sampled_from([0.0, 0.5, 0.8]))))
+    """Up to 6 blocks of 3 variants, one of which may be to go, under 1 to 3 budgets somewhere within what there is.
+
+    Of a Hymba two blocks go together, or none, and what reads keys and values goes, or is windowed, with their source.
+    """
+    if draw(st.booleans()):
+        teacher = model(*draw(st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=6)))
+    else:
+        teacher = layers(draw(st.tuples(*[st.booleans()] * draw(st.integers(1, 3)))))
+    whole = library_of(teacher, SearchSpace(max_depth_cut=draw(st.sampled_from([0.0, 0.5, 0.8]))), 16)
     options: list[Option] = []
-    for index in range(len(blocks)):
+    for index in range(len(teacher.blocks)):
         others = [o for o in whole.options if o.blocks == (index,) and o.variant != WHOLE]
         picked = draw(st.lists(st.sampled_from(others), max_size=2, unique=True))
         options += [Option((index,), WHOLE), *picked]
+    options += [o for o in whole.options if len(o.blocks) > 1 and draw(st.booleans())]
     library = Library(whole.teacher, tuple(options), whole.max_dropped)
     scores = draw(st.lists(st.integers(1, 10**6), min_size=len(options), max_size=len(options)))
     score = np.array([0.0 if o.variant == WHOLE else s / 1e6 for o, s in zip(options, scores, strict=True)])
@@ -140,10 +161,10 @@ def test_all_whole_is_best_without_limits(teacher: ModelConfig) -> None:
 def test_costs_of_options_add_up(teacher: ModelConfig) -> None:
     """To the last byte at bits that divide no byte."""
     library, budget, rng = library_of(teacher), budget_of({}, weight_bits=5), np.random.default_rng(0)
-    choices = [[c for c, o in enumerate(library.options) if o.blocks == (i,) and not o.variant.dropped]
-               for i in range(len(teacher.blocks))]  # fmt: skip
+    programme = Programme(library, Budget(params=1e15))
     for _ in range(5):
-        chosen = [rng.choice(columns) for columns in choices]
+        scores = [1.0 if option.variant.dropped else rng.uniform(-1, 0) for option in library.options]
+        chosen = list(programme.choices(np.array(scores))[0].options)
         exact = costs(student_of(teacher, library.variants(chosen)), budget)
         for name in NAMES:
             added, rest = library.costs(name, budget)
@@ -180,8 +201,16 @@ def test_one_block_of_each_kind_stays() -> None:
     assert {type(b) for b in student.blocks} == {type(b) for b in TINY.blocks} and len(student.blocks) == 3
 
 
-def test_lists_are_combined_and_automatic_sizes_are_not() -> None:
+def test_lists_are_combined_and_of_automatic_sizes_heads_and_channels() -> None:
     teacher = model(Mamba2Config(8, 8, 2, 4), AttentionConfig(8, 4, 8, window=8))
+    automatic = [o.variant.name for o in library_of(teacher).options if o.blocks == (0,)]
+    assert automatic == [
+        "whole",
+        *(f"mamba_num_heads {heads}" for heads in (6, 4)),
+        *(f"mamba_head_dim {channels}" for channels in (6, 4)),
+        *(f"mamba_num_heads {heads}, mamba_head_dim {channels}" for heads in (6, 4) for channels in (6, 4)),
+        "dropped",
+    ]
     names = [
         o.variant.name for o in library_of(teacher, SearchSpace(mamba_num_heads=(4, 6), mamba_head_dim=(4,))).options
     ]
@@ -200,6 +229,7 @@ def test_lists_are_combined_and_automatic_sizes_are_not() -> None:
         "num_attention_heads 4",
         "window 4",
         "window 2",
+        "window 1",
         "linear",
         "dropped",
     ]
