@@ -26,12 +26,15 @@ from halflap.checkpoints import files
 from halflap.checkpoints.card import CARD, license_of, model_card
 from halflap.checkpoints.config import (
     FAMILIES,
+    GENERATION,
     Lineage,
+    end_ids,
     family_of,
     file_names,
     find_directory,
     not_stock_because,
     read_config,
+    read_ends,
     read_json,
     read_lineage,
     read_quantization,
@@ -54,7 +57,7 @@ FLOAT_CODES = ("F32", "BF16", "F16", "F64")  # of what is not packed
 ALWAYS_WIDE = (".A_log", ".D", ".dt_bias")  # float32 or wider in a model, and where a type is asked for on disk
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", GENERATION),
 )
 
 
@@ -192,7 +195,10 @@ def load_model(path: str | Path, dtype: str = "float32", device: str | torch.dev
     """
     checkpoint = Checkpoint.open(path, packed=True)
     wanted = float_dtype(checkpoint.dtype if dtype == "auto" else dtype)
-    return fill_model(checkpoint.config, checkpoint.tensors(), wanted, device, checkpoint.quantization)
+    model = fill_model(checkpoint.config, checkpoint.tensors(), wanted, device, checkpoint.quantization)
+    known = end_ids(checkpoint.config)
+    model.more_ends = tuple(i for i in read_ends(checkpoint.path, checkpoint.config) if i not in known)
+    return model
 
 
 def fill_model(
@@ -253,7 +259,10 @@ def save_model(
     extra_files: Mapping[str, str | bytes] | None = None,
 ) -> Checkpoint:
     """Write a model; without `dtype` every parameter keeps its own type."""
-    state = model.state_dict()
+    state, small = model.state_dict(), dict(extra_files or {})
+    if model.more_ends and tokenizer_from is None and not (Path(directory) / GENERATION).exists():
+        ends = {"eos_token_id": [*end_ids(model.config), *model.more_ends]}
+        small.setdefault(GENERATION, dumps(_special_ids(model.config) | ends, indent=2) + "\n")
     return write_checkpoint(
         directory,
         model.config,
@@ -261,7 +270,7 @@ def save_model(
         dtype=dtype or {name: _name(tensor.dtype) for name, tensor in state.items()},
         tokenizer_from=tokenizer_from,
         lineage=lineage,
-        extra_files=extra_files,
+        extra_files=small,
         quantization=model.quantization,
     )
 
@@ -307,8 +316,8 @@ def write_checkpoint(
     write_json(directory / "lineage.json", {"steps": [dict(step) for step in lineage]})
     if tokenizer_from is not None:
         copy_tokenizer(Path(tokenizer_from), directory)
-    if "generation_config.json" not in small and not (directory / "generation_config.json").exists():
-        write_json(directory / "generation_config.json", _special_ids(config))
+    if GENERATION not in small and not (directory / GENERATION).exists():
+        write_json(directory / GENERATION, _special_ids(config))
     for name, content in small.items():
         if name == CARD:  # the last
             _forbid_cache(directory)
@@ -319,7 +328,7 @@ def write_checkpoint(
 
 def _forbid_cache(directory: Path) -> None:
     """Where config.json says use_cache false, which stock `generate` does not read, generation_config.json says it."""
-    file = directory / "generation_config.json"
+    file = directory / GENERATION
     if not read_json(directory / "config.json").get("use_cache", True) and file.exists():
         write_json(file, read_json(file) | {"use_cache": False})
 

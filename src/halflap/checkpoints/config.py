@@ -29,6 +29,7 @@ FAMILIES: dict[str, Family] = {"nemotron_h": NEMOTRON_H, "llama": LLAMA, "nemotr
 OWN_MODEL_TYPE, OWN_ARCHITECTURE = "halflap", "HalflapForCausalLM"
 FORMAT = 1
 QUANTIZATION = "quantization_config"  # of config.json
+GENERATION = "generation_config.json"
 Lineage = Sequence[Mapping[str, Any]]
 
 
@@ -174,6 +175,25 @@ def read_quantization(directory: Path, config: ModelConfig) -> Quantization | No
         return None if found is None else Quantization.from_json(found)
     said = read_json(stock).get(QUANTIZATION) if stock.exists() else None
     return compressed_tensors.read(said, config, file_names(config, own=False)) if said else None
+
+
+def end_ids(config: ModelConfig) -> tuple[int, ...]:
+    """Ids that end a text, as the config has them: none, one or several."""
+    ids = config.eos_token_id
+    return ids if isinstance(ids, tuple) else () if ids is None else (ids,)
+
+
+def read_ends(directory: Path, config: ModelConfig) -> tuple[int, ...]:
+    """Ids that end a text: the config's, then those of generation_config.json beside them, where transformers stops.
+
+    Raises HalflapError for a generation_config.json whose eos_token_id is no token id.
+    """
+    file = directory / GENERATION
+    said = read_json(file).get("eos_token_id") if file.exists() else None
+    listed = [] if said is None else said if isinstance(said, list) else [said]
+    if wrong := [one for one in listed if type(one) is not int]:
+        raise HalflapError(f"{file} has eos_token_id {wrong[0]!r}; a token id is a whole number or null: correct it")
+    return tuple(dict.fromkeys((*end_ids(config), *listed)))
 
 
 def write_config(

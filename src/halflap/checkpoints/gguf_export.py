@@ -20,7 +20,7 @@ from halflap.checkpoints.config import Lineage
 from halflap.checkpoints.gguf_import import EXACT_A_LOG, LINEAGE
 from halflap.checkpoints.gguf_metadata import OWN_CONFIG, architecture_of, metadata, rope_divisors
 from halflap.checkpoints.gguf_names import ROPE_FREQUENCIES, Stored, change, stored
-from halflap.checkpoints.gguf_tokenizer import tokenizer_fields
+from halflap.checkpoints.gguf_tokenizer import end_fields, tokenizer_fields
 from halflap.errors import HalflapError
 from halflap.files import atomic_write, full_disk_named
 from halflap.models.config import ModelConfig
@@ -62,6 +62,7 @@ def write_gguf(
         OWN_CONFIG: json.dumps(config.to_json()),
         LINEAGE: json.dumps([dict(step) for step in lineage]),
     }
+    fields |= end_fields(tokenizer_from, config, fields)
     if logarithms := [read(item.ours).float() for item in items if item.ours.endswith(".A_log")]:
         fields[EXACT_A_LOG] = torch.cat(logarithms).tolist()
     with full_disk_named(file.parent, by_numpy=True), atomic_write(file) as temporary:

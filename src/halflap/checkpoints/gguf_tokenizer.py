@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import PreTokenizer
 
-from halflap.checkpoints.config import read_json
+from halflap.checkpoints.config import read_ends, read_json
 from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 WITHOUT = ("no_vocab", "none")  # kinds of a file without a tokenizer
@@ -69,7 +70,10 @@ def tokenizer_files(fields: Mapping[str, Any]) -> dict[str, str]:
     }
     if context := fields.get(f"{fields['general.architecture']}.context_length"):
         settings["model_max_length"] = context
-    generation = {name + "_id": i for name, i in ids.items() if i is not None and name != "unk_token"}
+    generation: dict[str, Any] = {name + "_id": i for name, i in ids.items() if i is not None and name != "unk_token"}
+    ends = [fields[key] for key in ENDS if key in fields]
+    if len(ends) > 1:
+        generation["eos_token_id"] = ends
     files = {
         "tokenizer.json": build_tokenizer(fields).to_str(pretty=True),
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
@@ -81,6 +85,7 @@ def tokenizer_files(fields: Mapping[str, Any]) -> dict[str, str]:
     return files
 
 
+ENDS = tuple(f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))  # of a text, a turn, a message
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -189,6 +194,12 @@ def tokenizer_fields(directory: Path, vocab_size: int) -> dict[str, Any]:
     if template := _chat_template(directory, settings):
         fields["tokenizer.chat_template"] = template
     return fields | {"tokenizer.ggml.pre": _name_of_rule(tokenizer, data["model"], fields)}
+
+
+def end_fields(directory: Path, config: ModelConfig, fields: Mapping[str, Any]) -> dict[str, int]:
+    """Keys for the ids that end a text of a checkpoint directory beside those in `fields`; llama.cpp has three."""
+    more = [end for end in read_ends(directory, config) if end != fields.get(ENDS[0])]
+    return dict(zip([key for key in ENDS if key not in fields], more))
 
 
 def _tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str], list[int]]:

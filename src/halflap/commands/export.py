@@ -14,9 +14,10 @@ from torch import Tensor
 from halflap.checkpoints import gguf_metadata, megatron
 from halflap.checkpoints.card import CARD, license_of, model_card
 from halflap.checkpoints.checkpoint import Checkpoint, copy_tokenizer, write_checkpoint
-from halflap.checkpoints.config import Lineage, family_of, lineage_step
+from halflap.checkpoints.config import Lineage, family_of, lineage_step, read_ends
 from halflap.checkpoints.gguf_export import TYPES, write_gguf
 from halflap.checkpoints.gguf_import import open_gguf
+from halflap.checkpoints.gguf_tokenizer import ENDS
 from halflap.checkpoints.padding import padded_config, padder, widened_norms
 from halflap.checkpoints.passes import hidden_states_of
 from halflap.checkpoints.streamed import StreamedModel
@@ -98,6 +99,10 @@ def _remark(source: Source, recipe: ExportRecipe) -> str | None:
         )
     if form == "gguf" and not (source.checkpoint.path / "tokenizer.json").exists():
         remarks.append("there is no tokenizer, so llama.cpp's library loads the file and its server does not")
+    ends = read_ends(source.checkpoint.path, source.config)
+    if form == "gguf" and len(ends) > len(ENDS):
+        left = ", ".join(map(str, ends[len(ENDS) :]))
+        remarks.append(f"a text of the model also ends at {left}, and GGUF has keys for {len(ENDS)} end tokens")
     return "; ".join(remarks) or None
 
 

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halflap.checkpoints.config import end_ids
 from halflap.checkpoints.streamed import AnyModel, StreamedModel
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
 from halflap.evaluate.held_out import default_context
 from halflap.evaluate.local_tasks import local_tasks, resolve_task, unknown_task
 from halflap.inference.answers import score_answers
-from halflap.inference.generate import end_tokens, generate, require_positions, with_prefix
+from halflap.inference.generate import generate, require_positions, with_prefix
 from halflap.inference.log_probs import length_batches
 from halflap.models.model import HybridModel
 from halflap.progress import Progress
@@ -86,7 +87,7 @@ class HalflapLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        ends = sorted(end_tokens(self.model.config, self.tokenizer))
+        ends = end_ids(self.model.config)
         if self.tokenizer.eos_id is None and not ends:
             raise HalflapError("the tokenizer names no end token; set eos_token in its tokenizer_config.json")
         return ends[0] if self.tokenizer.eos_id is None else self.tokenizer.eos_id

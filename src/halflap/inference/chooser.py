@@ -44,8 +44,12 @@ class Chooser:
         vocab_size: int,
         device: torch.device | str = "cpu",
         matcher: Matcher | None = None,
+        late: tuple[int, Sequence[int]] = (0, ()),
     ) -> None:
+        """late: how many tokens come before any of the given ones may."""
         self.params, self.matcher = params, matcher
+        self._barred = late[0] if late[1] else 0  # so many tokens more
+        self._late = torch.tensor(late[1], dtype=torch.int64, device=device)
         self._generator = torch.Generator().manual_seed((params.seed + choice) % SEEDS)
         self._vocab_size = vocab_size
         self._noise: list[Tensor] = []  # of the next tokens
@@ -62,10 +66,10 @@ class Chooser:
 
     @property
     def adjusts(self) -> bool:
-        return not (self._seen is self._counts is self._bias is self.matcher is None)
+        return self._barred > 0 or not (self._seen is self._counts is self._bias is self.matcher is None)
 
     def adjusted(self, logits: Tensor) -> Tensor:
-        """Logits (V,) after penalties, bias and grammar."""
+        """Logits (V,) after penalties, bias, what may not end it yet, and grammar."""
         if self._seen is not None:
             logits = penalise(logits, self._seen, self.params.repetition_penalty)
         if self._counts is not None:
@@ -73,6 +77,8 @@ class Chooser:
             logits = logits - self.params.presence_penalty * (self._counts > 0)
         if self._bias is not None:
             logits = logits + self._bias
+        if self._barred > 0:
+            logits = logits.index_fill(0, self._late, -torch.inf)
         if self.matcher is not None:
             logits = logits.masked_fill(~self.matcher.allowed().to(logits.device), -torch.inf)
         return logits
@@ -85,6 +91,7 @@ class Chooser:
 
     def take(self, token: int) -> None:
         """The token that came."""
+        self._barred -= 1
         if not self.params.greedy:
             self.noise()
             del self._noise[0]

@@ -85,7 +85,11 @@ class Engine:
     def check(self, request: Request) -> GrammarMatcher | None:
         """Raise HalflapError for a request that can never run; its grammar, compiled."""
         config, settings = self.model.config, self.settings
-        for name, ids in (("prompt", request.prompt), ("logit_bias", request.sampling.logit_bias)):
+        for name, ids in (
+            ("prompt", request.prompt),
+            ("logit_bias", request.sampling.logit_bias),
+            ("stop_ids", request.stop_ids),
+        ):
             if wrong := [i for i in ids if not 0 <= i < config.vocab_size]:
                 raise HalflapError(
                     f"{name} has token id {wrong[0]}; the model's ids go from 0 to {config.vocab_size - 1}: correct it"
@@ -165,7 +169,7 @@ class Engine:
 
     def _load_grammars(self) -> Grammars:
         if self._grammars is None:
-            ends = end_tokens(self.model.config, self.tokenizer)
+            ends = end_tokens(self.model, self.tokenizer)
             self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size, ends)
         return self._grammars
 

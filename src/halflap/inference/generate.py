@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from halflap.checkpoints.config import end_ids
 from halflap.errors import HalflapError
 from halflap.inference.detokenize import TextStream
 from halflap.inference.requests import SamplingParams, require_number
@@ -99,7 +100,7 @@ def generate(
     if not ids:
         return []
     require_positions(model.config, max(map(len, ids)) + max_new_tokens, "the longest prompt and its new tokens need")
-    ends = frozenset() if ignore_eos else end_tokens(model.config, tokenizer)
+    ends = frozenset() if ignore_eos else end_tokens(model, tokenizer)
     rows = [_Row(None if tokenizer is None else TextStream(tokenizer, prompt, stop)) for prompt in ids]
     for index, piece in _decode(model, ids, rows, params, ends, max_new_tokens):
         if stream is not None:
@@ -170,10 +171,10 @@ def _seen(prompts: list[list[int]], logits: Tensor) -> Tensor:
     return seen
 
 
-def end_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Ids that end a sequence: the config's and the tokenizer's."""
-    ids = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
-    return frozenset(i for i in (*ids, tokenizer.eos_id if tokenizer else None) if i is not None)
+def end_tokens(model: HybridModel, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Ids that end a sequence: those of config.json, of generation_config.json, and the tokenizer's."""
+    ends = (*end_ids(model.config), *model.more_ends, tokenizer.eos_id if tokenizer else None)
+    return frozenset(i for i in ends if i is not None)
 
 
 def require_positions(config: ModelConfig, length: int, what: str) -> None:
@@ -207,7 +208,8 @@ def _encode_prompt(index: int, prompt: object, config: ModelConfig, tokenizer: T
     else:
         ids = _checked_ids(index, prompt, config.vocab_size)
     if not ids:
-        known = (config.bos_token_id, tokenizer.bos_id if tokenizer else None, *sorted(end_tokens(config, tokenizer)))
+        own = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
+        known = (config.bos_token_id, own[0], *end_ids(config), own[1])
         ids = [i for i in known if i is not None][:1]
     if not ids:
         raise HalflapError(f"prompt {index} is empty and the model has no token to start from; give at least one token")

@@ -98,7 +98,8 @@ class Request:
     """`n` replies to one prompt (token ids, at least one); choice i samples as a single reply with seed `seed + i`.
 
     logprobs: how many of the likeliest tokens to report at each new token (0: the chosen one's log-probability alone).
-    prompt_logprobs: the same for the prompt; max_new_tokens may then be 0. Raises HalflapError for a wrong value.
+    prompt_logprobs: the same for the prompt; max_new_tokens may then be 0. stop_ids end a reply as end tokens do, with
+    ignore_eos too; before min_new_tokens neither comes. Raises HalflapError for a wrong value.
     """
 
     prompt: tuple[int, ...]
@@ -110,6 +111,8 @@ class Request:
     prompt_logprobs: int | None = None
     n: int = 1
     grammar: Grammar | None = None
+    stop_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -120,12 +123,17 @@ class Request:
             ("n", self.n, 1, MOST_CHOICES),
             ("logprobs", self.logprobs, 0, MOST_LOGPROBS),
             ("prompt_logprobs", self.prompt_logprobs, 0, MOST_LOGPROBS),
+            ("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens),
         )
         for name, value, low, high in limits:
             if value is not None:
                 _require_whole(name, value, low, high)
         if "" in self.stop:
             raise HalflapError("a stop string is empty; it must have at least one character: remove it")
+        if self.grammar is not None and self.min_new_tokens:
+            raise HalflapError(
+                "min_new_tokens and a grammar, which says where a reply ends, exclude each other: drop one"
+            )
 
 
 @dataclass(frozen=True)

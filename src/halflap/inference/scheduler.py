@@ -49,7 +49,7 @@ class Scheduler:
     def __init__(self, model: HybridModel, tokenizer: Tokenizer | None, settings: EngineSettings) -> None:
         self.model, self.settings, self.device = model, settings, model.device
         self.decode = Decoder(model)
-        self.texts, self.ends = Texts(tokenizer), end_tokens(model.config, tokenizer)
+        self.texts, self.ends = Texts(tokenizer), end_tokens(model, tokenizer)
         draft = settings.speculate if isinstance(settings.speculate, HybridModel) else None
         configs = [model.config] if draft is None else [model.config, draft.config]
         self.budget = Budget(configs, model.dtype, settings.memory)
@@ -212,11 +212,8 @@ class Scheduler:
         """First tokens, from logits (V,); those that go on are parked until they get a slot."""
         request = job.request
         for choice in range(request.n):
-            matcher = None if job.matcher is None else job.matcher.copy()
-            chooser = Chooser(
-                request.sampling, choice, request.prompt, self.model.config.vocab_size, self.device, matcher
-            )
-            ends = frozenset() if request.ignore_eos else self.ends
+            ends = (frozenset() if request.ignore_eos else self.ends) | set(request.stop_ids)
+            chooser = self._chooser(job, choice, ends)
             job.replies.append(Reply(job.stream, choice, job.order, chooser, self.texts, ends))
             job.replies[-1].acceptance = self.pace.acceptance
         for reply in job.replies:
@@ -231,6 +228,12 @@ class Scheduler:
             else:
                 self._finished(reply)
         job.cache = None
+
+    def _chooser(self, job: Job, choice: int, ends: frozenset[int]) -> Chooser:
+        request, matcher = job.request, None if job.matcher is None else job.matcher.copy()
+        late = (request.min_new_tokens, tuple(ends))
+        vocabulary = self.model.config.vocab_size
+        return Chooser(request.sampling, choice, request.prompt, vocabulary, self.device, matcher, late)
 
     # ---- slots
 

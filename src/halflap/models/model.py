@@ -73,7 +73,7 @@ class HybridModel(nn.Module):
 
     recompute: torch.utils.checkpoint.checkpoint or its like. Where it is set, a pass with gradients keeps what enters
     each block alone, and backward runs the block again. quantization: how its matrices are packed, if they are
-    (`models/quantized.py`).
+    (`models/quantized.py`). more_ends: ids that end a text beside the config's `eos_token_id`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -81,6 +81,7 @@ class HybridModel(nn.Module):
         self.config = config
         self.recompute: Callable[..., Tensor] | None = None
         self.quantization: Quantization | None = None
+        self.more_ends: tuple[int, ...] = ()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         meta = (config.num_meta_tokens, config.hidden_size)
         self.meta_tokens = nn.Parameter(torch.zeros(meta)) if config.num_meta_tokens else None

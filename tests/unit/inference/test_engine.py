@@ -67,6 +67,16 @@ def test_slots_equal_one_at_a_time(model: HybridModel, settings: dict[str, Any])
     assert not scheduler.rows and scheduler.slots.nbytes() == 0
 
 
+def test_stop_ids_end_a_reply_and_not_before_its_least_length(model: HybridModel) -> None:
+    free = alone(model, Request((5,), 12))
+    stop = next(token for place, token in enumerate(free) if place > 1 and token not in free[:place])
+    ended = Request((5,), 12, stop_ids=(stop,), ignore_eos=True)
+    late = dataclasses.replace(ended, min_new_tokens=9)
+    (first,), (second,) = run(Scheduler(model, None, EngineSettings(speculate="lookup")), [ended, late])
+    assert ids(first) == free[: free.index(stop) + 1] and first.finish_reason == "stop"
+    assert stop not in ids(second)[:9] and ids(second)[: free.index(stop)] == free[: free.index(stop)]
+
+
 def test_log_probs_are_the_models(model: HybridModel) -> None:
     request = Request(PROMPTS[2], 4, SamplingParams(0.9, seed=1), logprobs=2, prompt_logprobs=3)
     scheduler = Scheduler(model, None, EngineSettings(prefill_chunk=3))
@@ -310,6 +320,7 @@ def test_what_can_never_run_is_refused(make: Callable[..., HybridModel]) -> None
             (Request((5,) * 40, 10), "bytes of cache"),
             (Request((5,), 4, stop=("a",)), "tokenizer"),
             (Request((5,), 4, SamplingParams(logit_bias={300: 1.0})), "logit_bias"),
+            (Request((5,), 4, stop_ids=(300,)), "stop_ids"),
         ):
             with pytest.raises(HalflapError, match=said):
                 engine.submit(request)
@@ -319,6 +330,13 @@ def test_what_can_never_run_is_refused(make: Callable[..., HybridModel]) -> None
                 engine.submit(Request((5,), 4))
     with pytest.raises(HalflapError, match="closed"):
         engine.submit(Request((5,), 4))
-    for values in ({"n": 0}, {"max_new_tokens": 0}, {"logprobs": -1}, {"stop": ("",)}, {"prompt": ()}):
+    for values in (
+        {"n": 0},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 3, "min_new_tokens": 4},
+        {"logprobs": -1},
+        {"stop": ("",)},
+        {"prompt": ()},
+    ):
         with pytest.raises(HalflapError):
             Request(**{"prompt": (1,), **values})  # type: ignore[arg-type]

@@ -53,6 +53,8 @@ def completion(body: CompletionBody, prompts: Prompts, settings: ServerSettings)
         "sampling": sampling(body),
         "stop": stops(body),
         "ignore_eos": bool(body.ignore_eos),
+        "stop_ids": tuple(body.stop_token_ids or ()),
+        "min_new_tokens": body.min_tokens or 0,
         "logprobs": body.logprobs,
         "prompt_logprobs": (body.logprobs or 0) if echo and (body.logprobs is not None or most == 0) else None,
         "n": n,
@@ -89,6 +91,8 @@ def chat(body: ChatBody, prompts: Prompts, settings: ServerSettings) -> Asked:
         (body.top_logprobs or 0) if body.logprobs else None,
         n=body.n or 1,
         grammar=grammar,
+        stop_ids=tuple(body.stop_token_ids or ()),
+        min_new_tokens=body.min_tokens or 0,
     )
     return Asked(
         (request,),

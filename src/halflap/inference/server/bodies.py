@@ -54,7 +54,11 @@ class SamplingBody(Body):
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same reply.")
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    ignore_eos: bool | None = Field(None, description="Go on after the end token. Ours.")
+    ignore_eos: bool | None = Field(None, description="Go on after the end token. vLLM's.")
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MOST_STOPS)] | None = Field(
+        None, description="Tokens that end a reply, beside the end tokens. vLLM's."
+    )
+    min_tokens: int | None = Field(None, ge=0, lt=2**31, description="New tokens before one may end the reply. vLLM's.")
     user: str | None = Field(None, description="Accepted; changes nothing.")
 
 

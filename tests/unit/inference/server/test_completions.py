@@ -45,6 +45,15 @@ def test_stream_brings_the_same_text(client: Any, events: Any) -> None:
         assert [t for c in mine for t in c["logprobs"]["tokens"]] == choice["logprobs"]["tokens"]
 
 
+def test_names_of_vllm_say_where_a_reply_may_end(client: Any, model: Any, tokenizer: Any) -> None:
+    free = generate(model, ["the cat"], 12, tokenizer=tokenizer, ignore_eos=True)[0].tokens
+    body = {"prompt": "the cat", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    ended = post(client, **body, stop_token_ids=free[3:4])
+    assert ended["usage"]["completion_tokens"] == free.index(free[3]) + 1
+    assert ended["choices"][0]["finish_reason"] == "stop"
+    assert post(client, **body, stop_token_ids=free[3:4], min_tokens=10)["usage"]["completion_tokens"] >= 10
+
+
 def test_seeds_repeat_and_choices_differ(client: Any) -> None:
     body = {"prompt": "the cat", "max_tokens": 16, "temperature": 1.5, "n": 3, "seed": -7}
     first, second = post(client, **body), post(client, **body)
