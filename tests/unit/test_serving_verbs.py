@@ -188,6 +188,50 @@ def test_a_context_that_cache_memory_shortens_is_what_must_fit(directory: Path, 
         plan_engine(tmp_path / "long", Decoding(), Common())
 
 
+def test_replies_may_hold_most_of_what_is_free(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a limit, sixteen long replies begin at once on a machine that holds one, and the system ends it."""
+    from halflap.amounts import parse_amount
+    from halflap.commands import device, engines
+    from halflap.commands.sections import Decoding
+    from halflap.models.quantization import weight_bytes
+    from halflap.recipe import Common
+
+    free = 1 << 28
+    monkeypatch.setattr(device, "free_memory", lambda _: free)
+    decoding = Decoding(prefix_cache="1MiB", max_context=400)
+    opened = engines.open_engine(directory, decoding, Common(device="cpu"))
+    opened.engine.close()
+    budget = opened.engine._scheduler.budget
+    weights = weight_bytes(opened.config, None, 4)
+    assert budget.bytes == opened.memory and 0.8 < opened.memory / (free - weights - (1 << 20)) < 0.9
+    plan = engines.plan_engine(directory, decoding, Common(device="cpu"), replicas=4)
+    assert 0.8 < plan.memory / (free / 4 - weights - (1 << 20)) < 0.9
+    given = parse_amount("64MiB", "bytes", share=False)
+    decoding = Decoding(cache_memory=given, prefix_cache="off")
+    assert engines.plan_engine(directory, decoding, Common(device="cpu")).memory == 64 << 20
+
+
+def test_limits_of_control_groups_count(tmp_path: Path) -> None:
+    from halflap.processes import left_in_groups
+
+    def group(place: Path, **files: object) -> None:
+        place.mkdir(parents=True)
+        for name, content in files.items():
+            (place / name.replace("__", ".")).write_text(f"{content}\n")
+
+    stat = "anon 5\ninactive_file 30\nactive_file 10"
+    group(tmp_path / "new" / "pod", memory__max=1000, memory__current=700)
+    group(tmp_path / "new" / "pod" / "app", memory__max="max", memory__current=650)
+    group(tmp_path / "new" / "pod" / "app" / "worker", memory__max=500, memory__current=400, memory__stat=stat)
+    old = {"memory__limit_in_bytes": 90, "memory__usage_in_bytes": 100}
+    group(tmp_path / "old" / "memory", **old, memory__stat="total_inactive_file 30\ntotal_active_file 0")
+    (tmp_path / "2").write_text("0::/pod/app/worker\n")
+    (tmp_path / "1").write_text("5:cpuset:/a\n4:cpu,memory:/the/host/only/knows\n0::/\n")
+    assert list(left_in_groups(tmp_path / "2", tmp_path / "new")) == [140, 300]
+    assert list(left_in_groups(tmp_path / "1", tmp_path / "old")) == [20]
+    assert list(left_in_groups(tmp_path / "absent", tmp_path / "old")) == []
+
+
 def test_a_line_that_is_no_text_leaves_the_conversation(
     halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import psutil
 import torch
 
 from halflap.checkpoints.streamed import largest_part
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
 from halflap.models.quantization import Quantization, weight_bytes
+from halflap.train.numerics import free_memory
 
 _NAMES = {4: "float32", 2: "bfloat16"}
 
@@ -37,19 +37,20 @@ def check_memory(
     quantization: Quantization | None = None,
     *,
     replicas: int = 1,
-) -> None:
-    """Raise HalflapError when the weights do not fit, instead of being killed by the system.
+) -> int:
+    """Bytes that are left to each replica. Raises HalflapError when the weights do not fit, before the system kills it.
 
     `beside` is what else will be held, by name, in bytes. `auto` is counted as float32 on a CPU. Replicas on GPUs are
     counted as spread evenly over those there are.
     """
-    wide, free = _width(dtype, device), _free(device)
+    wide, free = _width(dtype, device), free_memory(device)
     beside = dict(beside or {})
     weights = weight_bytes(config, quantization, wide)
     kind = quantization.name if quantization else _NAMES[wide]
     cuda = device.type == "cuda"
     copies = -(-replicas // torch.cuda.device_count()) if cuda else replicas
-    if copies * (weights + sum(beside.values())) > free:
+    held = weights + sum(beside.values())
+    if copies * held > free:
         more = "".join(f", {what} {size / 2**30:.1f} GiB" for what, size in beside.items()) + "," * bool(beside)
         times = f" {copies} times over, for {replicas} replicas," if copies > 1 else ""
         raise HalflapError(
@@ -57,6 +58,7 @@ def check_memory(
             f"{free / 2**30:.1f} GiB are free; take {'fewer --replicas, ' if copies > 1 else ''}a smaller model"
             f"{', or --dtype bfloat16' if wide == 4 else ''}"
         )
+    return int(free // copies - held)
 
 
 def must_stream(
@@ -66,7 +68,7 @@ def must_stream(
 
     Raises HalflapError when not even the largest part fits.
     """
-    wide, free = _width(dtype, device), _free(device)
+    wide, free = _width(dtype, device), free_memory(device)
     if not asked and weight_bytes(config, quantization, wide) <= free:
         return False
     part, parameters = largest_part(config)
@@ -82,7 +84,3 @@ def must_stream(
 def _width(dtype: str, device: torch.device) -> int:
     """Bytes of a number; `auto` is counted as float32 on a CPU."""
     return 4 if dtype == "float32" or (dtype == "auto" and device.type == "cpu") else 2
-
-
-def _free(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

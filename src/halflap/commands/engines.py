@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +19,12 @@ from halflap.inference.generate import require_positions
 from halflap.inference.memory import Budget
 from halflap.inference.requests import EngineSettings
 from halflap.models.config import ModelConfig
-from halflap.models.count import cache_bytes
 from halflap.models.model import HybridModel
 from halflap.models.quantization import weight_bytes
 from halflap.recipe import Common
 
 GUESSES = ("off", "lookup")
+OF_LEFT = 0.85  # what replies may take of the memory that is left; passes need some, and others on the machine may
 
 
 class Opened(NamedTuple):
@@ -35,6 +34,8 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer
     config: ModelConfig
     max_context: int
+    memory: int
+    """Bytes that decode state may take."""
     remark: str | None
 
 
@@ -48,6 +49,8 @@ class Plan(NamedTuple):
     device: torch.device
     dtype: str
     prefix_cache: int
+    memory: int
+    """Bytes that decode state may take."""
     remark: str | None
     """What a user did not ask for and should know."""
 
@@ -70,28 +73,25 @@ def plan_engine(path: str | Path, decoding: Decoding, common: Common, replicas: 
         packed = read_quantization(other, guesser)
         beside["the model that guesses"] = weight_bytes(guesser, packed, 4 if dtype == "float32" else 2)
         keeping.append(guesser)
-    context, remark = _context_within(decoding, keeping, dtype, context)
-    bits = 32 if device.type == "cpu" and dtype != "bfloat16" else 16
-    one = sum(cache_bytes(each, context, kv_bits=bits) for each in keeping)
+    kind = torch.float32 if dtype == "float32" else torch.bfloat16  # `auto` is the stored type of a model on a GPU
+    given = None if decoding.cache_memory is None else int(decoding.cache_memory.value)
+    budget = Budget(keeping, kind, given)
+    context, remark = _context_within(budget, context, decoding.max_context is not None)
+    one = budget.row(context)
     beside[f"a reply of {context:,} tokens (--max-context and --cache-memory bound it)"] = one
-    check_memory(config, dtype, device, beside, read_quantization(directory, config), replicas=replicas)
-    return Plan(directory, config, tokenizer, context, device, dtype, prefix, remark)
+    left = check_memory(config, dtype, device, beside, read_quantization(directory, config), replicas=replicas)
+    memory = round(one + OF_LEFT * left) if given is None else given
+    return Plan(directory, config, tokenizer, context, device, dtype, prefix, memory, remark)
 
 
-def _context_within(
-    decoding: Decoding, configs: Sequence[ModelConfig], dtype: str, context: int
-) -> tuple[int, str | None]:
+def _context_within(budget: Budget, context: int, asked: bool) -> tuple[int, str | None]:
     """The context that --cache-memory has room for, and what there is to say about it."""
-    if decoding.cache_memory is None:
-        return context, None
-    narrow = dtype != "float32"  # `auto` is the stored type of a model on a GPU
-    budget = Budget(configs, torch.bfloat16 if narrow else torch.float32, int(decoding.cache_memory.value))
-    longest = budget.longest(context)
+    longest = budget.longest(context) if budget.bytes is not None else context
     if longest == context:
         return context, None
     need = f"a context of {context:,} tokens takes {budget.row(context):,} bytes of cache and --cache-memory is "
     need += f"{budget.bytes:,}"
-    if decoding.max_context is not None or longest < 2:
+    if asked or longest < 2:
         raise HalflapError(f"{need}: give more memory, or a --max-context of at most {longest:,}")
     return longest, f"{need}, so a prompt and its reply may have {longest:,} tokens together"
 
@@ -102,13 +102,14 @@ def open_engine(path: str | Path, decoding: Decoding, common: Common) -> Opened:
     settings = EngineSettings(
         max_batch=decoding.max_batch,
         max_context=plan.max_context,
-        memory=None if decoding.cache_memory is None else int(decoding.cache_memory.value),
+        memory=plan.memory,
         prefill_chunk=decoding.prefill_chunk,
         prefix_cache=plan.prefix_cache,
         speculate=_guesser(decoding.speculate, plan.tokenizer, plan.dtype, common),
     )
     model = load_model(plan.directory, plan.dtype, plan.device)
-    return Opened(Engine(model, plan.tokenizer, settings), plan.tokenizer, plan.config, plan.max_context, plan.remark)
+    engine = Engine(model, plan.tokenizer, settings)
+    return Opened(engine, plan.tokenizer, plan.config, plan.max_context, plan.memory, plan.remark)
 
 
 def _prefix_bytes(value: str) -> int:

@@ -65,6 +65,7 @@ def _ours(recipe: ServeRecipe, folder: Path) -> Fleet:
         queue=listening.queue + (count - 1) * recipe.decoding.max_batch,  # all may come to one of them
         max_time=Amount(listening.max_time.value + LATER, "seconds"),
     )
+    decoding = dataclasses.replace(recipe.decoding, cache_memory=Amount(plan.memory, "bytes"))  # for each alike
     devices = _devices() if plan.device.type == "cuda" else []
     threads = str(max(1, _threads() // count))
     launches = []
@@ -72,7 +73,7 @@ def _ours(recipe: ServeRecipe, folder: Path) -> Fleet:
         socket, file = _socket(folder, number), folder / f"{number}.yaml"
         listens = dataclasses.replace(alone, uds=str(socket))
         common = dataclasses.replace(recipe.common, json=False, out=None)
-        settings = settings_of(dataclasses.replace(recipe, listening=listens, common=common))
+        settings = settings_of(dataclasses.replace(recipe, listening=listens, decoding=decoding, common=common))
         file.write_text(to_yaml("serve", settings), encoding="utf-8")
         changed: dict[str, str | None] = {"HALFLAP_API_KEY": None}
         changed |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}

@@ -295,7 +295,8 @@ class Decoding:
     prefill_chunk: Positive = 512
     """Tokens of prompts read in one pass, between which replies go on."""
     cache_memory: Bytes | None = None
-    """Memory that decode state may take, the prefix cache apart; not limited when not given."""
+    """Memory that decode state may take, the prefix cache apart; most of what weights and prefix cache leave free when
+    not given."""
     prefix_cache: str = "1GiB"
     """Memory for what was read before and may come again; off keeps nothing."""
     speculate: str = "off"

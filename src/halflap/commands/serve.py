@@ -49,6 +49,7 @@ def _serve(recipe: ServeRecipe, opened: Opened, listener: socket.socket, keys: t
     def ready() -> None:
         if opened.remark:
             _say(opened.remark)
+        _say(f"replies may hold {opened.memory / 2**30:.1f} GiB of decode state (--cache-memory); past it they wait")
         if not prompts.has_template:
             _say("the tokenizer has no chat template; conversations are written as plain turns of User and Assistant")
         _say_ready(settings.name, url)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from halflap.errors import HalflapError
+from halflap.processes import available_memory
 
 
 def resolve_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
@@ -65,8 +66,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken without swapping, or of the GPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that can still be taken without swapping or passing a container's limit, or of the GPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def keep_freed_memory() -> None:
