@@ -1,10 +1,10 @@
 """How the tokens of replies are chosen when every row has parameters of its own.
 
-A reply draws noise for each of its tokens from its own generator, and noise is tied to the token's place. So what it
-gets depends neither on the batch nor on guesses: a draft model that guesses the token at a place draws with the noise
-that the model will draw with, and a guess is right when both choose the same token. Output under speculation is thus
-the very output without it, and for distributions that differ by a total variation of d a guess comes true with at least
-(1 - d) / (1 + d), against 1 - d of rejection sampling (Daliri et al. 2024). Legend: B batch, V vocabulary.
+The noise of a reply's draws follows from its seed and the token's place. So what it gets depends neither on the batch
+nor on guesses: a draft model that guesses the token at a place draws with the noise that the model will draw with, and
+a guess is right when both choose the same token. Output under speculation is thus the very output without it, and for
+distributions that differ by a total variation of d a guess comes true with at least (1 - d) / (1 + d), against 1 - d of
+rejection sampling (Daliri et al. 2024). Legend: B batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from halflap.inference.requests import SamplingParams
-from halflap.inference.sampling import SEEDS, draw_with, filtered, noise, penalise
+from halflap.inference.sampling import drawing, penalise
+from halflap.ops import select
+from halflap.ops.sampling import Draw
 
 
 class Matcher(Protocol):
@@ -34,7 +36,7 @@ class Matcher(Protocol):
 
 
 class Chooser:
-    """Of one reply: parameters, noise, what it and its prompt have said, its grammar."""
+    """Of one reply: parameters, how many tokens it has, what it and its prompt have said, its grammar."""
 
     def __init__(
         self,
@@ -50,9 +52,7 @@ class Chooser:
         self.params, self.matcher = params, matcher
         self._barred = late[0] if late[1] else 0  # so many tokens more
         self._late = torch.tensor(late[1], dtype=torch.int64, device=device)
-        self._generator = torch.Generator().manual_seed((params.seed + choice) % SEEDS)
-        self._vocab_size = vocab_size
-        self._noise: list[Tensor] = []  # of the next tokens
+        self._seed, self._place = params.seed + choice, 0
         self._seen = self._counts = self._bias = None
         if params.repetition_penalty != 1:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
@@ -83,18 +83,14 @@ class Chooser:
             logits = logits.masked_fill(~self.matcher.allowed().to(logits.device), -torch.inf)
         return logits
 
-    def noise(self, ahead: int = 0) -> Tensor:
-        """The noise (V,) that belongs to the token `ahead` of the next."""
-        while len(self._noise) <= ahead:
-            self._noise.append(noise(self._vocab_size, self._generator))
-        return self._noise[ahead]
+    def drawing(self, ahead: int = 0) -> Draw:
+        """How the token `ahead` of the next is drawn."""
+        return drawing(self.params, self._seed, self._place + ahead)
 
     def take(self, token: int) -> None:
         """The token that came."""
         self._barred -= 1
-        if not self.params.greedy:
-            self.noise()
-            del self._noise[0]
+        self._place += 1
         if self._seen is not None:
             self._seen[token] = True
         if self._counts is not None:
@@ -110,13 +106,4 @@ def choose_rows(logits: Tensor, choosers: Sequence[Chooser], ahead: int = 0) -> 
         logits = logits.clone()
         for row in adjusting:
             logits[row] = choosers[row].adjusted(logits[row])
-    tokens = logits.argmax(-1)
-    alike: dict[tuple[float, int, float, float], list[int]] = {}
-    for row, chooser in enumerate(choosers):
-        if not (p := chooser.params).greedy:
-            alike.setdefault((p.temperature, p.top_k, p.top_p, p.min_p), []).append(row)
-    for rows in alike.values():
-        params = choosers[rows[0]].params
-        added = torch.stack([choosers[row].noise(ahead) for row in rows])
-        tokens[rows] = draw_with(filtered(logits[rows] / params.temperature, params), added)
-    return tokens.tolist()
+    return select.draw(logits, [chooser.drawing(ahead) for chooser in choosers]).tolist()

@@ -18,7 +18,7 @@ from halflap.checkpoints.config import end_ids
 from halflap.errors import HalflapError
 from halflap.inference.detokenize import TextStream
 from halflap.inference.requests import SamplingParams, require_number
-from halflap.inference.sampling import choose, row_generators
+from halflap.inference.sampling import choose
 from halflap.models.cache import Cache
 from halflap.models.config import ModelConfig
 from halflap.models.decoder import Decoder
@@ -119,11 +119,12 @@ def _decode(
     """Advance all rows until each is finished; yields (row, text) as text becomes certain."""
     cache, logits = prefill(model, prompts, ahead=min(limit, CACHE_AHEAD))
     decode = Decoder(model)
-    generators = row_generators(params, len(rows))
+    seeds, place = [params.seed + row for row in range(len(rows))], 0
     seen = _seen(prompts, logits) if params.repetition_penalty != 1 else None
     active = list(range(len(rows)))
     while True:
-        tokens = choose(logits, params, [generators[row] for row in active], seen)
+        tokens = choose(logits, params, [seeds[row] for row in active], place, seen)
+        place += 1
         for row, token in zip(active, tokens.tolist(), strict=True):
             if piece := rows[row].push(token, ends, limit):
                 yield row, piece

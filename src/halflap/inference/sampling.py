@@ -1,9 +1,10 @@
 """From logits to the next token: penalties, filters and one draw, as pure functions.
 
 Order and definitions are those of Hugging Face's `generate`: repetition penalty (Keskar et al. 2019), temperature,
-top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). A draw takes the largest of logits plus Gumbel noise
-of the row's own generator (the Gumbel-max trick), so it depends on no other row of the batch, and two models that draw
-with the same noise mostly draw the same token, which is how guesses come true (chooser.py).
+top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024); of tokens that are equally likely none is cut before
+another. The noise of a draw (ops/sampling.py) follows from the reply's seed, the token's place in the reply and its
+number. So a reply depends on nothing else that runs, and two models that draw with the same noise mostly draw the same
+token, which is how guesses come true (chooser.py).
 Legend: B batch, V vocabulary.
 """
 
@@ -15,28 +16,24 @@ import torch
 from torch import Tensor
 
 from halflap.inference.requests import SamplingParams
+from halflap.ops import select
+from halflap.ops.sampling import Draw, least_kept
 
-SEEDS = 1 << 63  # of generators
-SMALLEST = 1e-38  # of exponential numbers, whose logarithm is taken
-
-
-def row_generators(params: SamplingParams, rows: int) -> list[torch.Generator]:
-    """One CPU generator a row: row i draws as a single prompt with seed `seed + i` would."""
-    return [torch.Generator().manual_seed((params.seed + row) % SEEDS) for row in range(rows)]
+WORDS = 1 << 64
+STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 
 
 def choose(
-    logits: Tensor, params: SamplingParams, generators: Sequence[torch.Generator], seen: Tensor | None = None
+    logits: Tensor, params: SamplingParams, seeds: Sequence[int], place: int, seen: Tensor | None = None
 ) -> Tensor:
-    """The next token of each row (B,) int64 from logits (B, V) in float32.
+    """The next token of each row (B,) int64 from logits (B, V) in float32, the rows being replies with these seeds.
 
-    `seen` (B, V) is True at tokens of the prompt and the text so far; it is needed only with a repetition penalty.
+    place: tokens that each reply has. `seen` (B, V) is True at tokens of the prompt and the text so far; it is needed
+    only with a repetition penalty.
     """
     if seen is not None and params.repetition_penalty != 1:
         logits = penalise(logits, seen, params.repetition_penalty)
-    if params.greedy:
-        return logits.argmax(-1)
-    return draw(filtered(logits / params.temperature, params), generators)
+    return select.draw(logits, [drawing(params, seed, place) for seed in seeds])
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -46,30 +43,23 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
     """Logits (B, V) with -inf at every token that top-k, then top-p, then min-p removes; one token always stays."""
-    if 0 < params.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[:, -1:], -torch.inf)
-    if params.top_p < 1:
-        ordered, order = logits.sort(-1)
-        removed = ordered.softmax(-1).cumsum(-1) <= 1 - params.top_p
-        removed[:, -1] = False
-        logits = logits.masked_fill(torch.zeros_like(removed).scatter(1, order, removed), -torch.inf)
-    if params.min_p > 0:
-        probabilities = logits.softmax(-1)
-        logits = logits.masked_fill(probabilities < params.min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
-    return logits
+    least = least_kept(logits, [drawing(params, 0, 0)] * len(logits))
+    return logits.masked_fill(logits.double() < least, -torch.inf)
 
 
-def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token a row (B,) from softmax(logits (B, V)), with the next noise of each row's generator."""
-    return draw_with(logits, torch.stack([noise(logits.shape[-1], generator) for generator in generators]))
+def drawing(params: SamplingParams, seed: int, place: int) -> Draw:
+    """How the token at a place of a reply is drawn."""
+    temperature = 0.0 if params.greedy else params.temperature
+    return Draw(temperature, params.top_k, params.top_p, params.min_p, noise_key(seed, place))
 
 
-def noise(size: int, generator: torch.Generator) -> Tensor:
-    """What one draw adds to logits: Gumbel noise (V,) float32, on the generator's device."""
-    spread = torch.empty(size, device=generator.device).exponential_(generator=generator)
-    return -spread.clamp_(min=SMALLEST).log_()
+def noise_key(seed: int, place: int) -> int:
+    """64 bits that belong to a place of the reply with a seed: two rounds of SplitMix64 (Steele et al. 2014)."""
+    return _mixed(_mixed(seed % WORDS) + place * STEP)
 
 
-def draw_with(logits: Tensor, added: Tensor) -> Tensor:
-    """The likeliest tokens (B,) of logits (B, V) plus noise (B, V); removed tokens stay at minus infinity."""
-    return (logits + added.to(logits.device)).argmax(-1)
+def _mixed(x: int) -> int:
+    x = (x + STEP) % WORDS
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % WORDS
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % WORDS
+    return x ^ (x >> 31)

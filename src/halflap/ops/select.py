@@ -25,13 +25,14 @@ import torch
 from torch.nn import functional
 
 from halflap.errors import HalflapError
-from halflap.ops import activation, conv, mamba2, norm, quantized
+from halflap.ops import activation, conv, mamba2, norm, quantized, sampling
 from halflap.ops import attention as plain_attention
 from halflap.ops import selective_scan as plain_scan
 from halflap.ops.native import attention as native_attention
 from halflap.ops.native import build, convolution, decode, elementwise
 from halflap.ops.native import mamba2 as native_mamba2
 from halflap.ops.native import quantized as native_quantized
+from halflap.ops.native import sampling as native_sampling
 from halflap.ops.native import selective_scan as native_scan
 
 SETTINGS = ("auto", "plain", "native")
@@ -86,6 +87,7 @@ quantized_linear = Op(quantized.linear, native_quantized.linear, "triton_quantiz
 rms_norm = Op(norm.rms_norm, elementwise.rms_norm)
 squared_relu = Op(activation.squared_relu, elementwise.squared_relu)
 swiglu = Op(activation.swiglu, elementwise.swiglu)
+draw = Op(sampling.draw, native_sampling.draw)
 
 OPS: dict[str, Op] = {
     "mamba2_mix": mamba2_mix,
@@ -99,6 +101,7 @@ OPS: dict[str, Op] = {
     "rms_norm": rms_norm,
     "squared_relu": squared_relu,
     "swiglu": swiglu,
+    "draw": draw,
 }
 
 _setting: str | None = None  # None until first use: the environment is read then
