@@ -89,23 +89,24 @@ class Engine:
             ("prompt", request.prompt),
             ("logit_bias", request.sampling.logit_bias),
             ("stop_ids", request.stop_ids),
+            ("continuations", [i for each in request.continuations for i in each]),
         ):
             if wrong := [i for i in ids if not 0 <= i < config.vocab_size]:
                 raise HalflapError(
                     f"{name} has token id {wrong[0]}; the model's ids go from 0 to {config.vocab_size - 1}: correct it"
                 )
-        length = len(request.prompt) + request.max_new_tokens
+        length, rows = request.longest, 2 if len(request.continuations) > 1 else 1  # its prompt's too
         if settings.max_context is not None and length > settings.max_context:
             raise HalflapError(
-                f"the prompt has {len(request.prompt)} tokens and {request.max_new_tokens} new ones are asked for; "
+                f"the prompt has {len(request.prompt)} tokens and {length - len(request.prompt)} may follow it; "
                 f"together they may be {settings.max_context}: shorten the prompt or ask for fewer"
             )
         require_positions(config, length, "the prompt and its new tokens need")
         budget = self._scheduler.budget
-        if not budget.fits([(1, length)]):
+        if not budget.fits([(rows, length)]):
             raise HalflapError(
-                f"{length} tokens take {budget.row(length):,} bytes of cache and the engine has {budget.bytes:,}; "
-                "shorten the prompt, ask for fewer tokens or give more memory"
+                f"{length} tokens take {rows * budget.row(length):,} bytes of cache and the engine has "
+                f"{budget.bytes:,}; shorten the prompt, ask for fewer tokens or give more memory"
             )
         if request.stop and self.tokenizer is None:
             raise HalflapError("stop strings need a tokenizer and the model has none; give one, or stop by token count")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from halflap.inference.continuations import Continuations
 from halflap.inference.grammar import GrammarMatcher
 from halflap.inference.prefix_cache import PrefixCache
 from halflap.inference.replies import Reply, Texts, score_prompt
@@ -31,6 +32,9 @@ class Job:
     hidden: Tensor | None = None  # (D,) of the last token read
     replies: list[Reply] = field(default_factory=list)
     scored: list[Token] = field(default_factory=list)
+    continuations: Continuations | None = None  # once the prompt is read
+    passes: Iterator[int] = iter(())  # over them
+    copies: int = 0  # rows that these take beside its own
     error: str | None = None
 
     @property
@@ -42,8 +46,17 @@ class Job:
         return self.stream.request.prompt
 
     @property
+    def scores_prompt(self) -> bool:
+        return self.request.prompt_logprobs is not None and not self.request.continuations
+
+    @property
+    def room(self) -> int:
+        """Tokens that its cache has room for while it is read."""
+        return self.request.longest if self.request.continuations else len(self.prompt)
+
+    @property
     def prompt_tokens(self) -> tuple[Token, ...] | None:
-        return None if self.request.prompt_logprobs is None else tuple(self.scored)
+        return tuple(self.scored) if self.scores_prompt else None
 
     @property
     def done(self) -> bool:
@@ -58,7 +71,8 @@ class Job:
             self.stream.put(Piece(choice, "", finish_reason=reason))
 
     def usage(self) -> Usage:
-        return Usage(len(self.prompt), sum(len(reply.tokens) for reply in self.replies), self.cached)
+        prompt = len(self.prompt) + sum(map(len, self.request.continuations))
+        return Usage(prompt, sum(len(reply.tokens) for reply in self.replies), self.cached)
 
 
 class Reader:
@@ -76,15 +90,14 @@ class Reader:
 
     def begin(self, job: Job) -> None:
         """Its cache, with what is known of its prompt in it; a prompt whose probabilities are wanted is read whole."""
-        room = len(job.prompt)
-        if self._prefix is not None and job.request.prompt_logprobs is None:
-            hit = self._prefix.find(job.prompt, room)
+        if self._prefix is not None and not job.scores_prompt:
+            hit = self._prefix.find(job.prompt, job.room)
             if hit is not None:
                 job.cache, job.place, job.cached = hit.cache, hit.depth, hit.depth
                 job.hidden, job.branch = hit.hidden, hit.branch
         if job.cache is None:
-            job.cache = self._create(room)
-        if job.request.prompt_logprobs is not None:
+            job.cache = self._create(job.room)
+        if job.scores_prompt:
             job.scored.append(Token(job.prompt[0], self._texts[job.prompt[0]]))
 
     def read(self, job: Job) -> Tensor | None:
@@ -96,7 +109,7 @@ class Reader:
             tokens = torch.tensor([job.prompt[start:end]], device=device)
             hidden = self._model.hidden_states(tokens, cache=job.cache)[0]
             job.hidden, job.place = hidden[-1].clone(), end  # a view would keep the whole pass
-            if job.request.prompt_logprobs is not None:
+            if job.scores_prompt:
                 self._score(job, hidden, start)
             if self._prefix is not None:
                 self._prefix.store(job.prompt[:end], job.cache, 0, job.hidden)
@@ -104,6 +117,16 @@ class Reader:
             return None
         assert job.hidden is not None
         return self._model.logits(job.hidden)
+
+    def score(self, job: Job, at_once: int) -> None:
+        """Begin to score the continuations of a prompt that is read, as many together as `at_once`."""
+        request = job.request
+        assert job.cache is not None and job.hidden is not None
+        job.continuations = Continuations(
+            self._model, self._texts, request.continuations, request.prompt_logprobs or 0, at_once
+        )
+        job.passes = job.continuations.passes(job.cache, job.hidden, self._chunk)
+        job.copies = at_once if request.n > 1 else 0
 
     def _border(self, job: Job) -> int:
         """Where the pass ends: on the grid, where the prompt parts from others, or at its end."""

@@ -100,7 +100,17 @@ class Reply:
 
 def score_row(logits: Tensor, token: int, count: int, texts: Texts) -> tuple[float, tuple[TopToken, ...]]:
     """The token's log-probability at logits (V,), and the `count` likeliest tokens."""
-    return _scores(logits[None], [token], count, texts)[0]
+    return score_next(logits, [token], count, texts)[0]
+
+
+def score_next(
+    logits: Tensor, targets: Sequence[int], count: int, texts: Texts
+) -> list[tuple[float, tuple[TopToken, ...]]]:
+    """The same for several tokens that may all come at these logits."""
+    log_probs = F.log_softmax(logits, -1)
+    best = log_probs.topk(min(count, len(log_probs)))
+    top = tuple(TopToken(i, texts[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return [(value, top) for value in log_probs[torch.tensor(targets, device=logits.device)].tolist()]
 
 
 def score_prompt(

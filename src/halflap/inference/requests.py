@@ -99,7 +99,9 @@ class Request:
 
     logprobs: how many of the likeliest tokens to report at each new token (0: the chosen one's log-probability alone).
     prompt_logprobs: the same for the prompt; max_new_tokens may then be 0. stop_ids end a reply as end tokens do, with
-    ignore_eos too; before min_new_tokens neither comes. Raises HalflapError for a wrong value.
+    ignore_eos too; before min_new_tokens neither comes. continuations: token ids of texts that may follow the prompt,
+    scored in place of replies: n is their number, max_new_tokens 0, and a choice's `prompt` its scored tokens, with as
+    many of the likeliest as prompt_logprobs says. Raises HalflapError for a wrong value.
     """
 
     prompt: tuple[int, ...]
@@ -113,6 +115,12 @@ class Request:
     grammar: Grammar | None = None
     stop_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
+    continuations: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that it may come to."""
+        return len(self.prompt) + max([self.max_new_tokens, *map(len, self.continuations)])
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -130,9 +138,20 @@ class Request:
                 _require_whole(name, value, low, high)
         if "" in self.stop:
             raise HalflapError("a stop string is empty; it must have at least one character: remove it")
+        if self.continuations:
+            self._check_continuations()
         if self.grammar is not None and self.min_new_tokens:
             raise HalflapError(
                 "min_new_tokens and a grammar, which says where a reply ends, exclude each other: drop one"
+            )
+
+    def _check_continuations(self) -> None:
+        if not all(self.continuations):
+            raise HalflapError("a continuation has no token; give each at least one")
+        if self.n != len(self.continuations) or self.max_new_tokens or self.prompt_logprobs is None:
+            raise HalflapError(
+                f"{len(self.continuations)} continuations are scored with n their number, max_new_tokens 0 and "
+                "prompt_logprobs given: correct the request"
             )
 
 
@@ -163,7 +182,8 @@ class Token:
 class Piece:
     """What one choice grew by. `text` lags behind `tokens` while it may be part of a character or a stop string.
 
-    finish_reason is set on a choice's last piece. `prompt` comes with a choice's first piece, if asked for.
+    finish_reason is set on a choice's last piece. `prompt` comes with a choice's first piece, if asked for; where
+    continuations are scored it holds the choice's.
     """
 
     choice: int

@@ -28,7 +28,7 @@ from halflap.inference.parked import Parked, SwappedOut
 from halflap.inference.prefix_cache import PrefixCache
 from halflap.inference.reading import Job, Reader
 from halflap.inference.replies import Reply, Texts
-from halflap.inference.requests import EngineSettings, FinishReason
+from halflap.inference.requests import EngineSettings, FinishReason, Piece
 from halflap.inference.speculate import Draft, Lookup, Pace, Speculator
 from halflap.inference.stream import Stream
 from halflap.models import slots
@@ -179,15 +179,41 @@ class Scheduler:
                     return
                 self.reading = self.waiting.popleft()
                 self.reader.begin(self.reading)
-            job = self.reading
+            spent += self._pass(self.reading)
+
+    def _pass(self, job: Job) -> int:
+        """The next pass over a prompt or its continuations; the tokens read."""
+        if job.continuations is not None:
+            read = next(job.passes, 0)
+            if not read:
+                self._end_scored(job)
+        else:
             before = job.place
             logits = self.reader.read(job)
-            self.counts["prompt_tokens"] += job.place - before
-            spent += job.place - before
-            if logits is not None:
+            read = job.place - before
+            if logits is not None and job.request.continuations:
+                self.reader.score(job, self._copies(job))
+            elif logits is not None:
                 self.reading = None
                 self._begin_replies(job, logits)
                 self._place()
+        self.counts["prompt_tokens"] += read
+        return read
+
+    def _copies(self, job: Job) -> int:
+        """How many of a prompt's continuations there is memory for at once."""
+        count, row = job.request.n, self.budget.row(job.room)
+        while count > 1 and not self.slots.fit(1, self._beside() + count * row, only_ask=True):
+            count //= 2
+        return count
+
+    def _end_scored(self, job: Job) -> None:
+        assert job.continuations is not None
+        self.reading = None
+        for choice, tokens in enumerate(job.continuations.tokens):
+            job.stream.put(Piece(choice, "", finish_reason="length", prompt=tuple(tokens)))
+        job.stream.end(job.usage())
+        del self.jobs[job.order]
 
     def _may_begin(self) -> bool:
         """Whether the request that waits longest gets a slot now; why not is in `waiting_for`."""
@@ -199,7 +225,7 @@ class Scheduler:
             return False
         if not self.rows and not self.parked:
             return True
-        length = len(self.waiting[0].prompt)
+        length = self.waiting[0].room
         beside = self._beside() + self.budget.row(length)
         if not self.parked and self.slots.fit(slots.GROW, beside, length, only_ask=True):
             return True
@@ -266,7 +292,7 @@ class Scheduler:
         """Bytes of states outside the slots."""
         held = {id(parked.cache): parked.nbytes for parked in self.parked}
         if self.reading is not None:
-            held[0] = self.budget.row(len(self.reading.prompt))
+            held[0] = (1 + self.reading.copies) * self.budget.row(self.reading.room)
         return sum(held.values())
 
     def _put_aside(self) -> None:

@@ -102,6 +102,30 @@ def test_scoring_a_prompt_needs_no_new_token(model: HybridModel) -> None:
     assert pieces[0].prompt is not None and len(pieces[0].prompt) == len(PROMPTS[1])
 
 
+def test_continuations_are_scored_as_the_model_does(model: HybridModel) -> None:
+    """In any passes and memory, beside replies."""
+    asked = ((7,), (8, 9, 200, 3, 4, 5, 6, 7, 8), (8, 9), (250, 1, 1), tuple(range(30, 55)))
+    request = Request(PROMPTS[1], 0, prompt_logprobs=2, n=len(asked), continuations=asked)
+    text = Request(PROMPTS[2], 20)
+    for settings in (EngineSettings(), EngineSettings(prefill_chunk=4, prefix_cache=1 << 20)):
+        scheduler = Scheduler(model, None, settings)
+        if settings.prefix_cache:
+            scheduler.budget.bytes = 4 * scheduler.budget.row(60)
+        pieces, (reply,), again = run(scheduler, [request, text, request])
+        assert ids(reply) == alone(model, text)
+        for choice, (piece, other) in enumerate(zip(pieces, again, strict=True)):
+            whole = [*PROMPTS[1], *asked[choice]]
+            with torch.inference_mode():
+                expected = F.log_softmax(model(torch.tensor([whole]))[0, len(PROMPTS[1]) - 1 : -1], -1)
+            assert piece.prompt is not None and other.prompt is not None and piece.finish_reason == "length"
+            assert [token.id for token in piece.prompt] == list(asked[choice])
+            for token, row, second in zip(piece.prompt, expected, other.prompt, strict=True):
+                assert token.log_prob == pytest.approx(row[token.id].item(), abs=1e-4)
+                assert [top.id for top in token.top] == row.topk(2).indices.tolist()
+                assert second.log_prob == pytest.approx(token.log_prob, abs=1e-4)
+        assert not scheduler.jobs and not scheduler.busy and scheduler._beside() == 0
+
+
 def test_preempted_replies_are_undisturbed(model: HybridModel) -> None:
     requests = [Request(prompt, 24, SamplingParams(0.9, seed=i)) for i, prompt in enumerate(PROMPTS)]
     scheduler = Scheduler(model, None, EngineSettings())
@@ -334,6 +358,7 @@ def test_what_can_never_run_is_refused(make: Callable[..., HybridModel]) -> None
         {"n": 0},
         {"max_new_tokens": 0},
         {"max_new_tokens": 3, "min_new_tokens": 4},
+        {"continuations": ((1,),)},
         {"logprobs": -1},
         {"stop": ("",)},
         {"prompt": ()},

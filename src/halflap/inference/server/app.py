@@ -32,8 +32,8 @@ def application(service: Service) -> Starlette:
 
     async def score(request: Request) -> Response:
         body = await service.body(request, ScoreBody)
-        wanted, starts = await service.prepared(scores.score, body)
-        return await service.answer(request, wanted, ScoreReply(starts, name, bool(body.token_log_probs)))
+        wanted, order = await service.prepared(scores.score, body)
+        return await service.answer(request, wanted, ScoreReply(order, name, bool(body.token_log_probs)))
 
     def health() -> dict[str, Any]:
         return {"status": "stopping" if service.stopping else "ok"}

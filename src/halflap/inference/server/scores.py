@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from halflap.inference.requests import Piece, Request
@@ -14,9 +14,12 @@ from halflap.inference.server.errors import ApiError
 from halflap.inference.server.prompts import Prompts
 
 
-def score(body: ScoreBody, prompts: Prompts, settings: ServerSettings) -> tuple[Asked, list[int]]:
-    """One request a continuation, and where each begins in it. Raises ApiError and HalflapError."""
-    requests, starts = [], []
+def score(body: ScoreBody, prompts: Prompts, settings: ServerSettings) -> tuple[Asked, dict[int, int]]:
+    """One request for all continuations of the same context, and which of them each choice is.
+
+    Contexts differ where the first token of a text that follows takes in their end. Raises ApiError and HalflapError.
+    """
+    found: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
     for index, continuation in enumerate(body.continuations):
         ids, start = prompts.continuation(body.context, continuation)
         if len(ids) > settings.max_context:
@@ -25,16 +28,21 @@ def score(body: ScoreBody, prompts: Prompts, settings: ServerSettings) -> tuple[
                 f"has {settings.max_context}: shorten them"
             )
             raise ApiError(400, message, param="continuations", code="context_length_exceeded")
-        requests.append(Request(ids, 0, prompt_logprobs=1))
-        starts.append(start)
-    return Asked(tuple(requests), 1, stream=False, include_usage=False), starts
+        found.setdefault(ids[:start], []).append((index, ids[start:]))
+    requests = tuple(
+        Request(context, 0, prompt_logprobs=1, n=len(group), continuations=tuple(ids for _, ids in group))
+        for context, group in found.items()
+    )
+    most = len(body.continuations)
+    order = {row * most + i: each[0] for row, group in enumerate(found.values()) for i, each in enumerate(group)}
+    return Asked(requests, most, stream=False, include_usage=False), order
 
 
 class ScoreReply:
     """`halflap.score`: of each continuation its log-probability in nats, and whether it is the greedy one."""
 
-    def __init__(self, starts: Sequence[int], model: str, each: bool) -> None:
-        self._starts, self._model, self._each = starts, model, each
+    def __init__(self, order: Mapping[int, int], model: str, each: bool) -> None:
+        self._order, self._model, self._each = order, model, each
         self._scores: dict[int, dict[str, Any]] = {}
 
     def begin(self) -> list[dict[str, Any]]:
@@ -43,9 +51,9 @@ class ScoreReply:
     def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
         if piece.prompt is None:
             return []
-        tokens = piece.prompt[self._starts[choice] :]
+        tokens, index = piece.prompt, self._order[choice]
         found = {
-            "index": choice,
+            "index": index,
             "log_prob": sum(token.log_prob or 0.0 for token in tokens),
             "tokens": len(tokens),
             "greedy": all(token.top and token.top[0].id == token.id for token in tokens),
@@ -54,7 +62,7 @@ class ScoreReply:
             found["token_log_probs"] = [
                 {"id": token.id, "token": token.text, "log_prob": token.log_prob} for token in tokens
             ]
-        self._scores[choice] = found
+        self._scores[index] = found
         return []
 
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -125,6 +125,33 @@ def test_scores_of_continuations(client: Any, model: Any, tokenizer: Any) -> Non
     assert found["usage"]["completion_tokens"] == 0
 
 
+def test_a_context_is_read_once_for_all_continuations(
+    client: Any, make_client: Any, model: Any, tokenizer: Any
+) -> None:
+    from halflap.inference.engine import Engine
+    from halflap.inference.requests import EngineSettings
+
+    context = tokenizer.encode("sat on the mat, the cat " * 8)
+    continuations = [tokenizer.encode("a cat " * (1 + i)) for i in range(5)] + [tokenizer.encode("c")[:1]]
+    body = {"context": context, "continuations": continuations}
+    singly = [post(client, "/v1/score", context=context, continuations=[each])["scores"][0] for each in continuations]
+    for settings in (EngineSettings(prefill_chunk=16), EngineSettings(prefix_cache=1 << 24)):
+        with Engine(model, tokenizer, settings) as engine:
+            client = make_client(engine=engine)
+            found = [post(client, "/v1/score", **body) for _ in range(2)]
+            read = engine.stats()["prompt_tokens"]
+        for score, alone in zip(found[0]["scores"], singly, strict=True):
+            assert score["log_prob"] == pytest.approx(alone["log_prob"], abs=1e-4)
+            assert (score["tokens"], score["greedy"]) == (alone["tokens"], alone["greedy"])
+        again = found[1]["usage"]
+        held = len(context) if settings.prefix_cache else 0
+        assert again["prompt_tokens_details"]["cached_tokens"] == held
+        assert again["prompt_tokens"] == len(context) + sum(map(len, continuations))
+        assert read == 2 * (len(context) + sum(len(each) - 1 for each in continuations)) - held
+    echoed = post(make_client(), prompt=context, max_tokens=0, echo=True, logprobs=0)
+    assert echoed["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
 def test_scores_without_context_and_in_ids(client: Any, tokenizer: Any) -> None:
     ids = tokenizer.encode("the cat")
     empty = post(client, "/v1/score", context="", continuations=["the cat", ids])["scores"]
