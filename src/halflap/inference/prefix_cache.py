@@ -106,6 +106,11 @@ class PrefixCache:
         self._restore(cache, path, depth, snapshot)
         return Hit(depth, cache, None if snapshot is None else snapshot.hidden, branch)
 
+    def known(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt `find` would find; nothing is counted."""
+        path, matched = self._walk(prompt)
+        return self._usable(path, matched, len(prompt))[0]
+
     def store(self, tokens: Sequence[int], cache: Cache, row: int, hidden: Tensor | None = None) -> None:
         """Keep what row `row` of a cache, which has read exactly `tokens`, holds; hidden (D,) is the last token's."""
         node = self._insert(tokens, cache, row)
@@ -151,10 +156,10 @@ class PrefixCache:
         """Nodes along the tokens, the last perhaps only in part, and how many tokens match."""
         path, node, place = [], self._root, 0
         while place < len(tokens) and (child := node.children.get(tokens[place])) is not None:
-            common = _common(child.tokens, tokens, place)
+            shared = common(child.tokens, tokens, place)
             path.append(child)
-            place += common
-            if common < len(child.tokens):
+            place += shared
+            if shared < len(child.tokens):
                 break
             node = child
         return path, place
@@ -298,6 +303,7 @@ def _is_whole(state: State) -> bool:
     return isinstance(state, KeyValueState) and state.window is None
 
 
-def _common(edge: Sequence[int], tokens: Sequence[int], place: int) -> int:
+def common(edge: Sequence[int], tokens: Sequence[int], place: int = 0) -> int:
+    """How many tokens of an edge those from `place` on begin with."""
     limit = min(len(edge), len(tokens) - place)
     return next((i for i in range(limit) if edge[i] != tokens[place + i]), limit)

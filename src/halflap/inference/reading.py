@@ -1,16 +1,21 @@
-"""Reading prompts: in passes on a fixed grid, each prompt into a cache of its own, going on from what is cached."""
+"""Reading prompts: in passes on a fixed grid, each prompt into a cache of its own, going on from what is cached.
+
+Short prompts share a pass, in which they lie one after the other: the weights are read once for all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from halflap.inference.chooser import Chooser
 from halflap.inference.continuations import Continuations
 from halflap.inference.grammar import GrammarMatcher
-from halflap.inference.prefix_cache import PrefixCache
+from halflap.inference.prefix_cache import NEAR, PrefixCache, common
 from halflap.inference.replies import Reply, Texts, score_prompt
 from halflap.inference.requests import FinishReason, Piece, Request, Token, Usage
 from halflap.inference.stream import Stream
@@ -62,6 +67,19 @@ class Job:
     def done(self) -> bool:
         return len(self.replies) == self.request.n and all(reply.finish_reason for reply in self.replies)
 
+    def chooser(self, choice: int, vocab_size: int, device: torch.device, ends: frozenset[int]) -> Chooser:
+        """How a reply's tokens are chosen, none of `ends` before its time."""
+        request, matcher = self.request, None if self.matcher is None else self.matcher.copy()
+        late = (request.min_new_tokens, tuple(ends))
+        return Chooser(request.sampling, choice, request.prompt, vocab_size, device, matcher, late)
+
+    def end_scored(self) -> None:
+        """Send its continuations, scored."""
+        assert self.continuations is not None
+        for choice, tokens in enumerate(self.continuations.tokens):
+            self.stream.put(Piece(choice, "", finish_reason="length", prompt=tuple(tokens)))
+        self.stream.end(self.usage())
+
     def abort(self, reason: FinishReason) -> None:
         """A last piece for every choice that has none."""
         for reply in self.replies:
@@ -76,7 +94,7 @@ class Job:
 
 
 class Reader:
-    """Reads one pass of one prompt at a time."""
+    """Reads a pass of one prompt, or of several at a time."""
 
     def __init__(
         self,
@@ -100,23 +118,46 @@ class Reader:
         if job.scores_prompt:
             job.scored.append(Token(job.prompt[0], self._texts[job.prompt[0]]))
 
-    def read(self, job: Job) -> Tensor | None:
-        """One pass; the logits (V,) after the prompt's last token once it is read."""
-        assert job.cache is not None
-        start, end = job.place, self._border(job)
-        if start < end:
-            device = self._model.device
-            tokens = torch.tensor([job.prompt[start:end]], device=device)
-            hidden = self._model.hidden_states(tokens, cache=job.cache)[0]
+    def together(self, jobs: Sequence[Job]) -> list[Job]:
+        """The first of them, and as many of the next as the pass has room for."""
+        rests = [self._border(job, job.place) - job.place for job in jobs]
+        return [job for job, total in zip(jobs, itertools.accumulate(rests)) if job is jobs[0] or total <= self._chunk]
+
+    def joins(self, job: Job, others: Sequence[Job]) -> bool:
+        """Whether a prompt that waits fits into the next pass of others.
+
+        It waits where it begins as one of them does: then it is to find that in the prefix cache.
+        """
+        known = 0
+        if self._prefix is not None and not job.scores_prompt:
+            known = self._prefix.known(job.prompt)
+            if any(common(other.prompt, job.prompt) >= known + NEAR for other in others):
+                return False
+        rests = [self._border(other, other.place) - other.place for other in others]
+        return sum(rests) + self._border(job, known) - known <= self._chunk
+
+    def read(self, jobs: Sequence[Job]) -> list[tuple[Job, Tensor]]:
+        """One pass; those whose prompts are read by it, each with the logits (V,) after its last token."""
+        spans = [(job, job.place, self._border(job, job.place)) for job in jobs]
+        if spans := [(job, start, end) for job, start, end in spans if start < end]:
+            self._pass(spans)
+        done = [job for job in jobs if job.place == len(job.prompt)]
+        last = [job.hidden for job in done if job.hidden is not None]
+        return list(zip(done, self._model.logits(torch.stack(last)), strict=True)) if done else []
+
+    def _pass(self, spans: Sequence[tuple[Job, int, int]]) -> None:
+        """Tokens start .. end of each prompt."""
+        tokens = [token for job, start, end in spans for token in job.prompt[start:end]]
+        caches = [job.cache for job, _, _ in spans if job.cache is not None]
+        counts = [end - start for _, start, end in spans]
+        read = torch.tensor([tokens], device=self._model.device)
+        states = self._model.hidden_states(read, cache=caches, counts=counts)[0].split(counts)
+        for (job, start, end), cache, hidden in zip(spans, caches, states, strict=True):
             job.hidden, job.place = hidden[-1].clone(), end  # a view would keep the whole pass
             if job.scores_prompt:
                 self._score(job, hidden, start)
             if self._prefix is not None:
-                self._prefix.store(job.prompt[:end], job.cache, 0, job.hidden)
-        if job.place < len(job.prompt):
-            return None
-        assert job.hidden is not None
-        return self._model.logits(job.hidden)
+                self._prefix.store(job.prompt[:end], cache, 0, job.hidden)
 
     def score(self, job: Job, at_once: int) -> None:
         """Begin to score the continuations of a prompt that is read, as many together as `at_once`."""
@@ -128,10 +169,10 @@ class Reader:
         job.passes = job.continuations.passes(job.cache, job.hidden, self._chunk)
         job.copies = at_once if request.n > 1 else 0
 
-    def _border(self, job: Job) -> int:
-        """Where the pass ends: on the grid, where the prompt parts from others, or at its end."""
-        end = min(len(job.prompt), (job.place // self._chunk + 1) * self._chunk)
-        return job.branch if job.branch is not None and job.place < job.branch < end else end
+    def _border(self, job: Job, place: int) -> int:
+        """Where a pass from `place` ends: on the grid, where the prompt parts from others, or at its end."""
+        end = min(len(job.prompt), (place // self._chunk + 1) * self._chunk)
+        return job.branch if job.branch is not None and place < job.branch < end else end
 
     def _score(self, job: Job, hidden: Tensor, start: int) -> None:
         """Log-probabilities of the tokens after each hidden state (T, D), the first of which is token `start`'s."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halflap.inference.chooser import Chooser, choose_rows
+from halflap.inference.chooser import choose_rows
 from halflap.inference.generate import end_tokens
 from halflap.inference.grammar import GrammarMatcher
 from halflap.inference.groups import Slots
@@ -28,7 +28,7 @@ from halflap.inference.parked import Parked, SwappedOut
 from halflap.inference.prefix_cache import PrefixCache
 from halflap.inference.reading import Job, Reader
 from halflap.inference.replies import Reply, Texts
-from halflap.inference.requests import EngineSettings, FinishReason, Piece
+from halflap.inference.requests import EngineSettings, FinishReason
 from halflap.inference.speculate import Draft, Lookup, Pace, Speculator
 from halflap.inference.stream import Stream
 from halflap.models import slots
@@ -61,7 +61,7 @@ class Scheduler:
             lambda: slots.empty(model.config, model.dtype, model.device), self.budget, settings.max_batch
         )
         self.waiting: deque[Job] = deque()
-        self.reading: Job | None = None
+        self.reading: list[Job] = []
         self.parked: list[Parked] = []
         self.jobs: dict[int, Job] = {}  # by order: those begun or waiting
         self.waiting_for: str | None = None
@@ -96,7 +96,7 @@ class Scheduler:
 
     @property
     def free_slots(self) -> int:
-        return self.settings.max_batch - len(self.rows) - len(self.parked) - (self.reading is not None)
+        return self.settings.max_batch - len(self.rows) - len(self.parked) - len(self.reading)
 
     @property
     def busy(self) -> bool:
@@ -117,7 +117,7 @@ class Scheduler:
                 self._end_job(job, reason, error)
         for parked in self.parked:
             parked.drop()
-        self.parked, self.reading = [], None
+        self.parked, self.reading = [], []
         self.waiting.clear()
         self.slots.clear()
         self.speculator = self._new_speculator()
@@ -140,7 +140,8 @@ class Scheduler:
                 self.parked.remove(parked)
             if job in self.waiting:
                 self.waiting.remove(job)
-            self.reading = None if self.reading is job else self.reading
+            if job in self.reading:
+                self.reading.remove(job)
             self._end_job(job, "cancelled")
 
     def _end_job(self, job: Job, reason: FinishReason, error: str | None = None) -> None:
@@ -173,31 +174,39 @@ class Scheduler:
         """About one pass of prompt tokens."""
         spent = 0
         self._place()
-        while spent < self.settings.prefill_chunk:
-            if self.reading is None:
-                if not self._may_begin():
-                    return
-                self.reading = self.waiting.popleft()
-                self.reader.begin(self.reading)
-            spent += self._pass(self.reading)
+        while spent < self.settings.prefill_chunk and self._gather():
+            scoring = next((job for job in self.reading if job.continuations is not None), None)
+            read = self._read_prompts() if scoring is None else self._score(scoring)
+            self.counts["prompt_tokens"] += read
+            spent += read
 
-    def _pass(self, job: Job) -> int:
-        """The next pass over a prompt or its continuations; the tokens read."""
-        if job.continuations is not None:
-            read = next(job.passes, 0)
-            if not read:
-                self._end_scored(job)
-        else:
-            before = job.place
-            logits = self.reader.read(job)
-            read = job.place - before
-            if logits is not None and job.request.continuations:
+    def _gather(self) -> bool:
+        """Begin the requests that the next pass has room for; whether there is anything to read."""
+        while self._may_begin() and (not self.reading or self.reader.joins(self.waiting[0], self.reading)):
+            self.reading.append(self.waiting.popleft())
+            self.reader.begin(self.reading[-1])
+        return bool(self.reading)
+
+    def _read_prompts(self) -> int:
+        """The next pass over prompts; the tokens read."""
+        jobs = self.reader.together(self.reading)
+        before = sum(job.place for job in jobs)
+        for job, logits in self.reader.read(jobs):
+            if job.request.continuations:
                 self.reader.score(job, self._copies(job))
-            elif logits is not None:
-                self.reading = None
+            else:
+                self.reading.remove(job)
                 self._begin_replies(job, logits)
                 self._place()
-        self.counts["prompt_tokens"] += read
+        return sum(job.place for job in jobs) - before
+
+    def _score(self, job: Job) -> int:
+        """The next pass over the continuations of a prompt; the tokens read."""
+        read = next(job.passes, 0)
+        if not read:
+            self.reading.remove(job)
+            job.end_scored()
+            del self.jobs[job.order]
         return read
 
     def _copies(self, job: Job) -> int:
@@ -207,14 +216,6 @@ class Scheduler:
             count //= 2
         return count
 
-    def _end_scored(self, job: Job) -> None:
-        assert job.continuations is not None
-        self.reading = None
-        for choice, tokens in enumerate(job.continuations.tokens):
-            job.stream.put(Piece(choice, "", finish_reason="length", prompt=tuple(tokens)))
-        job.stream.end(job.usage())
-        del self.jobs[job.order]
-
     def _may_begin(self) -> bool:
         """Whether the request that waits longest gets a slot now; why not is in `waiting_for`."""
         self.waiting_for = None
@@ -223,10 +224,11 @@ class Scheduler:
         if self.free_slots <= 0:
             self.waiting_for = f"a slot: all {self.settings.max_batch} are taken"
             return False
-        if not self.rows and not self.parked:
+        if not self.rows and not self.parked and not self.reading:
             return True
         length = self.waiting[0].room
-        beside = self._beside() + self.budget.row(length)
+        coming = sum(self.budget.row(job.room + slots.GROW) for job in self.reading)  # their slots, once they are read
+        beside = self._beside() + coming + self.budget.row(length)
         if not self.parked and self.slots.fit(slots.GROW, beside, length, only_ask=True):
             return True
         self.waiting_for = (
@@ -239,7 +241,7 @@ class Scheduler:
         request = job.request
         for choice in range(request.n):
             ends = (frozenset() if request.ignore_eos else self.ends) | set(request.stop_ids)
-            chooser = self._chooser(job, choice, ends)
+            chooser = job.chooser(choice, self.model.config.vocab_size, self.device, ends)
             job.replies.append(Reply(job.stream, choice, job.order, chooser, self.texts, ends))
             job.replies[-1].acceptance = self.pace.acceptance
         for reply in job.replies:
@@ -254,12 +256,6 @@ class Scheduler:
             else:
                 self._finished(reply)
         job.cache = None
-
-    def _chooser(self, job: Job, choice: int, ends: frozenset[int]) -> Chooser:
-        request, matcher = job.request, None if job.matcher is None else job.matcher.copy()
-        late = (request.min_new_tokens, tuple(ends))
-        vocabulary = self.model.config.vocab_size
-        return Chooser(request.sampling, choice, request.prompt, vocabulary, self.device, matcher, late)
 
     # ---- slots
 
@@ -291,9 +287,7 @@ class Scheduler:
     def _beside(self) -> int:
         """Bytes of states outside the slots."""
         held = {id(parked.cache): parked.nbytes for parked in self.parked}
-        if self.reading is not None:
-            held[0] = (1 + self.reading.copies) * self.budget.row(self.reading.room)
-        return sum(held.values())
+        return sum(held.values()) + sum((1 + job.copies) * self.budget.row(job.room) for job in self.reading)
 
     def _put_aside(self) -> None:
         """The youngest reply gives up its slot."""
@@ -390,7 +384,7 @@ class Scheduler:
         swapped = sum(parked.swapped for parked in self.parked if isinstance(parked, SwappedOut))
         return {
             "running": len(self.rows),
-            "waiting": len(self.waiting) + len(self.parked) + (self.reading is not None),
+            "waiting": len(self.waiting) + len(self.parked) + len(self.reading),
             "waiting_for": self.waiting_for,
             "slots": self.settings.max_batch,
             "cache_bytes": {"slots": self.slots.nbytes(), "beside": held, "swapped_out": swapped},

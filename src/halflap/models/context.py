@@ -209,11 +209,12 @@ class SequenceContext:
 
 @dataclass
 class GroupedContext:
-    """One pass over the rows of several caches, those of each cache together: what lies between a block's projections
-    knows its own rows alone, the projections see all.
+    """One pass for several caches: what lies between a block's projections knows what belongs to one cache alone, the
+    projections see all. Each cache has rows of the pass (`along` 0), or a stretch of its only row (1).
     """
 
     groups: list[tuple[slice, SequenceContext]]
+    along: int = 0
 
     @property
     def block(self) -> int:
@@ -229,14 +230,21 @@ Context = SequenceContext | GroupedContext
 
 
 def by_group(function: Callable[..., Tensor], context: Context, state: Any, *tensors: Tensor | None) -> Tensor:
-    """function(context, state, *tensors), for each group of rows on its own where there are several.
+    """function(context, state, *tensors), for each group on its own where there are several.
 
-    `state` is then a list, one for each group, and so are tensors' rows cut and the results put together.
+    `state` is then a list, one for each group, and so are tensors (B, T, ...) cut and the results put together.
     """
     if isinstance(context, SequenceContext):
         return function(context, state, *tensors)
     results = [
-        function(inner, part, *(None if tensor is None else tensor[rows] for tensor in tensors))
-        for (rows, inner), part in zip(context.groups, state, strict=True)
+        function(
+            inner, part, *(None if tensor is None else stretch(tensor, where, context.along) for tensor in tensors)
+        )
+        for (where, inner), part in zip(context.groups, state, strict=True)
     ]
-    return torch.cat(results)
+    return torch.cat(results, context.along)
+
+
+def stretch(tensor: Tensor, where: slice, along: int) -> Tensor:
+    """Rows (along 0) or columns (1) of a tensor (B, T, ...)."""
+    return tensor[where] if along == 0 else tensor[:, where]

@@ -24,7 +24,7 @@ from halflap.models.config import (
     MLPConfig,
     ModelConfig,
 )
-from halflap.models.context import Context, GroupedContext, SequenceContext
+from halflap.models.context import Context, GroupedContext, SequenceContext, stretch
 from halflap.models.hybrid import HybridMixer
 from halflap.models.layout import is_offset_gain
 from halflap.models.linear import Linear, LinearMixer
@@ -141,12 +141,17 @@ class HybridModel(nn.Module):
         segments: Tensor | None = None,
         cache: Cache | Sequence[Cache] | None = None,
         lengths: Tensor | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Tensor:
-        """The normalised final hidden states (B, T, D) that the language head reads."""
+        """The normalised final hidden states (B, T, D) that the language head reads.
+
+        counts: of several caches of one row, how many of the tokens (1, sum of counts) each goes on by, one after the
+        other; nothing is padded then.
+        """
         if cache is not None:
             if segments is not None:
                 raise ValueError("a cached pass continues one document a row; pass lengths, not segments")
-            return self._continue(tokens, [cache] if isinstance(cache, Cache) else cache, lengths)
+            return self._continue(tokens, [cache] if isinstance(cache, Cache) else cache, lengths, counts)
         hidden, context = self.enter(tokens, segments)
         return self.leave(self._run(hidden, context), context)
 
@@ -188,21 +193,23 @@ class HybridModel(nn.Module):
         wide = widen(tokens, segments, meta)
         return self._context(_steps(wide.tokens), wide.runs, wide.place), wide
 
-    def _continue(self, tokens: Tensor, caches: Sequence[Cache], lengths: Tensor | None) -> Tensor:
-        """Hidden states of the next tokens (B, T) of the caches' rows."""
+    def _continue(
+        self, tokens: Tensor, caches: Sequence[Cache], lengths: Tensor | None, counts: Sequence[int] | None
+    ) -> Tensor:
+        """Hidden states of the next tokens (B, T) of the caches' rows, or (1, T) of one after the other."""
         groups: list[tuple[slice, SequenceContext]] = []
-        start = 0
-        for cache in caches:
+        start, along = 0, 0 if counts is None else 1
+        for cache, size in zip(caches, counts or [len(cache.lengths) for cache in caches], strict=True):
             if self.meta_tokens is not None and not cache.started:
                 cache.start_from(self.meta_state(cache.dtype, tokens.device))
-            rows = slice(start, start := start + len(cache.lengths))
-            count = None if lengths is None else lengths[rows]
-            groups.append((rows, self._cached_context(_steps(tokens[rows]), cache, count)))
-        context = groups[0][1] if len(groups) == 1 else GroupedContext(groups)
+            where = slice(start, start := start + size)
+            count = None if lengths is None else lengths[where]
+            groups.append((where, self._cached_context(_steps(stretch(tokens, where, along)), cache, count)))
+        context = groups[0][1] if len(groups) == 1 else GroupedContext(groups, along)
         hidden = self._run(self.embed(tokens), context, caches)
         for cache, (_, inner) in zip(caches, groups, strict=True):
             if cache.held is None:
-                advance(cache, tokens.shape[1], inner.lengths)
+                advance(cache, inner.time, inner.lengths)
         return self.norm(hidden)
 
     def _run(self, hidden: Tensor, context: Context, caches: Sequence[Cache] = ()) -> Tensor:

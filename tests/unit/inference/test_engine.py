@@ -126,6 +126,33 @@ def test_continuations_are_scored_as_the_model_does(model: HybridModel) -> None:
         assert not scheduler.jobs and not scheduler.busy and scheduler._beside() == 0
 
 
+@pytest.mark.parametrize("prefix", [0, 1 << 22])
+def test_short_prompts_are_read_in_one_pass(model: HybridModel, prefix: int) -> None:
+    """As many as a pass has room for, each as it is alone; one that begins like another waits for it to be cached."""
+    prompts = [(5,), *(tuple(range(i, i + 3 + i % 7)) for i in range(20, 90, 9)), tuple(range(100, 132))]
+    requests = [Request(prompt, 6, prompt_logprobs=0 if i == 2 else None) for i, prompt in enumerate(prompts)]
+    scheduler = Scheduler(model, None, EngineSettings(prefill_chunk=32, prefix_cache=prefix))
+    sizes, forward = [], model.hidden_states
+
+    def watched(tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        sizes.append(tokens.shape[1])
+        return forward(tokens, **options)
+
+    model.hidden_states = watched  # type: ignore[method-assign]
+    try:
+        found = run(scheduler, requests)
+    finally:
+        del model.hidden_states  # type: ignore[attr-defined]
+    for request, (piece,) in zip(requests, found, strict=True):
+        assert ids(piece) == alone(model, request)
+    reading = [size for size in sizes if size > 1]
+    assert sum(reading) == sum(map(len, prompts)) and max(reading) <= 32 and len(reading) <= 5
+    if prefix:
+        shared = tuple(range(150, 175))
+        run(scheduler, [Request((*shared, last), 2) for last in (1, 2, 3)])
+        assert scheduler.prefix is not None and scheduler.prefix.hit_tokens >= 25
+
+
 def test_preempted_replies_are_undisturbed(model: HybridModel) -> None:
     requests = [Request(prompt, 24, SamplingParams(0.9, seed=i)) for i, prompt in enumerate(PROMPTS)]
     scheduler = Scheduler(model, None, EngineSettings())
@@ -165,7 +192,7 @@ def test_memory_is_kept(make: Callable[..., HybridModel]) -> None:
 
 def bytes_held(scheduler: Scheduler) -> int:
     """Of all states' storage, whatever part of it a tensor shows."""
-    jobs = [scheduler.reading.cache] if scheduler.reading is not None else []
+    jobs = [job.cache for job in scheduler.reading if job.cache is not None]
     caches = [*jobs, *(group.cache for group in scheduler.slots.groups), *(parked.cache for parked in scheduler.parked)]
     tensors = [t for cache in caches for state in parts(cache) for t in fields(state).values()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
