@@ -267,3 +267,21 @@ def test_replicas_of_our_own(directory: Path, tmp_path: Path) -> None:
         rest = process.communicate(timeout=30)[1]
     assert process.returncode == 0, rest
     assert folder and not Path(folder[1]).exists()
+
+
+def test_replicas_share_what_memory_is_free(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would else count all of it as its own when it starts."""
+    from halflap.amounts import parse_amount
+    from halflap.commands import device
+    from halflap.commands.config import ServeRecipe
+    from halflap.commands.fleet import fleet
+    from halflap.commands.sections import Decoding, Listening
+    from halflap.recipe import Common
+
+    monkeypatch.setattr(device, "free_memory", lambda _: 1 << 28)
+    decoding, listening = Decoding(prefix_cache="1MiB", max_context=200), Listening(replicas=3)
+    recipe = ServeRecipe(model=str(directory), decoding=decoding, listening=listening, common=Common(device="cpu"))
+    fleet(recipe, tmp_path)
+    told = [re.search(r"cache_memory: '?(\w+)", (tmp_path / f"{i}.yaml").read_text()) for i in range(3)]
+    sizes = [parse_amount(found[1], "bytes", share=False).value for found in told if found]
+    assert len(sizes) == 3 and 0.7 * (1 << 28) < sum(sizes) < 1 << 28

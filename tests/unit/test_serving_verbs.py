@@ -211,6 +211,21 @@ def test_replies_may_hold_most_of_what_is_free(directory: Path, monkeypatch: pyt
     assert engines.plan_engine(directory, decoding, Common(device="cpu")).memory == 64 << 20
 
 
+def test_how_states_are_kept_is_the_flags_or_the_configs(directory: Path, tmp_path: Path) -> None:
+    from halflap.commands.engines import plan_engine
+    from halflap.commands.sections import Decoding
+    from halflap.recipe import Common
+
+    shutil.copytree(directory, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    common = Common(device="cpu")
+    assert plan_engine(tmp_path / "model", Decoding(prefix_cache="off"), common).ssm_dtype == "float32"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mamba_ssm_cache_dtype": "bfloat16"}))
+    assert plan_engine(tmp_path / "model", Decoding(prefix_cache="off"), common).ssm_dtype == "bfloat16"
+    asked = Decoding(prefix_cache="off", ssm_dtype="float32")
+    assert plan_engine(tmp_path / "model", asked, common).ssm_dtype == "float32"
+
+
 def test_limits_of_control_groups_count(tmp_path: Path) -> None:
     from halflap.processes import left_in_groups
 

@@ -9,7 +9,7 @@ import torch
 
 from halflap.amounts import parse_amount
 from halflap.checkpoints.checkpoint import load_model
-from halflap.checkpoints.config import find_directory, read_config, read_quantization
+from halflap.checkpoints.config import find_directory, read_config, read_json, read_quantization
 from halflap.commands.device import check_memory, choose_device, choose_dtype
 from halflap.commands.sections import Decoding
 from halflap.data.tokenizer import Tokenizer
@@ -17,7 +17,7 @@ from halflap.errors import HalflapError, RecipeError
 from halflap.inference.engine import Engine
 from halflap.inference.generate import require_positions
 from halflap.inference.memory import Budget
-from halflap.inference.requests import EngineSettings
+from halflap.inference.requests import SSM_DTYPES, EngineSettings
 from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel
 from halflap.models.quantization import weight_bytes
@@ -51,6 +51,7 @@ class Plan(NamedTuple):
     prefix_cache: int
     memory: int
     """Bytes that decode state may take."""
+    ssm_dtype: str
     remark: str | None
     """What a user did not ask for and should know."""
 
@@ -75,13 +76,21 @@ def plan_engine(path: str | Path, decoding: Decoding, common: Common, replicas: 
         keeping.append(guesser)
     kind = torch.float32 if dtype == "float32" else torch.bfloat16  # `auto` is the stored type of a model on a GPU
     given = None if decoding.cache_memory is None else int(decoding.cache_memory.value)
-    budget = Budget(keeping, kind, given)
+    states = decoding.ssm_dtype or _said_of_states(directory)
+    budget = Budget(keeping, kind, given, torch.bfloat16 if states == "bfloat16" else None)
     context, remark = _context_within(budget, context, decoding.max_context is not None)
     one = budget.row(context)
     beside[f"a reply of {context:,} tokens (--max-context and --cache-memory bound it)"] = one
     left = check_memory(config, dtype, device, beside, read_quantization(directory, config), replicas=replicas)
     memory = round(one + OF_LEFT * left) if given is None else given
-    return Plan(directory, config, tokenizer, context, device, dtype, prefix, memory, remark)
+    return Plan(directory, config, tokenizer, context, device, dtype, prefix, memory, states, remark)
+
+
+def _said_of_states(directory: Path) -> str:
+    """How config.json says that states of Mamba blocks are kept, where that is a way of ours."""
+    file = directory / "config.json"
+    said = read_json(file).get("mamba_ssm_cache_dtype") if file.exists() else None
+    return said if said in SSM_DTYPES else SSM_DTYPES[0]
 
 
 def _context_within(budget: Budget, context: int, asked: bool) -> tuple[int, str | None]:
@@ -103,6 +112,7 @@ def open_engine(path: str | Path, decoding: Decoding, common: Common) -> Opened:
         max_batch=decoding.max_batch,
         max_context=plan.max_context,
         memory=plan.memory,
+        ssm_dtype=plan.ssm_dtype,
         prefill_chunk=decoding.prefill_chunk,
         prefix_cache=plan.prefix_cache,
         speculate=_guesser(decoding.speculate, plan.tokenizer, plan.dtype, common),

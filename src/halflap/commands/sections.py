@@ -297,6 +297,9 @@ class Decoding:
     cache_memory: Bytes | None = None
     """Memory that decode state may take, the prefix cache apart; most of what weights and prefix cache leave free when
     not given."""
+    ssm_dtype: Literal["float32", "bfloat16"] | None = None
+    """How states of Mamba blocks are kept between tokens: bfloat16 takes half the memory, rounds, and decodes more
+    slowly on a CPU; what config.json says (mamba_ssm_cache_dtype), else float32, when not given."""
     prefix_cache: str = "1GiB"
     """Memory for what was read before and may come again; off keeps nothing."""
     speculate: str = "off"

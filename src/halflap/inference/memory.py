@@ -12,18 +12,28 @@ from halflap.models.count import cache_bytes, cache_parts
 
 
 class Budget:
-    """`configs` are the models that keep state for every row, a draft model included; bytes None is no limit."""
+    """`configs` are the models that keep state for every row, behind the first a draft model; bytes None is no limit.
 
-    def __init__(self, configs: Sequence[ModelConfig], dtype: torch.dtype, bytes_: int | None) -> None:
+    ssm_dtype: of the first model's SSM states, float32 or wider where it is None, as those of a draft model are.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[ModelConfig],
+        dtype: torch.dtype,
+        bytes_: int | None,
+        ssm_dtype: torch.dtype | None = None,
+    ) -> None:
         self.configs, self.bytes = tuple(configs), bytes_
         self._bits = 8 * dtype.itemsize
-        self._wide = 8 * torch.promote_types(dtype, torch.float32).itemsize
+        wide = torch.promote_types(dtype, torch.float32)
+        self._ssm_bits = [8 * (ssm_dtype or wide).itemsize, *(8 * wide.itemsize for _ in self.configs[1:])]
 
     def row(self, tokens: int) -> int:
         """Bytes of one sequence of so many tokens."""
         return sum(
-            cache_bytes(config, tokens, kv_bits=self._bits, ssm_bits=self._wide, conv_bits=self._bits)
-            for config in self.configs
+            cache_bytes(config, tokens, kv_bits=self._bits, ssm_bits=ssm_bits, conv_bits=self._bits)
+            for config, ssm_bits in zip(self.configs, self._ssm_bits, strict=True)
         )
 
     def longest(self, tokens: int) -> int:
@@ -34,7 +44,8 @@ class Budget:
         """Bytes that sequences of these lengths need of the model itself, by what they hold."""
         total: dict[str, float] = {}
         for length in lengths:
-            parts = cache_parts(self.configs[0], length, kv_bits=self._bits, ssm_bits=self._wide, conv_bits=self._bits)
+            bits = {"kv_bits": self._bits, "ssm_bits": self._ssm_bits[0], "conv_bits": self._bits}
+            parts = cache_parts(self.configs[0], length, **bits)
             for name, value in parts.items():
                 total[name] = total.get(name, 0) + value
         return {name: round(value) for name, value in total.items()}

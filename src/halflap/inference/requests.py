@@ -18,6 +18,7 @@ GrammarKind = Literal["json_schema", "regex", "lark"]
 COLDEST = 1e-5  # temperatures below it take the likeliest token, and logits over them would overflow
 MOST_LOGPROBS = 100
 MOST_CHOICES = 1024
+SSM_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,8 @@ class EngineSettings:
     memory: bytes that decode state may take, prefix cache apart; None does not limit it. prefill_chunk: prompt tokens
     read in one pass, between which others decode. prefix_cache: bytes (0: off). speculate: None, "lookup" (what
     followed the last tokens earlier in the text), or a draft HybridModel with the same tokenizer; max_draft: most
-    tokens guessed at once. queue: requests that may wait (None: any number).
+    tokens guessed at once. queue: requests that may wait (None: any number). ssm_dtype: how SSM states are kept between
+    passes; "bfloat16" takes half the memory, rounds each state to 8 bits a pass, and decodes by the plain step.
     """
 
     max_batch: int = 16
@@ -221,6 +223,7 @@ class EngineSettings:
     speculate: Any = None
     max_draft: int = 8
     queue: int | None = None
+    ssm_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         limits = (
@@ -235,6 +238,10 @@ class EngineSettings:
         for name, value, low in limits:
             if value is not None or name not in ("max_context", "memory", "queue"):
                 _require_whole(name, value, low)
+        if self.ssm_dtype not in SSM_DTYPES:
+            raise HalflapError(
+                f"ssm_dtype is {self.ssm_dtype!r}; allowed are {', '.join(SSM_DTYPES)}: choose one of them"
+            )
         if isinstance(self.speculate, str) and self.speculate != "lookup":
             raise HalflapError(
                 f"speculate is {self.speculate!r}; it must be None, 'lookup' or a draft model: choose one of them"

@@ -52,13 +52,16 @@ class Scheduler:
         self.texts, self.ends = Texts(tokenizer), end_tokens(model, tokenizer)
         draft = settings.speculate if isinstance(settings.speculate, HybridModel) else None
         configs = [model.config] if draft is None else [model.config, draft.config]
-        self.budget = Budget(configs, model.dtype, settings.memory)
+        self.ssm_dtype = torch.bfloat16 if settings.ssm_dtype == "bfloat16" else None
+        self.budget = Budget(configs, model.dtype, settings.memory, self.ssm_dtype)
         self.prefix = PrefixCache(settings.prefix_cache, self.one_row) if settings.prefix_cache else None
         self.reader = Reader(model, settings.prefill_chunk, self.prefix, self.one_row, self.texts)
         self.speculator = self._new_speculator()
         self.pace = Pace()
         self.slots = Slots(
-            lambda: slots.empty(model.config, model.dtype, model.device), self.budget, settings.max_batch
+            lambda: slots.empty(model.config, model.dtype, model.device, self.ssm_dtype),
+            self.budget,
+            settings.max_batch,
         )
         self.waiting: deque[Job] = deque()
         self.reading: list[Job] = []
@@ -70,7 +73,7 @@ class Scheduler:
 
     def one_row(self, tokens: int) -> Cache:
         """A cache of one row, its meta tokens read, with room for so many tokens."""
-        cache = Cache.create(self.model.config, 1, tokens, self.model.dtype, self.device)
+        cache = Cache.create(self.model.config, 1, tokens, self.model.dtype, self.device, ssm_dtype=self.ssm_dtype)
         if self._meta_state is not None:
             cache.start_from(self._meta_state)
         return cache

@@ -3,9 +3,10 @@
 Rows of a batch may have unequal lengths: row b's next token goes to position `meta + lengths[b]`, where `meta` are the
 meta tokens that stand before every row. Their part of the state is the same for all rows and computed once a model
 (`HybridModel.meta_state`). A windowed block holds the meta tokens, its window and the newest token, and no more at any
-time. SSM states are float32 whatever the model's dtype (section 4.7 of the Nemotron-H notes). Recurrent state cannot be
-cropped: to go back, clone, or `hold` a pass and `commit` as many of its tokens as turned out right. Rows of a batch
-that come and go: slots.py.
+time. SSM states are float32 whatever the model's dtype (section 4.7 of the Nemotron-H notes), or bfloat16 where that is
+asked for: half the bytes, rounded to 8 bits after each pass, while all sums within one are float32. Recurrent state
+cannot be cropped: to go back, clone, or `hold` a pass and `commit` as many of its tokens as turned out right. Rows of a
+batch that come and go: slots.py.
 """
 
 from __future__ import annotations
@@ -109,10 +110,14 @@ class KeyValueState:
 
 @dataclass
 class ConvSSMState:
-    """conv (B, W-1, conv_size), the last inputs of the convolution; ssm float32, (B, H, P, N), of Mamba-1 (B, I, N)."""
+    """conv (B, W-1, conv_size), the last inputs of the convolution; ssm, (B, H, P, N), of Mamba-1 (B, I, N)."""
 
     conv: Tensor
     ssm: Tensor
+
+    def wide(self) -> Tensor:
+        """The SSM state in float32 or wider, as passes over several tokens compute with it."""
+        return self.ssm.to(torch.promote_types(self.ssm.dtype, torch.float32))
 
     def start_from(self, other: ConvSSMState) -> None:
         self.conv.copy_(other.conv)  # copied even for one row: steps advance states in place, and `other` is for all
@@ -159,14 +164,17 @@ class Cache:
         device: torch.device | str = "cpu",
         *,
         decode_window_compat: bool = False,
+        ssm_dtype: torch.dtype | None = None,
     ) -> Cache:
         """An empty cache; key/value memory is taken for `capacity` tokens and doubles when they do not suffice.
 
+        ssm_dtype: of SSM states, float32 or wider where it is None.
         decode_window_compat: one-token steps see window - 1 earlier tokens, as Hymba's released decoder does, and not
         window as in training.
         """
         meta = config.num_meta_tokens
-        blocks = [_state(block, batch, capacity, meta, dtype, device) for block in config.blocks]
+        wide = ssm_dtype or torch.promote_types(dtype, torch.float32)
+        blocks = [_state(block, batch, capacity, meta, dtype, device, wide) for block in config.blocks]
         lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         return Cache(blocks, lengths, meta=meta, decode_window_compat=decode_window_compat)
 
@@ -174,7 +182,8 @@ class Cache:
     def for_meta_tokens(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Cache:
         """One row in which the meta tokens are ordinary tokens; all of them see all before, so windows do not count."""
         count = config.num_meta_tokens
-        blocks = [_state(block, 1, count, 0, dtype, device, windows=False) for block in config.blocks]
+        wide = torch.promote_types(dtype, torch.float32)
+        blocks = [_state(block, 1, count, 0, dtype, device, wide, windows=False) for block in config.blocks]
         return Cache(blocks, torch.zeros(1, dtype=torch.int64, device=device))
 
     def start_from(self, meta_state: Cache) -> None:
@@ -205,6 +214,11 @@ class Cache:
     def dtype(self) -> torch.dtype:
         """Of keys, values and convolution tails."""
         return next((t.dtype for state in parts(self) for t in fields(state).values()), torch.float32)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether SSM states are less than float32, which native decoding does not take: the plain step does."""
+        return any(isinstance(state, ConvSSMState) and state.ssm.dtype.itemsize < 4 for state in parts(self))
 
     def select(self, rows: Tensor | list[int]) -> Cache:
         """A new cache of the given rows, repeats allowed (beam reorder, one prompt to many samples)."""
@@ -243,6 +257,7 @@ def _state(
     meta: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    ssm_dtype: torch.dtype,
     windows: bool = True,
 ) -> BlockState | None:
     attention = keys = None
@@ -252,7 +267,7 @@ def _state(
         keys = _key_values(attention, (batch, slots), window, meta, dtype, device)
     if block.ssm is None:
         return keys
-    ssm = _conv_ssm(block.ssm, batch, dtype, device)
+    ssm = _conv_ssm(block.ssm, batch, dtype, device, ssm_dtype)
     return ssm if block.attention is None else HybridState(keys, ssm)
 
 
@@ -273,15 +288,18 @@ def _key_values(
 
 
 def _conv_ssm(
-    block: Mamba1Config | Mamba2Config, batch: int, dtype: torch.dtype, device: torch.device | str
+    block: Mamba1Config | Mamba2Config,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    ssm_dtype: torch.dtype,
 ) -> ConvSSMState:
-    wide = torch.promote_types(dtype, torch.float32)
     if isinstance(block, Mamba2Config):
         channels, inner = block.conv_size, (block.num_heads, block.head_dim)
     else:
         channels, inner = block.inner_size, (block.inner_size,)
     conv = torch.zeros(batch, block.conv_kernel - 1, channels, dtype=dtype, device=device)
-    return ConvSSMState(conv, torch.zeros(batch, *inner, block.state_size, dtype=wide, device=device))
+    return ConvSSMState(conv, torch.zeros(batch, *inner, block.state_size, dtype=ssm_dtype, device=device))
 
 
 def parts(cache: Cache) -> Iterator[State]:

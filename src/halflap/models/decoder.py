@@ -82,7 +82,11 @@ def _runs(tokens: Tensor, caches: Sequence[Cache]) -> bool:
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return all(
-        cache.held is None and not cache.decode_window_compat and cache.used and (cache.started or not cache.meta)
+        cache.held is None
+        and not cache.decode_window_compat
+        and cache.used
+        and (cache.started or not cache.meta)
+        and not cache.narrow
         for cache in caches
     )
 

@@ -47,7 +47,7 @@ class Mamba1Inner(nn.Module):
     def _mix(self, context: SequenceContext, state: ConvSSMState | None, projected: Tensor) -> Tensor:
         c = self.config
         x, z = projected.split(c.inner_size, -1)
-        tail, ssm = (state.conv, state.ssm) if state is not None and context.past else (None, None)
+        tail, ssm = (state.conv, state.wide()) if state is not None and context.past else (None, None)
         conv = self.conv1d
         u = select.conv_silu(x, conv.weight[:, 0], conv.bias, initial_state=tail, runs=context.runs)
         dt, B, C = self.x_proj(u).split([c.dt_rank, c.state_size, c.state_size], -1)

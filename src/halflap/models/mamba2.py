@@ -52,7 +52,7 @@ class Mamba2Inner(nn.Module):
             mixed, state.conv, state.ssm = select.mamba2_step(projected[:, 0], *self._inner(), state.conv, state.ssm)
             return mixed[:, None]
         c = self.config
-        tail, ssm = (state.conv, state.ssm) if state is not None and context.past else (None, None)
+        tail, ssm = (state.conv, state.wide()) if state is not None and context.past else (None, None)
 
         def scan(lengths: Tensor | None) -> tuple[Tensor, Tensor]:
             return select.mamba2_mix(

@@ -25,9 +25,11 @@ def trimmed(state: State, tokens: int) -> dict[str, Tensor]:
     return {name: t if slots is None else t[:, :, :slots] for name, t in fields(state).items()}
 
 
-def empty(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Cache:
+def empty(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ssm_dtype: torch.dtype | None = None
+) -> Cache:
     """A cache without rows that `resize` makes room in. Its rows begin with the meta tokens by being inserted so."""
-    cache = Cache.create(config, 0, 0, dtype, device)
+    cache = Cache.create(config, 0, 0, dtype, device, ssm_dtype=ssm_dtype)
     cache.started = True
     return cache
 
