@@ -41,8 +41,8 @@ class Trial:
     loss       nats a token of the text
     accuracy   share of its tokens that are the likeliest
     agreement  share of the teacher's likeliest tokens that are
-    glance     the same three by name, on the few tokens of a first look
     variants   of method puzzle, what becomes of each of the teacher's blocks
+    glance     loss, accuracy and agreement by name, on the few tokens of a first look
     """
 
     sizes: Sizes
@@ -51,9 +51,9 @@ class Trial:
     loss: float | None = None
     accuracy: float | None = None
     agreement: float | None = None
-    glance: Mapping[str, float] | None = None
     rounds: tuple[Round, ...] = ()
     variants: tuple[str, ...] = ()
+    glance: Mapping[str, float] | None = None
 
     @property
     def refined_loss(self) -> float | None:
