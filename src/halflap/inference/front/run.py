@@ -28,7 +28,7 @@ def run(front: Front, listener: socket.socket, *, ready: Callable[[], None], say
 async def _run(front: Front, listener: socket.socket, ready: Callable[[], None], say: Say) -> bool:
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
-    server = Server(application(front), front)
+    server = Server(application(front), front, descriptors=2)  # one to the replica
 
     def stop() -> None:
         server.should_exit = True

@@ -16,6 +16,7 @@ service.py       what every endpoint works with
 app.py           endpoints
 site.py          models, health, metrics, the document and the page
 openapi.py       the document that describes them
+connections.py   how many clients may be connected, and how long one may wait before it asks
 run.py           listening, and stopping politely
 page.html        the chat page
 """

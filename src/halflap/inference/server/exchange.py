@@ -22,10 +22,12 @@ from halflap.inference.stream import Stream
 
 T = TypeVar("T")
 PATIENCE = 10.0  # seconds for the last events to be read
+PAUSE = 30.0  # seconds that a body may stand still
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The whole body. Raises ApiError for one too large or not JSON by its type, HungUp for a client that goes."""
+    """The whole body. Raises ApiError for one too large or not JSON by its type, HungUp for a client that goes, and
+    TimeoutError when nothing comes for a while."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"Content-Type is {kind!r}; it must be application/json: set the header", code="media_type")
@@ -33,9 +35,13 @@ async def read_body(request: Request, most: int) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > most:
         raise too_large
-    parts, size = [], 0
+    parts, size, coming = [], 0, request.stream()
     try:
-        async for part in request.stream():
+        while True:
+            async with asyncio.timeout(PAUSE):
+                part = await anext(coming, None)
+            if part is None:
+                break
             size += len(part)
             if size > most:
                 raise too_large

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import math
 import socket
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from starlette.applications import Starlette
 
 from halflap.errors import HalflapError
 from halflap.inference.server.app import application
+from halflap.inference.server.connections import AT_ONCE, SILENCE, Connection, Connections, affordable, complaints
 from halflap.inference.server.gate import Gate
 from halflap.inference.server.service import Service
 
@@ -26,17 +28,21 @@ LAST_WORDS = 3  # seconds after the grace in which errors may go out
 class Server(uvicorn.Server):
     """Refuses what is new from the first signal on; lets the rest finish within the grace, or until a second one.
 
-    What the grace does not suffice for ends with an error that says so.
+    What the grace does not suffice for ends with an error that says so. descriptors: that a request takes, its
+    connection's and those of what answers it.
     """
 
-    def __init__(self, app: Starlette, gate: Gate) -> None:
+    def __init__(self, app: Starlette, gate: Gate, descriptors: int = 1) -> None:
+        connections = Connections(affordable(descriptors))
         config = uvicorn.Config(
             app,
-            log_level="warning",
+            http=functools.partial(Connection, connections=connections),  # pyright: ignore[reportArgumentType]
+            ws="none",
+            log_level="error",  # its warnings are about what strangers send
             access_log=False,
-            backlog=BACKLOG,
+            backlog=AT_ONCE,
             server_header=False,
-            timeout_keep_alive=30,
+            timeout_keep_alive=round(SILENCE),
             timeout_graceful_shutdown=max(1, math.ceil(gate.settings.grace)) + LAST_WORDS,
             lifespan="off",
             h11_max_incomplete_event_size=64 << 10,
@@ -52,6 +58,12 @@ class Server(uvicorn.Server):
             return
         self._gate.stopping = True
         super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        asyncio.get_running_loop().set_exception_handler(complaints())
+        for listener in sockets or ():  # the system's queue may be longer than what is accepted at once
+            listener.listen(BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         over = asyncio.get_running_loop().call_later(self._gate.settings.grace, self._gate.end)
