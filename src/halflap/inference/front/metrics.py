@@ -27,7 +27,10 @@ class FrontMetrics:
         )
         self.active = Gauge("halflap_front_requests_active", "Requests being answered", registry=registry)
         self.first = Histogram(
-            "halflap_front_time_to_first_event_seconds", "From body to first event", buckets=SECONDS, registry=registry
+            "halflap_front_time_to_first_event_seconds",
+            "From body to first event, which comes with the first token",
+            buckets=SECONDS,
+            registry=registry,
         )
         self.whole = Histogram("halflap_front_request_seconds", "From body to end", buckets=SECONDS, registry=registry)
         self.beginnings = Counter(

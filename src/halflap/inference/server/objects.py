@@ -16,8 +16,6 @@ from halflap.inference.server.tools import ToolCall, ToolParser
 class Replies(Protocol):
     """How one kind of request is answered; `add` takes the next piece of a choice and gives the chunks it makes."""
 
-    def begin(self) -> list[dict[str, Any]]: ...
-
     def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]: ...
 
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]: ...
@@ -53,9 +51,6 @@ class CompletionReply(_Reply):
         super().__init__(asked, model)
         self._choices = [{"text": "", "index": i, "logprobs": None, "finish_reason": None} for i in range(self.count)]
         self._begun: set[int] = set()
-
-    def begin(self) -> list[dict[str, Any]]:
-        return []
 
     def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
         text, tokens, prompt = piece.text, piece.tokens, ()
@@ -126,11 +121,7 @@ class ChatReply(_Reply):
         self._calls: list[list[ToolCall]] = [[] for _ in range(self.count)]
         self._content: list[list[dict[str, Any]]] = [[] for _ in range(self.count)]
         self._reasons: list[str | None] = [None] * self.count
-
-    def begin(self) -> list[dict[str, Any]]:
-        return [
-            self.chunk([_change(i, {"role": "assistant", "content": "", "refusal": None})]) for i in range(self.count)
-        ]
+        self._begun: set[int] = set()
 
     def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
         parts = self._parts(choice, piece)
@@ -140,6 +131,9 @@ class ChatReply(_Reply):
             self._content[choice] += content
             deltas = deltas or ([{"content": ""}] if content else [])
         chunks = []
+        if choice not in self._begun:  # not before there is a token, as clients take this chunk's time for its
+            self._begun.add(choice)
+            chunks.append(self.chunk([_change(choice, {"role": "assistant", "content": "", "refusal": None})]))
         for delta in deltas:
             change = _change(choice, delta)
             if content is not None:

@@ -45,9 +45,6 @@ class ScoreReply:
         self._order, self._model, self._each = order, model, each
         self._scores: dict[int, dict[str, Any]] = {}
 
-    def begin(self) -> list[dict[str, Any]]:
-        return []
-
     def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
         if piece.prompt is None:
             return []

@@ -106,8 +106,6 @@ class Service(Gate):
         self, asked: Asked, streams: list[Stream], replies: Replies, began: float
     ) -> AsyncIterator[dict[str, Any]]:
         """Chunks as they come, with the usage last if wanted. Raises ApiError when the engine failed."""
-        for chunk in replies.begin():
-            yield chunk
         last = None
         async for choice, piece in pieces(streams, asked.n):
             now = time.monotonic()

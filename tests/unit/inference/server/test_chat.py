@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+import time
 from typing import Any
 
 import pytest
 
 from halflap.data.chat import PLAIN, render
 from halflap.inference.generate import generate
+from halflap.inference.requests import Piece, Request, Usage
+from halflap.inference.server.objects import ChatReply
+from halflap.inference.stream import Stream
 
 HELLO = [{"role": "user", "content": "the cat"}]
 ADD = {
@@ -62,6 +67,33 @@ def test_stream_begins_with_the_role_and_ends_with_usage(client: Any, events: An
         assert all(len(token["top_logprobs"]) == 2 for token in scores)
     without = events(post(client, max_tokens=3, stream=True))
     assert not any("usage" in chunk for chunk in without)
+
+
+def test_nothing_is_sent_before_the_first_token(make_client: Any, events: Any) -> None:
+    """Load generators take the first chunk's time for that of the first token."""
+
+    class Slow:
+        def submit(self, request: Request) -> Stream:
+            stream = Stream(request)
+            threading.Timer(0.3, self.reply, [stream]).start()
+            return stream
+
+        def reply(self, stream: Stream) -> None:
+            self.said = time.time()
+            stream.put(Piece(0, "a", finish_reason="stop"))
+            stream.end(Usage(1, 1, 0))
+
+        def stats(self) -> dict[str, Any]:
+            return {}
+
+    engine, came = Slow(), []
+    client = make_client(engine=engine)
+    chunk = ChatReply.chunk
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChatReply, "chunk", lambda *given: (came.append(time.time()), chunk(*given))[1])
+        chunks = events(post(client, stream=True))
+    assert [list(c["choices"][0]["delta"]) for c in chunks] == [["role", "content", "refusal"], ["content"], []]
+    assert came[0] >= engine.said
 
 
 def test_prefix_of_the_turn_before_is_found(client: Any) -> None:
