@@ -28,6 +28,7 @@ class Asked:
     n: int
     stream: bool
     include_usage: bool
+    running_usage: bool = False  # in every chunk, of its choice so far
     echo: tuple[str, ...] = ()  # the prompt's text of each request, to begin its choices with
     echo_offsets: tuple[Sequence[int], ...] = ()  # where in it each token of the prompt begins, for log-probabilities
     logprobs: bool = False
@@ -65,7 +66,7 @@ def completion(body: CompletionBody, prompts: Prompts, settings: ServerSettings)
         tuple(Request(ids, _fitting(len(ids), most, settings, "max_tokens"), **common) for ids in encoded),
         n,
         bool(body.stream),
-        usage_wanted(body),
+        *usage_wanted(body),
         texts,
         tuple(map(prompts.offsets, encoded, texts)) if scored else (),
         scored,
@@ -98,7 +99,7 @@ def chat(body: ChatBody, prompts: Prompts, settings: ServerSettings) -> Asked:
         (request,),
         request.n,
         bool(body.stream),
-        usage_wanted(body),
+        *usage_wanted(body),
         logprobs=bool(body.logprobs),
         tool_format=form,
         tool_names=frozenset(tool.function.name for tool in tools),
@@ -158,10 +159,14 @@ def stops(body: SamplingBody) -> tuple[str, ...]:
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
-def usage_wanted(body: SamplingBody) -> bool:
+def usage_wanted(body: SamplingBody) -> tuple[bool, bool]:
+    """Whether a stream ends with its usage, and whether each chunk has what there is of it."""
     if body.stream_options is not None and not body.stream:
         raise _bad("stream_options", "stream_options needs stream: true; add it, or leave stream_options out")
-    return body.stream_options is not None and bool(body.stream_options.include_usage)
+    options = body.stream_options
+    if options is None or not options.include_usage:
+        return False, False
+    return True, bool(options.continuous_usage_stats)
 
 
 def _prompts(prompt: str | Sequence[Any]) -> list[str | list[int]]:

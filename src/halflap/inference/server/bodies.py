@@ -30,6 +30,9 @@ class StreamOptions(Body):
     """What a stream brings beside the text."""
 
     include_usage: bool | None = Field(None, description="Send a last chunk with the usage of the whole request.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: every chunk has the usage of its choice so far. vLLM's."
+    )
     include_obfuscation: bool | None = Field(None, description="Accepted; nothing is added to chunks.")
 
 

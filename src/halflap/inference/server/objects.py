@@ -32,10 +32,24 @@ class _Reply:
         self.asked = asked
         self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.count = asked.n * len(asked.requests)
+        self._written = [0] * self.count  # tokens
+
+    def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
+        self._written[choice] += len(piece.tokens)
+        return self._added(choice, piece)
+
+    def _added(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
+        raise NotImplementedError
 
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         found = {**self._about, "object": self.chunk_kind, "choices": choices}
+        if self.asked.running_usage and choices:
+            usage = self._so_far(choices[0]["index"])
         return found | {"usage": usage} if self.asked.include_usage else found
+
+    def _so_far(self, choice: int) -> dict[str, Any]:
+        prompt, new = len(self.asked.requests[choice // self.asked.n].prompt), self._written[choice]
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def _object(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return {**self._about, "object": self.kind, "choices": choices, "usage": usage}
@@ -52,7 +66,7 @@ class CompletionReply(_Reply):
         self._choices = [{"text": "", "index": i, "logprobs": None, "finish_reason": None} for i in range(self.count)]
         self._begun: set[int] = set()
 
-    def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
+    def _added(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
         text, tokens, prompt = piece.text, piece.tokens, ()
         if choice not in self._begun:
             self._begun.add(choice)
@@ -123,7 +137,7 @@ class ChatReply(_Reply):
         self._reasons: list[str | None] = [None] * self.count
         self._begun: set[int] = set()
 
-    def add(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
+    def _added(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
         parts = self._parts(choice, piece)
         content = [_chat_token(token) for token in piece.tokens] if self.asked.logprobs else None
         deltas = [self._delta(choice, part) for part in parts]

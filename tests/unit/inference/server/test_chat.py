@@ -69,6 +69,23 @@ def test_stream_begins_with_the_role_and_ends_with_usage(client: Any, events: An
     assert not any("usage" in chunk for chunk in without)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_usage_runs_along_where_that_is_asked_for(client: Any, events: Any, path: str) -> None:
+    asked = {"messages": HELLO} if "chat" in path else {"prompt": "the cat"}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**asked, "max_tokens": 6, "seed": 1, "n": 2, "ignore_eos": True, "stream": True, "stream_options": options}
+    chunks = events(client.post(path, json=body))
+    prompt = chunks[-1]["usage"]["prompt_tokens"]
+    assert chunks[-1]["usage"]["completion_tokens"] == 12 and not chunks[-1]["choices"]
+    for index in range(2):
+        found = [chunk["usage"] for chunk in chunks[:-1] if chunk["choices"][0]["index"] == index]
+        counts = [usage["completion_tokens"] for usage in found]
+        assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 6
+        assert all(usage["total_tokens"] == prompt + usage["completion_tokens"] for usage in found)
+    alone = {**body, "stream_options": {"continuous_usage_stats": True}}
+    assert not any("usage" in chunk for chunk in events(client.post(path, json=alone)))
+
+
 def test_nothing_is_sent_before_the_first_token(make_client: Any, events: Any) -> None:
     """Load generators take the first chunk's time for that of the first token."""
 
