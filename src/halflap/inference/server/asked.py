@@ -81,7 +81,7 @@ def chat(body: ChatBody, prompts: Prompts, settings: ServerSettings) -> Asked:
     ids = prompts.conversation([message.plain() for message in body.messages], described)
     most = body.max_completion_tokens or body.max_tokens
     called = "max_tokens" if body.max_tokens and not body.max_completion_tokens else "max_completion_tokens"
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise _bad("top_logprobs", "top_logprobs needs logprobs: true; add it, or leave top_logprobs out")
     request = Request(
         ids,
@@ -144,7 +144,7 @@ def sampling(body: SamplingBody) -> SamplingParams:
     seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=body.top_k or 0,
+        top_k=max(0, body.top_k or 0),
         top_p=1.0 if body.top_p is None else body.top_p,
         min_p=body.min_p or 0.0,
         repetition_penalty=body.repetition_penalty or 1.0,
@@ -156,7 +156,8 @@ def sampling(body: SamplingBody) -> SamplingParams:
 
 
 def stops(body: SamplingBody) -> tuple[str, ...]:
-    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    given = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    return tuple(stop for stop in given if stop)
 
 
 def usage_wanted(body: SamplingBody) -> tuple[bool, bool]:

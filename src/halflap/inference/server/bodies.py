@@ -1,7 +1,8 @@
 """What requests may contain, as pydantic models: the one source of checks, defaults and the OpenAPI document.
 
-Names and meanings are those of OpenAI's API. Unknown names are refused; those that only OpenAI's own service can follow
-(`store`, `metadata`, `service_tier`, ...) are accepted and change nothing. null means the default.
+Names and meanings are those of OpenAI's API. Unknown names are refused, but for those inside messages, which clients
+send back with whatever other servers put there; those that only OpenAI's own service can follow (`store`, `metadata`,
+`service_tier`, ...) are accepted and change nothing. null means the default.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ MOST_TOP = 20
 Text = Annotated[str, Field(max_length=8 << 20)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
-Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Stop = Annotated[str, Field(max_length=1024)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 BiasedId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
@@ -46,7 +47,7 @@ class SamplingBody(Body):
     temperature: float | None = Field(None, ge=0, le=100, description="0 takes the likeliest token; 1 when not given.")
     top_p: float | None = Field(None, ge=0, le=1, description="1 when not given.")
     top_k: int | None = Field(
-        None, ge=0, lt=2**31, description="0, the default, keeps every token. Ours, not OpenAI's."
+        None, ge=-1, lt=2**31, description="0, the default, and -1 keep every token. Ours, not OpenAI's."
     )
     min_p: float | None = Field(None, ge=0, lt=1, description="Least share of the likeliest token's probability. Ours.")
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="1 changes nothing. Ours.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from halflap.inference.server.bodies import MOST_TOP, Body, SamplingBody, Text
 
@@ -15,12 +15,18 @@ Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Schema = dict[str, Any]
 
 
-class TextPart(Body):
+class SentBack(Body):
+    """What clients send back as they got it, here or elsewhere: names that are not known change nothing."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class TextPart(SentBack):
     type: Literal["text"]
     text: Text
 
 
-class RefusalPart(Body):
+class RefusalPart(SentBack):
     type: Literal["refusal"]
     refusal: Text
 
@@ -29,17 +35,18 @@ class RefusalPart(Body):
         return self.refusal
 
 
-class CalledFunction(Body):
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
+class CalledFunction(SentBack):
     name: Name
     arguments: str = Field(description="JSON of an object.")
-    parsed_arguments: Any = Field(None, description="Accepted, as clients add it to what they send back.")
 
 
-class ToolCallBody(Body):
+class ToolCallBody(SentBack):
     id: str
     type: Literal["function"]
     function: CalledFunction
-    index: int | None = Field(None, description="Accepted, as pieces of a stream bring it along.")
 
     def plain(self) -> dict[str, Any]:
         """As templates know it: the arguments are an object."""
@@ -47,18 +54,15 @@ class ToolCallBody(Body):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-class MessageBody(Body):
+class MessageBody(SentBack):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart | RefusalPart] | None = None
+    content: Text | list[Part] | None = None
     name: str | None = None
     tool_calls: list[ToolCallBody] | None = None
     tool_call_id: str | None = None
-    refusal: str | None = Field(None, description="Accepted, as replies of other servers bring it along.")
-    annotations: list[Any] | None = Field(None, description="Accepted, likewise.")
-    parsed: Any = Field(None, description="Accepted, as clients add it to what they send back.")
-    audio: None = None
+    audio: None = None  # it and the next would be missed
     function_call: None = None
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ MEANINGS = {
     504: "The reply was not finished in time.",
 }
 _TYPE_NAMES = ("str", "int", "float", "bool", "none")  # as pydantic calls members of unions
-_TELLING = {"literal_error": 0, "extra_forbidden": 1}
+_TELLING = {"literal_error": 0, "union_tag_invalid": 0, "union_tag_not_found": 0, "extra_forbidden": 1}
 
 
 class ApiError(Exception):
@@ -69,7 +69,7 @@ class HungUp(Exception):
 
 def invalid(error: ValidationError) -> ApiError:
     """What pydantic found, as one sentence about the field that tells most."""
-    found = error.errors(include_url=False, include_context=False)
+    found = error.errors(include_url=False)
     # A field of several types fails once for each: a wrong word, a name too much, then the type that was missed least,
     # and of that what is deepest and furthest, say most.
     missed = Counter(_type_of(e["loc"]) for e in found) | {(): 0}
@@ -80,6 +80,12 @@ def invalid(error: ValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON ({_said(first)}); send one JSON object", code="invalid_json")
     place = _place(first["loc"])
+    if first["type"] == "union_tag_invalid":  # of what there is in several kinds, which `type` tells
+        tag, allowed = first["ctx"]["tag"], first["ctx"]["expected_tags"]
+        message = f"{place}.type is {str(tag)[:60]!r}; allowed: {allowed}; change it"
+        return ApiError(400, message, param=f"{place}.type", code="invalid_value")
+    if first["type"] == "union_tag_not_found":
+        return ApiError(400, f"{place}.type is missing; add it", param=f"{place}.type", code="missing_parameter")
     if first["type"] == "extra_forbidden":
         place = _place(first["loc"][:-1], str(first["loc"][-1]))
         message = f"unrecognized request argument: {place}; remove it"
@@ -108,6 +114,16 @@ def _furthest(loc: tuple[int | str, ...]) -> tuple[int, ...]:
     return tuple(-part for part in loc if isinstance(part, int))
 
 
+def _untagged(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Without the `type` by which pydantic calls members of unions that are told apart by it."""
+    if loc[:1] == ("response_format",):
+        return loc[:1] + loc[2:]
+    tags = {
+        place + 2 for place, part in enumerate(loc) if isinstance(part, str) and part.startswith("list[tagged-union")
+    }
+    return tuple(part for place, part in enumerate(loc) if place not in tags)
+
+
 def _is_field(part: str) -> bool:
     return part.isidentifier() and part not in _TYPE_NAMES and not part[0].isupper()
 
@@ -116,9 +132,7 @@ def _place(loc: tuple[int | str, ...], name: str = "") -> str:
     """messages[0].content; what pydantic calls the members of unions, no names of fields, is left out. `name`: of a
     field that there should not be, whatever it is called."""
     text = ""
-    if loc[:1] == ("response_format",):  # its members are called by their `type`
-        loc = loc[:1] + loc[2:]
-    for part in loc:
+    for part in _untagged(loc):
         if isinstance(part, int):
             text += f"[{part}]"
         elif _is_field(part):

@@ -218,12 +218,21 @@ def test_what_clients_add_to_replies_may_come_back(client: Any) -> None:
     plain = {"id": "call_1", "type": "function", "function": function}
     added = plain | {"index": 0, "function": function | {"parsed_arguments": {"a": 1}}}
     counts = []
-    for call, more in ((plain, {}), (added, {"parsed": None, "refusal": None})):
+    others = {"parsed": None, "refusal": None, "reasoning": None, "reasoning_content": "so", "annotations": []}
+    for call, more in ((plain, {}), (added, others)):
         messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]} | more]
         counts.append(post(client, messages, tools=[ADD], max_tokens=4)["usage"]["prompt_tokens"])
     assert counts[0] == counts[1]
     refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
     assert post(client, [*HELLO, refusal, *HELLO], max_tokens=4)["choices"]
+
+
+def test_what_clients_add_to_messages_changes_nothing(client: Any) -> None:
+    cached = {"type": "text", "text": "the cat", "cache_control": {"type": "ephemeral"}}
+    spoken = [{"role": "user", "content": [cached], "type": "text", "reasoning": None}]
+    harmless = {"top_k": -1, "top_logprobs": 0, "stop": ""}
+    found = post(client, spoken, max_tokens=6, seed=3, **harmless)
+    assert found["choices"] == post(client, max_tokens=6, seed=3)["choices"]
 
 
 def test_answers_of_tools_go_through_the_template(client: Any) -> None:
@@ -269,8 +278,14 @@ def test_bad_templates_end_in_an_error_object(make_client: Any, tokenizer: Any, 
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "messages[0]",
+            "messages[0].content[0].type",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}]}]},
+            "messages[0].content[1].type",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "assistant", "content": None, "audio": {"id": "x"}}]}, "messages[0].audio"),
         ({"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
         (
             {"messages": HELLO, "tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "no"}}},
@@ -278,6 +293,7 @@ def test_bad_templates_end_in_an_error_object(make_client: Any, tokenizer: Any, 
         ),
         ({"messages": HELLO, "top_logprobs": 3}, "top_logprobs"),
         ({"messages": HELLO, "functions": []}, "functions"),
+        ({"messages": HELLO, "response_format": {"type": "regex"}}, "response_format.type"),
         ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
     ],
 )
