@@ -1,4 +1,4 @@
-"""Replies that match a JSON schema, a regular expression or a Lark grammar: which tokens may come next.
+"""Replies that match a JSON schema, a regular expression or a grammar of rules: which tokens may come next.
 
 The grammars are llguidance's (optional; `pip install halflap[serve]`), which compiles them against the tokenizer.
 """
@@ -6,6 +6,8 @@ The grammars are llguidance's (optional; `pip install halflap[serve]`), which co
 from __future__ import annotations
 
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from halflap.data.tokenizer import Tokenizer
 
 WORD = 32  # tokens in a word of a mask
+MOST_KNOWN = 8  # compiled grammars that are kept, as many requests bring the same
 MOST_SYMBOLS = 20_000  # of a compiled grammar: some 4,000 properties, which take a second; time grows with the square
 
 
@@ -40,6 +43,8 @@ class Grammars:
         self._library: Any = llguidance
         self._limits = llguidance.LLParserLimits(max_grammar_size=MOST_SYMBOLS, verbose_errors=False)
         self._vocab_size = vocab_size
+        self._known: OrderedDict[Grammar, GrammarMatcher] = OrderedDict()
+        self._lock = threading.Lock()
         try:
             self._tokenizer = llguidance.LLTokenizer(tokenizer.content, n_vocab=vocab_size, eos_token=ends)
         except Exception as error:
@@ -48,7 +53,19 @@ class Grammars:
             ) from None
 
     def matcher(self, grammar: Grammar) -> GrammarMatcher:
-        """At the grammar's start. Raises HalflapError for one that cannot be read."""
+        """At the grammar's start. From any thread. Raises HalflapError for one that cannot be read."""
+        with self._lock:
+            known = self._known.get(grammar)
+        if known is None:
+            known = self._new_matcher(grammar)
+        with self._lock:
+            self._known[grammar] = known
+            self._known.move_to_end(grammar)
+            if len(self._known) > MOST_KNOWN:
+                self._known.popitem(last=False)
+            return known.copy()
+
+    def _new_matcher(self, grammar: Grammar) -> GrammarMatcher:
         try:
             matcher = self._library.LLMatcher(self._tokenizer, self._compiled(grammar), limits=self._limits)
         except ValueError as error:
@@ -65,7 +82,7 @@ class Grammars:
         if grammar.kind == "regex":
             return kinds.grammar_from_regex(grammar.text)
         if grammar.kind == "lark":
-            return kinds.grammar_from_lark(grammar.text)
+            return self._library.grammar_from("grammar", grammar.text)
         raise HalflapError(
             f"grammar kind {grammar.kind!r} is not known; allowed are json_schema, regex, lark: choose one"
         )

@@ -88,7 +88,8 @@ def _require_whole(name: str, value: Any, low: int, high: int | None = None) -> 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What a reply must match: a JSON schema (as text; `{}` is any JSON), a regular expression, or a Lark grammar."""
+    """What a reply must match: a JSON schema (as text; `{}` is any JSON), a regular expression, or rules for Lark or in
+    llama.cpp's GBNF."""
 
     kind: GrammarKind
     text: str

@@ -13,6 +13,7 @@ pytest.importorskip("llguidance", reason="llguidance is not installed")
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
 from halflap.inference.engine import Engine
+from halflap.inference.grammar import Grammars
 from halflap.inference.requests import EngineSettings, Grammar, Request, SamplingParams
 from halflap.models.model import HybridModel
 
@@ -49,6 +50,20 @@ def test_replies_match(family: str, make: Callable[..., HybridModel], tokenizer:
         assert all(re.fullmatch(r"<call>\[.*\]</call>", text, re.DOTALL) for text in calls)
 
 
+def test_rules_may_be_gbnf_and_are_compiled_once(
+    make: Callable[..., HybridModel], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    whole = Grammars._new_matcher
+    monkeypatch.setattr(Grammars, "_new_matcher", lambda *given: (compiled.append(given[1]), whole(*given))[1])
+    rules = Grammar("lark", 'root ::= "the " animal+\nanimal ::= "cat" | "dog"')
+    with Engine(make("llama"), tokenizer) as engine:
+        streams = [engine.submit(Request((5,), 60, SamplingParams(1.0, seed=i), grammar=rules)) for i in range(3)]
+        texts = [stream.result()[0].text for stream in streams]
+    assert all(re.match("the (cat|dog)", text) for text in texts) and len(set(texts)) > 1
+    assert compiled == [rules]
+
+
 def test_unreadable_grammars_are_refused(make: Callable[..., HybridModel], tokenizer: Tokenizer) -> None:
     with Engine(make("llama"), tokenizer) as engine:
         for kind, text in (
@@ -57,6 +72,7 @@ def test_unreadable_grammars_are_refused(make: Callable[..., HybridModel], token
             ("json_schema", "3"),
             ("regex", "(unclosed"),
             ("lark", "start: undefined_rule"),
+            ("lark", "root ::= undefined"),
         ):
             with pytest.raises(HalflapError, match="grammar"):
                 engine.submit(Request((5,), 4, grammar=Grammar(kind, text)))  # type: ignore[arg-type]

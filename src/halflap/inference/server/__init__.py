@@ -3,9 +3,10 @@
 config.py        limits, keys and names (no torch)
 errors.py        what goes wrong, as status and error object
 bodies.py        what a request may contain
-bodies_chat.py   messages, tools, forms of answers
+bodies_chat.py   messages and tools
 prompts.py       conversations and texts to token ids
 tools.py         tool calls in a model's text: asked for by a grammar, parsed back in the template's format
+forms.py         what a reply must match, as one grammar
 asked.py         a checked body to the engine's requests
 objects.py       pieces of text to choices and chunks
 scores.py        log-probabilities of continuations

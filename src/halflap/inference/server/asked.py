@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from halflap.inference.requests import Grammar, Request, SamplingParams
+from halflap.inference.requests import Request, SamplingParams
 from halflap.inference.server.bodies import CompletionBody, SamplingBody
-from halflap.inference.server.bodies_chat import ChatBody, NamedTool, PlainFormat
+from halflap.inference.server.bodies_chat import ChatBody
 from halflap.inference.server.config import ServerSettings
-from halflap.inference.server.errors import ApiError
+from halflap.inference.server.errors import ApiError, wrong
+from halflap.inference.server.forms import answer_form, grammar_of
 from halflap.inference.server.prompts import Prompts
-from halflap.inference.server.tools import WHOLE, ToolFormat, call_schema
+from halflap.inference.server.tools import ToolFormat
 
 MOST_CHOICES = 512  # of one HTTP request, all prompts together
 COMPLETION_TOKENS = 16
@@ -42,13 +42,13 @@ def completion(body: CompletionBody, prompts: Prompts, settings: ServerSettings)
     """`/v1/completions`. Raises ApiError and HalflapError."""
     n, echo = body.n or 1, bool(body.echo)
     if body.best_of not in (None, n):
-        raise _bad("best_of", f"best_of is {body.best_of}; only the same as n ({n}) is supported: leave it out")
+        raise wrong("best_of", f"best_of is {body.best_of}; only the same as n ({n}) is supported: leave it out")
     most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     if most == 0 and not echo:
-        raise _bad("max_tokens", "max_tokens is 0; it must be at least 1 without echo: ask for a token or more")
+        raise wrong("max_tokens", "max_tokens is 0; it must be at least 1 without echo: ask for a token or more")
     given = _prompts(body.prompt)
     if len(given) * n > MOST_CHOICES:
-        raise _bad("n", f"{len(given)} prompts times n {n} are more than {MOST_CHOICES} choices; ask for fewer")
+        raise wrong("n", f"{len(given)} prompts times n {n} are more than {MOST_CHOICES} choices; ask for fewer")
     encoded = [prompts.text(prompt) for prompt in given]
     common: dict[str, Any] = {
         "sampling": sampling(body),
@@ -59,6 +59,7 @@ def completion(body: CompletionBody, prompts: Prompts, settings: ServerSettings)
         "logprobs": body.logprobs,
         "prompt_logprobs": (body.logprobs or 0) if echo and (body.logprobs is not None or most == 0) else None,
         "n": n,
+        "grammar": grammar_of(body),
     }
     texts = tuple(p if isinstance(p, str) else prompts.decode(p) for p in given) if echo else ()
     scored = body.logprobs is not None
@@ -76,13 +77,13 @@ def completion(body: CompletionBody, prompts: Prompts, settings: ServerSettings)
 def chat(body: ChatBody, prompts: Prompts, settings: ServerSettings) -> Asked:
     """`/v1/chat/completions`. Raises ApiError and HalflapError."""
     tools = list(body.tools or ()) if body.tool_choice != "none" else []
-    grammar, form = _answer_form(body, prompts)
+    grammar, form = answer_form(body, prompts.tool_format)
     described = [tool.model_dump(exclude_none=True) for tool in tools]
     ids = prompts.conversation([message.plain() for message in body.messages], described)
     most = body.max_completion_tokens or body.max_tokens
     called = "max_tokens" if body.max_tokens and not body.max_completion_tokens else "max_completion_tokens"
     if body.top_logprobs and not body.logprobs:
-        raise _bad("top_logprobs", "top_logprobs needs logprobs: true; add it, or leave top_logprobs out")
+        raise wrong("top_logprobs", "top_logprobs needs logprobs: true; add it, or leave top_logprobs out")
     request = Request(
         ids,
         _fitting(len(ids), most, settings, called),
@@ -106,37 +107,6 @@ def chat(body: ChatBody, prompts: Prompts, settings: ServerSettings) -> Asked:
         most_calls=1 if body.parallel_tool_calls is False else None,
         trimmed=not prompts.has_template,
     )
-
-
-def _answer_form(body: ChatBody, prompts: Prompts) -> tuple[Grammar | None, ToolFormat | None]:
-    """What the reply must match, and the format that calls are looked for in."""
-    functions = [tool.function.model_dump(exclude_none=True) for tool in body.tools or ()]
-    choice, form = body.tool_choice, body.response_format
-    schema: Mapping[str, Any] | None = None
-    if isinstance(form, PlainFormat):
-        schema = {"type": "object"} if form.type == "json_object" else None
-    elif form is not None:
-        schema = form.json_schema.schema_
-    if not functions:
-        if choice not in (None, "none", "auto"):
-            raise _bad("tool_choice", "tool_choice asks for a call and there are no tools; give tools")
-        return _json(schema), None
-    if choice == "none":
-        return _json(schema), None
-    if choice in (None, "auto"):
-        if schema is None:
-            return None, prompts.tool_format
-        return Grammar("json_schema", call_schema(functions, schema)), WHOLE
-    if isinstance(choice, NamedTool):
-        wanted = choice.function.name
-        functions = [function for function in functions if function["name"] == wanted]
-        if not functions:
-            raise _bad("tool_choice", f"tool_choice names {wanted!r}, which is not among the tools; name one of them")
-    return Grammar("json_schema", call_schema(functions)), WHOLE
-
-
-def _json(schema: Mapping[str, Any] | None) -> Grammar | None:
-    return None if schema is None else Grammar("json_schema", json.dumps(schema))
 
 
 def sampling(body: SamplingBody) -> SamplingParams:
@@ -163,7 +133,7 @@ def stops(body: SamplingBody) -> tuple[str, ...]:
 def usage_wanted(body: SamplingBody) -> tuple[bool, bool]:
     """Whether a stream ends with its usage, and whether each chunk has what there is of it."""
     if body.stream_options is not None and not body.stream:
-        raise _bad("stream_options", "stream_options needs stream: true; add it, or leave stream_options out")
+        raise wrong("stream_options", "stream_options needs stream: true; add it, or leave stream_options out")
     options = body.stream_options
     if options is None or not options.include_usage:
         return False, False
@@ -189,7 +159,3 @@ def _fitting(prompt: int, asked: int | None, settings: ServerSettings, name: str
         )
         raise ApiError(400, message, param=name if room > 0 else None, code="context_length_exceeded")
     return room if asked is None else asked
-
-
-def _bad(param: str, message: str) -> ApiError:
-    return ApiError(400, message, param=param, code="invalid_value")

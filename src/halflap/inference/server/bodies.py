@@ -7,7 +7,7 @@ send back with whatever other servers put there; those that only OpenAI's own se
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,11 +15,16 @@ MOST_CHOICES = 128
 MOST_PROMPTS = 256
 MOST_STOPS = 16
 MOST_TOP = 20
+MOST_WORDS = 4096  # to choose one of
 Text = Annotated[str, Field(max_length=8 << 20)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
 Stop = Annotated[str, Field(max_length=1024)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Schema = dict[str, Any]
+Rules = Annotated[str, Field(min_length=1, max_length=1 << 18)]
+Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_WORDS)]
 BiasedId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -35,6 +40,32 @@ class StreamOptions(Body):
         None, description="With include_usage: every chunk has the usage of its choice so far. vLLM's."
     )
     include_obfuscation: bool | None = Field(None, description="Accepted; nothing is added to chunks.")
+
+
+class PlainFormat(Body):
+    type: Literal["text", "json_object"]
+
+
+class SchemaBody(Body):
+    name: Name
+    description: str | None = None
+    schema_: Schema = Field(default_factory=lambda: {"type": "object"}, alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: SchemaBody
+
+
+class StructuredOutputs(Body):
+    """What a reply must match, as vLLM has it: one of these."""
+
+    json_: Schema | str | None = Field(None, alias="json", description="A JSON schema, or its text.")
+    regex: Rules | None = Field(None, description="A regular expression of Rust's crate regex.")
+    choice: Words | None = Field(None, description="One of these texts.")
+    grammar: Rules | None = Field(None, description="A grammar for Lark, or GBNF.")
+    json_object: bool | None = Field(None, description="Any JSON object.")
 
 
 class SamplingBody(Body):
@@ -58,6 +89,12 @@ class SamplingBody(Body):
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same reply.")
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    structured_outputs: StructuredOutputs | None = Field(None, description="What the reply must match. vLLM's.")
+    guided_json: Schema | str | None = Field(None, description="`structured_outputs.json`; vLLM's older name.")
+    guided_regex: Rules | None = Field(None, description="`structured_outputs.regex`, likewise.")
+    guided_choice: Words | None = Field(None, description="`structured_outputs.choice`, likewise.")
+    guided_grammar: Rules | None = Field(None, description="`structured_outputs.grammar`, likewise.")
     ignore_eos: bool | None = Field(None, description="Go on after the end token. vLLM's.")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MOST_STOPS)] | None = Field(
         None, description="Tokens that end a reply, beside the end tokens. vLLM's."

@@ -1,4 +1,4 @@
-"""What a chat request may contain: messages, tools, forms of answers."""
+"""What a chat request may contain: messages and tools."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from halflap.inference.server.bodies import MOST_TOP, Body, SamplingBody, Text
+from halflap.inference.server.bodies import MOST_TOP, Body, Name, SamplingBody, Schema, Text
 
 MOST_MESSAGES = 10_000
 MOST_TOOLS = 128
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-Schema = dict[str, Any]
 
 
 class SentBack(Body):
@@ -111,22 +109,6 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class PlainFormat(Body):
-    type: Literal["text", "json_object"]
-
-
-class SchemaBody(Body):
-    name: Name
-    description: str | None = None
-    schema_: Schema = Field(default_factory=lambda: {"type": "object"}, alias="schema")
-    strict: bool | None = None
-
-
-class SchemaFormat(Body):
-    type: Literal["json_schema"]
-    json_schema: SchemaBody
-
-
 class ChatBody(SamplingBody):
     """`POST /v1/chat/completions`."""
 
@@ -135,7 +117,6 @@ class ChatBody(SamplingBody):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="All that fit when not given.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
-    response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     tools: Annotated[list[ToolBody], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="false keeps the first call only.")

@@ -63,6 +63,11 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, dict(self.headers or {}))
 
 
+def wrong(param: str, message: str) -> ApiError:
+    """A field's value cannot be followed."""
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
 class HungUp(Exception):
     """The client has gone; there is nobody to answer."""
 
@@ -81,8 +86,8 @@ def invalid(error: ValidationError) -> ApiError:
         return ApiError(400, f"the body is not JSON ({_said(first)}); send one JSON object", code="invalid_json")
     place = _place(first["loc"])
     if first["type"] == "union_tag_invalid":  # of what there is in several kinds, which `type` tells
-        tag, allowed = first["ctx"]["tag"], first["ctx"]["expected_tags"]
-        message = f"{place}.type is {str(tag)[:60]!r}; allowed: {allowed}; change it"
+        about = first.get("ctx", {})
+        message = f"{place}.type is {str(about.get('tag'))[:60]!r}; allowed: {about.get('expected_tags')}; change it"
         return ApiError(400, message, param=f"{place}.type", code="invalid_value")
     if first["type"] == "union_tag_not_found":
         return ApiError(400, f"{place}.type is missing; add it", param=f"{place}.type", code="missing_parameter")
