@@ -328,8 +328,8 @@ class Listening:
     """Copies of the model in processes of their own, which share the requests, and the cores (or each has its GPU)."""
     served_model_name: str | None = None
     """The model's id; its directory's name when not given."""
-    queue: int = 64
-    """Requests that may wait beside those that run; more are told to come again."""
+    queue: int = 4096
+    """Replies that may wait beside those that run, several of one request too; more are told to come again."""
     max_body: Bytes = Amount(8 << 20, "bytes")
     """Largest body of a request."""
     max_time: Duration = Amount(600.0, "seconds")
