@@ -87,7 +87,7 @@ def _settings(recipe: ServeRecipe, max_context: int, keys: tuple[str, ...]) -> S
     return ServerSettings(
         name_of(recipe),
         max_context,
-        requests=listening.replicas * recipe.decoding.max_batch + listening.queue,
+        choices=listening.replicas * recipe.decoding.max_batch + listening.queue,
         body_bytes=int(listening.max_body.value),
         seconds=listening.max_time.value,
         grace=listening.grace.value,

@@ -4,9 +4,11 @@ requests.py      what is asked of the engine and what comes back, as data
 stream.py        the pieces of one request, from the engine's thread to any other
 engine.py        the engine: requests from any thread, one thread that runs the model
 scheduler.py     continuous batching: what is read, what decodes, what waits
+turns.py         whose turn it is among those that wait
 reading.py       prompts, in passes on a fixed grid
 replies.py       replies while they are written, with log-probabilities
 groups.py        the slots: running replies in groups of similar length
+rows.py          caches of one row, in which prompts are read
 parked.py        replies that wait outside the slots
 memory.py        whether decode state fits
 prefix_cache.py  what was read once is not read again

@@ -25,10 +25,14 @@ from halflap.models.model import HybridModel
 
 @dataclass(eq=False)
 class Job:
-    """A request from when it is queued until its last reply ends; `place` tokens of its prompt are read."""
+    """A request from when it is queued until its last reply ends; `place` tokens of its prompt are read.
+
+    `order` is its place among all; `turn` the round (turns.py) of its first choice.
+    """
 
     stream: Stream
     order: int
+    turn: int
     matcher: GrammarMatcher | None = None
     cache: Cache | None = None
     place: int = 0
@@ -67,11 +71,18 @@ class Job:
     def done(self) -> bool:
         return len(self.replies) == self.request.n and all(reply.finish_reason for reply in self.replies)
 
-    def chooser(self, choice: int, vocab_size: int, device: torch.device, ends: frozenset[int]) -> Chooser:
-        """How a reply's tokens are chosen, none of `ends` before its time."""
-        request, matcher = self.request, None if self.matcher is None else self.matcher.copy()
-        late = (request.min_new_tokens, tuple(ends))
-        return Chooser(request.sampling, choice, request.prompt, vocab_size, device, matcher, late)
+    def begin_replies(
+        self, texts: Texts, ends: frozenset[int], vocab_size: int, device: torch.device
+    ) -> Sequence[Reply]:
+        """A reply of each choice, which ends at `ends` if the request does not say otherwise."""
+        request = self.request
+        ends = (frozenset() if request.ignore_eos else ends) | set(request.stop_ids)
+        late = (request.min_new_tokens, tuple(ends))  # tokens that do not come before their time
+        for choice in range(request.n):
+            matcher = None if self.matcher is None else self.matcher.copy()
+            chooser = Chooser(request.sampling, choice, request.prompt, vocab_size, device, matcher, late)
+            self.replies.append(Reply(self.stream, choice, self.order, chooser, texts, ends))
+        return self.replies
 
     def end_scored(self) -> None:
         """Send its continuations, scored."""

@@ -103,7 +103,8 @@ class Request:
     prompt_logprobs: the same for the prompt; max_new_tokens may then be 0. stop_ids end a reply as end tokens do, with
     ignore_eos too; before min_new_tokens neither comes. continuations: token ids of texts that may follow the prompt,
     scored in place of replies: n is their number, max_new_tokens 0, and a choice's `prompt` its scored tokens, with as
-    many of the likeliest as prompt_logprobs says. Raises HalflapError for a wrong value.
+    many of the likeliest as prompt_logprobs says. group: a name that requests share which take turns with the rest as
+    one; None: this one is a group. Raises HalflapError for a wrong value.
     """
 
     prompt: tuple[int, ...]
@@ -118,6 +119,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
     continuations: tuple[tuple[int, ...], ...] = ()
+    group: str | None = None
 
     @property
     def longest(self) -> int:

@@ -1,18 +1,17 @@
 """Continuous batching: which requests are read, which replies decode, and what waits, one step at a time.
 
-A step reads about one pass of prompt tokens for the requests that wait longest, puts replies into free slots, and
-decodes one token (with guesses several) of every reply that has a slot (groups.py). A request is begun when a slot and
-its memory are free; when running replies outgrow the memory, the youngest is put aside whole and comes back first. What
-is done in a step depends on nothing but what was asked for and, where tokens are guessed, on measured times, which
+A step reads about one pass of prompt tokens for the requests whose turn it is (turns.py), puts replies into free slots,
+and decodes one token (with guesses several) of every reply that has a slot (groups.py). A request is begun when a slot
+and its memory are free; when running replies outgrow the memory, the youngest is put aside whole and comes back first.
+What is done in a step depends on nothing but what was asked for and, where tokens are guessed, on measured times, which
 change no token.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
-import functools
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +28,11 @@ from halflap.inference.prefix_cache import PrefixCache
 from halflap.inference.reading import Job, Reader
 from halflap.inference.replies import Reply, Texts
 from halflap.inference.requests import EngineSettings, FinishReason
+from halflap.inference.rows import OneRow
 from halflap.inference.speculate import Draft, Lookup, Pace, Speculator
 from halflap.inference.stream import Stream
+from halflap.inference.turns import Turns
 from halflap.models import slots
-from halflap.models.cache import Cache
 from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel
 
@@ -54,8 +54,9 @@ class Scheduler:
         configs = [model.config] if draft is None else [model.config, draft.config]
         self.ssm_dtype = torch.bfloat16 if settings.ssm_dtype == "bfloat16" else None
         self.budget = Budget(configs, model.dtype, settings.memory, self.ssm_dtype)
-        self.prefix = PrefixCache(settings.prefix_cache, self.one_row) if settings.prefix_cache else None
-        self.reader = Reader(model, settings.prefill_chunk, self.prefix, self.one_row, self.texts)
+        one_row = OneRow(model, self.ssm_dtype)
+        self.prefix = PrefixCache(settings.prefix_cache, one_row) if settings.prefix_cache else None
+        self.reader = Reader(model, settings.prefill_chunk, self.prefix, one_row, self.texts)
         self.speculator = self._new_speculator()
         self.pace = Pace()
         self.slots = Slots(
@@ -63,7 +64,8 @@ class Scheduler:
             self.budget,
             settings.max_batch,
         )
-        self.waiting: deque[Job] = deque()
+        self.turns = Turns()
+        self.waiting: list[Job] = []  # by turn
         self.reading: list[Job] = []
         self.parked: list[Parked] = []
         self.jobs: dict[int, Job] = {}  # by order: those begun or waiting
@@ -71,26 +73,13 @@ class Scheduler:
         self.counts = dict.fromkeys(("requests", "prompt_tokens", "new_tokens", "preempted", "guessed", "right"), 0)
         self._order = 0
 
-    def one_row(self, tokens: int) -> Cache:
-        """A cache of one row, its meta tokens read, with room for so many tokens."""
-        cache = Cache.create(self.model.config, 1, tokens, self.model.dtype, self.device, ssm_dtype=self.ssm_dtype)
-        if self._meta_state is not None:
-            cache.start_from(self._meta_state)
-        return cache
-
-    @functools.cached_property
-    def _meta_state(self) -> Cache | None:
-        """Asked for once: while a scheduler runs, the weights stay, as what it remembers of prompts needs, too."""
-        with torch.no_grad():  # it is asked for before the first step, too
-            return None if self.model.meta_tokens is None else self.model.meta_state(self.model.dtype, self.device)
-
     def add(self, stream: Stream, matcher: GrammarMatcher | None = None) -> None:
         """Queue a request that `Engine.check` found fit, with its compiled grammar."""
-        job = Job(stream, self._order, matcher)
+        job = Job(stream, self._order, self.turns.assign(stream.request), matcher)
         self._order += 1
         self.counts["requests"] += 1
         self.jobs[job.order] = job
-        self.waiting.append(job)
+        bisect.insort(self.waiting, job, key=lambda job: (job.turn, job.order))
 
     @property
     def rows(self) -> list[Reply]:
@@ -176,6 +165,7 @@ class Scheduler:
     def _read(self) -> None:
         """About one pass of prompt tokens."""
         spent = 0
+        self._gather()  # before a slot goes to replies whose turn is later
         self._place()
         while spent < self.settings.prefill_chunk and self._gather():
             scoring = next((job for job in self.reading if job.continuations is not None), None)
@@ -186,8 +176,10 @@ class Scheduler:
     def _gather(self) -> bool:
         """Begin the requests that the next pass has room for; whether there is anything to read."""
         while self._may_begin() and (not self.reading or self.reader.joins(self.waiting[0], self.reading)):
-            self.reading.append(self.waiting.popleft())
-            self.reader.begin(self.reading[-1])
+            job = self.waiting.pop(0)
+            self.turns.begun(job.turn)
+            self.reading.append(job)
+            self.reader.begin(job)
         return bool(self.reading)
 
     def _read_prompts(self) -> int:
@@ -220,19 +212,23 @@ class Scheduler:
         return count
 
     def _may_begin(self) -> bool:
-        """Whether the request that waits longest gets a slot now; why not is in `waiting_for`."""
+        """Whether the request whose turn it is gets a slot now; why not is in `waiting_for`."""
         self.waiting_for = None
         if not self.waiting:
             return False
-        if self.free_slots <= 0:
+        job = self.waiting[0]
+        earlier = sum(self._turn(parked) < (job.turn, job.order) for parked in self.parked)
+        if len(self.rows) + earlier + len(self.reading) >= self.settings.max_batch:
             self.waiting_for = f"a slot: all {self.settings.max_batch} are taken"
             return False
         if not self.rows and not self.parked and not self.reading:
             return True
-        length = self.waiting[0].room
-        coming = sum(self.budget.row(job.room + slots.GROW) for job in self.reading)  # their slots, once they are read
+        length = job.room
+        coming = sum(self.budget.row(one.room + slots.GROW) for one in self.reading)  # their slots, once they are read
         beside = self._beside() + coming + self.budget.row(length)
-        if not self.parked and self.slots.fit(slots.GROW, beside, length, only_ask=True):
+        # beside states that are kept for later choices, which nothing puts aside, it must fit whole
+        whole = job.request.longest if self.parked else length
+        if not earlier and self.slots.fit(slots.GROW, beside, whole, only_ask=True):
             return True
         self.waiting_for = (
             f"memory: a prompt of {length} tokens beside what runs does not fit {self.budget.bytes} bytes"
@@ -241,14 +237,9 @@ class Scheduler:
 
     def _begin_replies(self, job: Job, logits: Tensor) -> None:
         """First tokens, from logits (V,); those that go on are parked until they get a slot."""
-        request = job.request
-        for choice in range(request.n):
-            ends = (frozenset() if request.ignore_eos else self.ends) | set(request.stop_ids)
-            chooser = job.chooser(choice, self.model.config.vocab_size, self.device, ends)
-            job.replies.append(Reply(job.stream, choice, job.order, chooser, self.texts, ends))
-            job.replies[-1].acceptance = self.pace.acceptance
-        for reply in job.replies:
-            if request.max_new_tokens:
+        for reply in job.begin_replies(self.texts, self.ends, self.model.config.vocab_size, self.device):
+            reply.acceptance = self.pace.acceptance
+            if job.request.max_new_tokens:
                 self._take(reply, choose_rows(logits[None], [reply.chooser])[0], logits)
                 reply.flush(job.prompt_tokens)
             else:
@@ -263,10 +254,13 @@ class Scheduler:
     # ---- slots
 
     def _place(self) -> None:
-        """Fill free slots with what is parked, the oldest first."""
-        self.parked.sort(key=lambda parked: (parked.reply.order, parked.reply.choice))
-        while self.parked and len(self.rows) < self.settings.max_batch:
+        """Fill free slots with what is parked, by turns; those are left that prompts of earlier turns need."""
+        self.parked.sort(key=self._turn)
+        while self.parked:
             parked = self.parked[0]
+            left = sum((job.turn, job.order) < self._turn(parked) for job in self.reading)
+            if len(self.rows) + left >= self.settings.max_batch:
+                return
             reply, owners = parked.reply, sum(other.cache is parked.cache for other in self.parked)
             if not self.rows and owners == 1:  # a single one was found fit when it was asked for, once and not twice
                 self.slots.adopt(reply, parked.bring(), 1)
@@ -274,8 +268,14 @@ class Scheduler:
                 self.slots.add(reply, parked.bring())
             else:
                 return
+            self.turns.begun(self._turn(parked)[0])
             self.parked.pop(0)
             parked.drop()
+
+    def _turn(self, parked: Parked) -> tuple[int, int, int]:
+        """When a reply gets a slot, least first: those put aside have had their turn."""
+        order, choice = parked.reply.order, parked.reply.choice
+        return (0 if isinstance(parked, SwappedOut) else self.jobs[order].turn + choice), order, choice
 
     def _make_room(self, width: int, arriving: Reply | None = None) -> bool:
         """For `width` more tokens of every reply; a single one was found fit when it was asked for."""

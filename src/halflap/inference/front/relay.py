@@ -53,7 +53,7 @@ def read(raw: bytes, amend: Callable[[Body], Body] | None = None) -> Asked:
         raise ApiError(400, f"the body is not JSON ({reason}); send one JSON object", code="invalid_json") from None
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is {raw[:40]!r}; allowed: a JSON object; change it", code="invalid_value")
-    prompt, n = body.get("prompt"), body.get("n")
+    prompt, n = body.get("prompt", body.get("continuations")), body.get("n")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else 1
     texts = prompts * (n if type(n) is int and 0 < n < 1000 else 1)
     content = raw if amend is None else json.dumps(amend(body)).encode()
@@ -97,9 +97,9 @@ class Front(Gate):
         asked = await run_in_threadpool(read, raw, None if amend is None else lambda body: amend(path, body))
         self.check_model(asked.model if asked.model is None else str(asked.model))
         began = time.monotonic()
-        self.enter()
+        self.enter(asked.texts)
         stack = contextlib.AsyncExitStack()
-        stack.callback(self.leave)
+        stack.callback(self.leave, asked.texts)
         stack.callback(lambda: self.metrics.whole.observe(time.monotonic() - began))
         try:
             async with self.within():

@@ -11,7 +11,7 @@ from halflap.errors import HalflapError
 class ServerSettings:
     """Limits of a server.
 
-    name: the model's id. max_context: tokens of a prompt and its reply. requests: at once, running and waiting
+    name: the model's id. max_context: tokens of a prompt and its reply. choices: replies at once, running and waiting
     together; more are told to come again. body_bytes, seconds: of one request. grace: seconds that running requests get
     when the server is told to stop. keys: one of them must come with a request; none: anybody may ask. origins: of web
     pages that may ask beside the server's own, as browsers send them (scheme, host and port); "*" is all.
@@ -19,7 +19,7 @@ class ServerSettings:
 
     name: str
     max_context: int
-    requests: int = 80
+    choices: int = 80
     body_bytes: int = 8 << 20
     seconds: float = 600.0
     grace: float = 30.0
@@ -27,7 +27,7 @@ class ServerSettings:
     origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("max_context", "requests", "body_bytes", "seconds"):
+        for name in ("max_context", "choices", "body_bytes", "seconds"):
             if not getattr(self, name) > 0:
                 raise HalflapError(
                     f"{name} of the server is {getattr(self, name)}; it must be above 0: raise the limit"

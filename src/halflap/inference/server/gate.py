@@ -36,7 +36,7 @@ class Gate:
         self.started = int(time.time())
         self.stopping = False
         self._requests, self._active_gauge = requests, active
-        self._active = 0
+        self._active = 0  # choices
         self._over = False
         self._limits: set[asyncio.Timeout] = set()
         self._keys = [key.strip().encode() for key in settings.keys]
@@ -115,14 +115,20 @@ class Gate:
             message = f"model is {name[:100]!r}; this server has {self.settings.name!r}: ask for that"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def enter(self) -> None:
-        """Take one of the places of requests that may be active at once. Raises ApiError when there is none."""
-        if self._active >= self.settings.requests:
-            message = f"{self._active} requests run or wait, as many as may; come again in a moment"
+    def enter(self, choices: int) -> None:
+        """Take places of choices that may be active at once. Raises ApiError when there are not so many.
+
+        A request that has more than there are at all is taken while it is the only one.
+        """
+        if self._active and self._active + choices > self.settings.choices:
+            message = (
+                f"{self._active} replies are written or wait, of {self.settings.choices} that may, and this request "
+            )
+            message += f"asks for {choices}; come again in a moment"
             raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
-        self._active += 1
+        self._active += choices
         self._active_gauge.inc()
 
-    def leave(self) -> None:
-        self._active -= 1
+    def leave(self, choices: int) -> None:
+        self._active -= choices
         self._active_gauge.dec()

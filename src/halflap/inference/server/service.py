@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol, TypeVar
 
@@ -63,12 +65,12 @@ class Service(Gate):
 
     async def answer(self, request: Request, asked: Asked, replies: Replies) -> Response:
         """Run what was asked; a whole object, or a stream of events."""
-        began = time.monotonic()
-        self.enter()
+        began, choices = time.monotonic(), asked.n * len(asked.requests)
+        self.enter(choices)
         try:
             streams = await run_in_threadpool(self._submit, asked)  # a grammar takes time to compile
         except BaseException:
-            self.leave()
+            self.leave(choices)
             raise
 
         def ended(status: int) -> None:
@@ -76,7 +78,7 @@ class Service(Gate):
                 stream.cancel()
                 if stream.usage is not None:
                     self.metrics.count(stream.usage)
-            self.leave()
+            self.leave(choices)
             self.metrics.whole.observe(time.monotonic() - began)
             if asked.stream:
                 self.count(request.scope["path"], status)
@@ -93,9 +95,10 @@ class Service(Gate):
 
     def _submit(self, asked: Asked) -> list[Stream]:
         streams: list[Stream] = []
+        group = uuid.uuid4().hex  # whoever asks for much at once takes turns with the others
         try:
             for request in asked.requests:
-                streams.append(self.engine.submit(request))
+                streams.append(self.engine.submit(dataclasses.replace(request, group=group)))
         except HalflapError as error:
             for stream in streams:
                 stream.cancel()

@@ -59,7 +59,7 @@ def test_hanging_up_reaches_the_engine_and_frees_the_place(play: Play, stream: b
         await idle(stage)
         assert (await stage.post()).status_code == 200
 
-    play(scene, engines=1, requests=1)
+    play(scene, engines=1, choices=1)
 
 
 def test_a_replica_that_ends_within_a_stream(play: Play) -> None:
@@ -147,7 +147,7 @@ def test_limits_are_the_fronts(play: Play) -> None:
         stage.front.stopping = True
         refused(await post(), 503)
 
-    play(scene, engines=1, keys=("k",), body_bytes=1000, requests=1, seconds=0.3)
+    play(scene, engines=1, keys=("k",), body_bytes=1000, choices=1, seconds=0.3)
 
 
 @pytest.mark.parametrize(
