@@ -17,8 +17,8 @@ from halflap.inference.requests import Piece, Request, Usage
 class Stream:
     """Iterate for pieces, once, with `for` or `async for`; ends when every choice has a finish_reason.
 
-    `usage` is set from the end on, `error` (a sentence) if the engine failed, in which case the last pieces say
-    "error". `cancel()` may come from any thread and more than once.
+    `usage` is set from the end on (`at_end` hears of it), `error` (a sentence) if the engine failed, in which case the
+    last pieces say "error". `cancel()` may come from any thread and more than once.
     """
 
     def __init__(self, request: Request, wake: Callable[[], None] = lambda: None) -> None:
@@ -30,6 +30,7 @@ class Stream:
         self._pieces: deque[Piece] = deque()
         self._changed = threading.Condition()
         self._ended = False
+        self._at_end: list[Callable[[Usage], None]] = []
         self._listener: Callable[[], None] | None = None
 
     # ---- for the reader
@@ -38,6 +39,14 @@ class Stream:
         """Ask the engine to stop; unfinished choices end with "cancelled" and their slots are free again."""
         self.cancelled = True
         self._wake()
+
+    def at_end(self, hear: Callable[[Usage], None]) -> None:
+        """Call `hear` with the usage when the request ends, cancelled or not: from the engine's thread, or at once."""
+        with self._changed:
+            if self.usage is None:
+                self._at_end.append(hear)
+                return
+        hear(self.usage)
 
     def __iter__(self) -> Iterator[Piece]:
         while True:
@@ -98,7 +107,11 @@ class Stream:
 
     def end(self, usage: Usage, error: str | None = None) -> None:
         with self._changed:
-            self.usage, self.error, self._ended = usage, error, True
+            self.usage, self.error = usage, error
+        for hear in self._at_end:  # before its reader, who may look at what they counted
+            hear(usage)
+        with self._changed:
+            self._ended = True
             self._tell()
 
     def _tell(self) -> None:

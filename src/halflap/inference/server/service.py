@@ -76,8 +76,6 @@ class Service(Gate):
         def ended(status: int) -> None:
             for stream in streams:
                 stream.cancel()
-                if stream.usage is not None:
-                    self.metrics.count(stream.usage)
             self.leave(choices)
             self.metrics.whole.observe(time.monotonic() - began)
             if asked.stream:
@@ -99,6 +97,7 @@ class Service(Gate):
         try:
             for request in asked.requests:
                 streams.append(self.engine.submit(dataclasses.replace(request, group=group)))
+                streams[-1].at_end(self.metrics.count)
         except HalflapError as error:
             for stream in streams:
                 stream.cancel()

@@ -56,3 +56,20 @@ def test_choices_count_against_the_queue(make_client: Any) -> None:
             stream.put(Piece(choice, "b", finish_reason="stop"))
         stream.end(Usage(1, 2, 0))
     alone.join()
+
+
+def test_tokens_of_replies_that_are_given_up_are_counted(make_client: Any) -> None:
+    client = make_client(seconds=0.5)
+    body = {"prompt": "the cat", "max_tokens": 500, "ignore_eos": True, "n": 4}
+    before = counted(client)
+    refused(client.post(PATH, json=body), 504)
+    while (now := counted(client))["completion"] == before["completion"]:  # until the engine has let them go
+        time.sleep(0.01)
+    assert now["prompt"] > before["prompt"]
+    client.post(PATH, json=BODY)
+    assert counted(client)["completion"] == now["completion"] + 2  # each once
+
+
+def counted(client: Any) -> dict[str, float]:
+    lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith("halflap_tokens_total")]
+    return {line.split('"')[1]: float(line.split()[-1]) for line in lines} or {"prompt": 0.0, "completion": 0.0}
