@@ -1,17 +1,20 @@
-"""Tokens decoded by one native program are what the blocks in float64 say, for every mixer and form of weights."""
+"""Tokens decoded by one native program are what the blocks in float64 say, for every mixer and form of weights.
+
+Passes of a few tokens a row are what tokens one by one come to, bit for bit, and states can wait.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from halflap.models import slots
-from halflap.models.cache import Cache
+from halflap.models.cache import Cache, fields, parts
 from halflap.models.config import (
     AttentionConfig,
     HybridConfig,
@@ -257,3 +260,127 @@ def test_what_the_program_cannot_run_the_model_runs() -> None:
     assert Decoder(hooked)._program is None
     with select.using("plain"):
         assert Decoder(model)._program is None
+
+
+# --- several tokens a row
+
+FORMS = ["float32", "bfloat16", "int8", "int8 in bfloat16", "int4"]
+
+
+def formed(name: str, form: str) -> HybridModel:
+    model = made(CONFIGS[name])
+    if "int" in form:
+        model = packed(model, Quantization(8 if "int8" in form else 4, 32))
+    return model.bfloat16() if "bfloat16" in form else model
+
+
+def read(decode: Decoder, cache: Cache, tokens: Sequence[Tensor], held: bool = False) -> list[Tensor]:
+    """Logits (T, V) of some tokens of each row in one pass."""
+    lengths = torch.tensor([len(row) for row in tokens])
+    wide = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True)
+    if held:
+        cache.hold()
+    with torch.inference_mode():
+        assert decode.is_native(wide, [cache])
+        logits = decode(wide, cache, lengths)
+    return [row[:count] for row, count in zip(logits, lengths.tolist(), strict=True)]
+
+
+def one_by_one(decode: Decoder, cache: Cache, row: int, tokens: Tensor) -> tuple[Tensor, Cache]:
+    """Logits (T, V) of one row's tokens, alone; and its cache after them."""
+    own = cache.select([row])
+    with torch.inference_mode():
+        logits = [decode(token[None, None], own)[0] for token in tokens]
+    return torch.cat(logits) if logits else torch.empty(0), own
+
+
+def same_state(one: Cache, other: Cache) -> bool:
+    """Of one row: every number that later passes may read."""
+    length = one.meta + int(one.lengths[0])
+    assert one.lengths.tolist() == other.lengths.tolist()
+    for mine, theirs in zip(parts(one), parts(other), strict=True):
+        for name, tensor in fields(mine).items():
+            slots = min(length, tensor.shape[2]) if name in ("keys", "values") else None
+            a, b = (t[:, :, :slots] if slots is not None else t for t in (tensor, getattr(theirs, name)))
+            if not a.equal(b):
+                return False
+    return True
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["advanced", "held"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_several_tokens_are_single_ones_bit_for_bit(name: str, form: str, held: bool) -> None:
+    """Rows of unequal lengths and numbers of tokens; a held pass goes on by any number of them."""
+    model, generator = formed(name, form), torch.Generator().manual_seed(len(name) + held)
+    cache, decode = started(model, 4, generator), Decoder(model)
+    for counts, taken in (((3, 1, 6, 2), (1, 1, 6, 2)), ((1, 8, 2, 5), (1, 3, 1, 4)), ((1, 1, 1, 1), (1, 1, 1, 1))):
+        tokens = [torch.randint(0, model.config.vocab_size, (count,), generator=generator) for count in counts]
+        before = cache.clone()
+        found = read(decode, cache, tokens, held)
+        if held:
+            assert cache.lengths.equal(before.lengths)
+            cache.commit(torch.tensor(taken))
+        for row, (own, count) in enumerate(zip(tokens, taken if held else counts, strict=True)):
+            assert found[row].equal(one_by_one(decode, before, row, own)[0])
+            assert same_state(one_by_one(decode, before, row, own[:count])[1], cache.select([row]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["nemotron_h", "hymba", "windows"])
+def test_a_row_does_not_depend_on_those_beside_it(name: str, form: str) -> None:
+    model, generator = formed(name, form), torch.Generator().manual_seed(1)
+    cache, decode = started(model, 40, generator), Decoder(model)
+    tokens = torch.randint(0, model.config.vocab_size, (40, 1), generator=generator)
+    alone = torch.cat([one_by_one(decode, cache, row, tokens[row])[0] for row in range(40)])
+    for rows in (2, 3, 5, 8, 13, 31, 40):
+        assert torch.stack(read(decode, cache.select(list(range(rows))), list(tokens[:rows])))[:, 0].equal(alone[:rows])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_short_pass_is_what_float64_says(name: str, threads: int) -> None:
+    model, generator = made(CONFIGS[name]), torch.Generator().manual_seed(2)
+    exact = copy.deepcopy(model).double()
+    tokens = torch.randint(0, model.config.vocab_size, (3, STEPS), generator=generator)
+    state = generator.get_state()
+    with select.using("plain"), torch.no_grad():
+        expected = exact(tokens, cache=started(exact, 3, generator))
+    generator.set_state(state)
+    found = torch.stack(read(Decoder(model), started(model, 3, generator), list(tokens)))
+    assert float((found - expected).abs().max()) < 2e-5 * float(expected.abs().max())  # as of single tokens
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16], indirect=True)
+def test_long_texts_read_by_any_number_of_threads(threads: int) -> None:
+    """Positions are divided by their number alone, so that neither threads nor tokens beside change a sum."""
+    model, generator = made(CONFIGS["windows"]), torch.Generator().manual_seed(3)
+    cache, decode = Cache.create(model.config, 2, 1400), Decoder(model)
+    text = torch.randint(0, model.config.vocab_size, (2, 1300), generator=generator)
+    with torch.inference_mode():
+        torch.set_num_threads(1)
+        model(text, cache=cache, lengths=torch.tensor([1300, 700]))
+    tokens = torch.randint(0, model.config.vocab_size, (2, 5), generator=generator)
+    alone = torch.stack([one_by_one(decode, cache, row, tokens[row])[0] for row in range(2)])
+    torch.set_num_threads(threads)
+    assert torch.stack(read(decode, cache, list(tokens), held=True)).equal(alone)
+
+
+def test_rows_of_several_caches_that_hold() -> None:
+    """More than one run takes: each cache goes on by itself."""
+    model, generator = made(CONFIGS["windows"]), torch.Generator().manual_seed(4)
+    decode, sizes = Decoder(model), (9, 1, 7)
+    caches = [started(model, rows, generator) for rows in sizes]
+    befores = [cache.clone() for cache in caches]
+    tokens = torch.randint(0, model.config.vocab_size, (sum(sizes), 4), generator=generator)
+    counts = torch.randint(1, 5, (sum(sizes),), generator=generator)
+    for cache in caches:
+        cache.hold()
+    with torch.inference_mode():
+        logits = decode(tokens, caches)
+    place = 0
+    for cache, before, taken in zip(caches, befores, counts.split(sizes), strict=True):
+        cache.commit(taken)
+        for row, count in enumerate(taken.tolist()):
+            expected, after = one_by_one(decode, before, row, tokens[place][:count])
+            assert logits[place, :count].equal(expected) and same_state(after, cache.select([row]))
+            place += 1

@@ -12,7 +12,8 @@ rows.py          caches of one row, in which prompts are read
 parked.py        replies that wait outside the slots
 memory.py        whether decode state fits
 prefix_cache.py  what was read once is not read again
-speculate.py     guessing tokens ahead: from the text, or by a smaller model
+speculate.py     guessing tokens ahead from the text, and how far that pays
+draft.py         the guesses of a smaller model
 grammar.py       replies that match a schema, a regular expression or a grammar
 chooser.py       the next token of rows with parameters of their own
 sampling.py      from logits to the next token

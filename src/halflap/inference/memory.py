@@ -31,10 +31,19 @@ class Budget:
 
     def row(self, tokens: int) -> int:
         """Bytes of one sequence of so many tokens."""
-        return sum(
+        return sum(self._each(tokens))
+
+    def _each(self, tokens: int) -> list[int]:
+        """Of each model."""
+        return [
             cache_bytes(config, tokens, kv_bits=self._bits, ssm_bits=ssm_bits, conv_bits=self._bits)
             for config, ssm_bits in zip(self.configs, self._ssm_bits, strict=True)
-        )
+        ]
+
+    def shares(self, bytes_: int, tokens: int) -> list[int]:
+        """Bytes divided among the models as a sequence of so many tokens is."""
+        each = self._each(tokens)
+        return [bytes_ * own // (sum(each) or 1) for own in each]
 
     def longest(self, tokens: int) -> int:
         """The longest sequence that fits, of at most so many tokens; 0 when none does."""

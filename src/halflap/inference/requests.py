@@ -212,10 +212,11 @@ class EngineSettings:
 
     max_batch: choices decoded at once. max_context: tokens of a prompt and its reply; None is the model's own limit.
     memory: bytes that decode state may take, prefix cache apart; None does not limit it. prefill_chunk: prompt tokens
-    read in one pass, between which others decode. prefix_cache: bytes (0: off). speculate: None, "lookup" (what
-    followed the last tokens earlier in the text), or a draft HybridModel with the same tokenizer; max_draft: most
-    tokens guessed at once. queue: requests that may wait (None: any number). ssm_dtype: how SSM states are kept between
-    passes; "bfloat16" takes half the memory, rounds each state to 8 bits a pass, and decodes by the plain step.
+    read in one pass, between which others decode. prefix_cache: bytes, a draft model's share included (0: off).
+    speculate: None, "lookup" (what followed the last tokens earlier in the text), or a draft HybridModel with the same
+    tokenizer; max_draft: most tokens guessed at once. queue: requests that may wait (None: any number). ssm_dtype: how
+    SSM states are kept between passes; "bfloat16" takes half the memory, rounds each state to 8 bits a pass, and
+    decodes by the plain step.
     """
 
     max_batch: int = 16

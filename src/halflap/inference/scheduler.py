@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from halflap.inference.chooser import choose_rows
+from halflap.inference.draft import Draft
 from halflap.inference.generate import end_tokens
 from halflap.inference.grammar import GrammarMatcher
 from halflap.inference.groups import Slots
@@ -29,7 +30,7 @@ from halflap.inference.reading import Job, Reader
 from halflap.inference.replies import Reply, Texts
 from halflap.inference.requests import EngineSettings, FinishReason
 from halflap.inference.rows import OneRow
-from halflap.inference.speculate import Draft, Lookup, Pace, Speculator
+from halflap.inference.speculate import Lookup, Pace, Speculator
 from halflap.inference.stream import Stream
 from halflap.inference.turns import Turns
 from halflap.models import slots
@@ -54,8 +55,10 @@ class Scheduler:
         configs = [model.config] if draft is None else [model.config, draft.config]
         self.ssm_dtype = torch.bfloat16 if settings.ssm_dtype == "bfloat16" else None
         self.budget = Budget(configs, model.dtype, settings.memory, self.ssm_dtype)
+        shares = self.budget.shares(settings.prefix_cache, settings.prefill_chunk)
+        self.remembered = 0 if draft is None else shares[1]  # bytes of what a draft model has read
         one_row = OneRow(model, self.ssm_dtype)
-        self.prefix = PrefixCache(settings.prefix_cache, one_row) if settings.prefix_cache else None
+        self.prefix = PrefixCache(shares[0], one_row) if settings.prefix_cache else None
         self.reader = Reader(model, settings.prefill_chunk, self.prefix, one_row, self.texts)
         self.speculator = self._new_speculator()
         self.pace = Pace()
@@ -117,7 +120,7 @@ class Scheduler:
     def _new_speculator(self) -> Speculator | None:
         guesser = self.settings.speculate
         if isinstance(guesser, HybridModel):
-            return Draft(guesser, self.model.config, self.settings.prefill_chunk, self.budget)
+            return Draft(guesser, self.model.config, self.settings.prefill_chunk, self.budget, self.remembered)
         return Lookup() if guesser == "lookup" else None
 
     # ---- ends
@@ -304,7 +307,8 @@ class Scheduler:
 
     def _decode(self) -> None:
         """One pass over all rows."""
-        guesses = self._guess(self.rows)
+        guesser, most = self.speculator, self.settings.max_draft
+        guesses = {} if guesser is None else self.pace.guesses(guesser, self.rows, most)
         if not self._make_room(1 + max(map(len, guesses.values()), default=0)):
             guesses = {}
             while not self._make_room(1):
@@ -320,7 +324,8 @@ class Scheduler:
         if width > 1:
             for view in views:
                 view.hold()
-        logits = self.decode(torch.tensor(tokens, device=self.device), cache=views)
+        lengths = torch.tensor([1 + len(guess) for guess in guessed], device=self.device) if width > 1 else None
+        logits = self.decode(torch.tensor(tokens, device=self.device), cache=views, lengths=lengths)
         taken = self._choose(rows, logits, guessed)
         counts = torch.tensor(taken, device=self.device).split([len(group.rows) for group in groups])
         for group, view, count in zip(groups, views, counts, strict=True):
@@ -366,20 +371,6 @@ class Scheduler:
     def _take(self, reply: Reply, token: int, logits: Tensor) -> None:
         reply.add(token, logits)
         self.counts["new_tokens"] += 1
-
-    def _guess(self, rows: Sequence[Reply]) -> dict[Reply, list[int]]:
-        """What may follow, of the replies for which guessing pays."""
-        if self.speculator is None:
-            return {}
-        cost, most = self.speculator.cost(), self.settings.max_draft
-        seconds = self.pace.seconds(len(rows), most)
-        wanted = {
-            reply: self.pace.reach(seconds, reply.acceptance, min(most, reply.left - 1), cost)
-            for reply in rows
-            if reply.chooser.matcher is None
-        }
-        wanted = {reply: count for reply, count in wanted.items() if count > 0}
-        return self.speculator.guess(wanted) if wanted else {}
 
     def stats(self) -> dict[str, Any]:
         """Plain numbers; see `Engine.stats`."""

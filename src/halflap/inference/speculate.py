@@ -1,28 +1,16 @@
-"""Guessing tokens ahead, to have several checked in one pass: from the text itself, or by a smaller model.
+"""Guessing tokens ahead, to have several checked in one pass: from the text itself, or by a smaller model (draft.py).
 
 A guess costs nothing but time: the model chooses every token as it would without (chooser.py), and a held pass advances
 states by what came true alone. How far to guess follows from what guesses lately came to and from how long passes of
-each width took, down to not at all. Legend: B batch, T time.
+each width took, down to not at all.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from halflap.errors import HalflapError
-from halflap.inference.chooser import choose_rows
-from halflap.inference.memory import Budget
 from halflap.inference.replies import Reply
-from halflap.models import slots
-from halflap.models.cache import Cache
-from halflap.models.config import ModelConfig
-from halflap.models.decoder import Decoder
-from halflap.models.model import HybridModel
 
 LOOKUP = (4, 3, 2)  # tokens that must recur, the longest tried first
 HOPE = 0.5  # the rate of guesses that come true, before any; a reply's drifts back to it while there are none,
@@ -47,6 +35,10 @@ class Speculator(Protocol):
         """Seconds a guessed token takes."""
         ...
 
+    def reading(self, reply: Reply) -> float:
+        """Seconds to be spent on a reply before its first guess."""
+        ...
+
 
 class Lookup:
     """What followed the last tokens when they last stood in prompt or reply (prompt lookup decoding)."""
@@ -61,6 +53,9 @@ class Lookup:
         return {reply: self._known.setdefault(reply, _Index()).follow(reply, count) for reply, count in wanted.items()}
 
     def cost(self) -> float:
+        return 0.0
+
+    def reading(self, reply: Reply) -> float:
         return 0.0
 
 
@@ -88,98 +83,6 @@ class _Index:
                 if len(self._text) >= size:
                     self._ends[tuple(self._text[-size:])] = len(self._text)
             self._text.append(token)
-
-
-class Draft:
-    """A smaller model with the same tokenizer writes ahead.
-
-    Its rows are all as long as the longest; where they and as many of the model's would not fit the budget, the longest
-    replies go without guesses.
-    """
-
-    def __init__(self, model: HybridModel, config: ModelConfig, prefill_chunk: int, budget: Budget) -> None:
-        if model.config.vocab_size != config.vocab_size:
-            raise HalflapError(
-                f"the draft model has {model.config.vocab_size} tokens and the model {config.vocab_size}; both must "
-                "share one tokenizer: use a draft of the same family of checkpoints"
-            )
-        self._model, self._decode, self._chunk = model, Decoder(model), prefill_chunk
-        self._dtype, self._device, self._budget = model.dtype, model.device, budget
-        self._cache = slots.empty(model.config, model.dtype, model.device)
-        self._rows: list[Reply] = []  # those of the cache
-        self._read: list[int] = []  # tokens of each in it
-        self._seconds = Average()
-
-    def _begin(self, reply: Reply) -> None:
-        """Read its text so far."""
-        text = [*reply.prompt, *reply.tokens[:-1]]
-        row = Cache.create(self._model.config, 1, len(text), self._dtype, self._device)
-        for start in range(0, len(text), self._chunk):
-            self._model.hidden_states(torch.tensor([text[start : start + self._chunk]], device=self._device), cache=row)
-        self._room(len(self._rows) + 1, len(text))
-        slots.insert(self._cache, row, len(self._rows))
-        self._rows.append(reply)
-        self._read.append(len(text))
-
-    def remove(self, reply: Reply) -> None:
-        if reply not in self._rows:
-            return
-        index = self._rows.index(reply)
-        slots.move(self._cache, len(self._rows) - 1, index)
-        self._rows[index], self._read[index] = self._rows[-1], self._read[-1]
-        del self._rows[-1], self._read[-1]
-        if not self._rows:
-            slots.resize(self._cache, 0, 0)
-
-    def guess(self, wanted: Mapping[Reply, int]) -> dict[Reply, list[int]]:
-        ahead = max(wanted.values())
-        while self._rows and not self._fit(self._rows, ahead):
-            self.remove(max(self._rows, key=lambda reply: reply.length))
-        for reply in sorted(wanted, key=lambda reply: reply.length):
-            if reply not in self._rows and self._fit([*self._rows, reply], ahead):
-                self._begin(reply)
-        if not self._rows:
-            return {}
-        started, most = time.perf_counter(), [wanted.get(reply, 0) for reply in self._rows]
-        logits = self._catch_up(max(most))
-        guesses: list[list[int]] = [[] for _ in self._rows]
-        ahead = slots.fork(slots.view(self._cache, len(self._rows)))
-        for step in range(max(most)):
-            if step:
-                last = torch.tensor([[row[-1] if row else 0] for row in guesses], device=self._device)
-                logits = self._decode(last, cache=ahead)[:, 0]
-            writing = [row for row, count in enumerate(most) if count > step]
-            chosen = choose_rows(logits[writing], [self._rows[row].chooser for row in writing], step)
-            for row, token in zip(writing, chosen, strict=True):
-                guesses[row].append(token)
-        self._seconds.add((time.perf_counter() - started) / max(most))
-        return dict(zip(self._rows, guesses, strict=True))
-
-    def _fit(self, replies: Sequence[Reply], ahead: int) -> bool:
-        longest = max(reply.length for reply in replies) + ahead
-        return self._budget.fits([(len(replies), longest + slots.GROW)])
-
-    def cost(self) -> float:
-        return self._seconds.value or 0.0
-
-    def _catch_up(self, ahead: int) -> Tensor:
-        """Read what replies grew by; the logits (B, V) of what comes next."""
-        count = len(self._rows)
-        texts = [reply.tokens[read - len(reply.prompt) :] for reply, read in zip(self._rows, self._read, strict=True)]
-        longest = max(map(len, texts))
-        self._read = [read + len(text) for read, text in zip(self._read, texts, strict=True)]
-        self._room(count, max(self._read) + longest + ahead)
-        tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=self._device)
-        lengths = torch.tensor([len(text) for text in texts], device=self._device)
-        part = slots.view(self._cache, count)
-        ragged = any(len(text) < longest for text in texts)
-        hidden = self._model.hidden_states(tokens, cache=part, lengths=lengths if ragged else None)
-        slots.absorb(self._cache, part)
-        last = hidden[torch.arange(count, device=self._device), lengths - 1]
-        return self._model.logits(last)
-
-    def _room(self, rows: int, tokens: int) -> None:
-        slots.resize(self._cache, max(rows, len(self._cache.lengths)), slots.rounded(self._cache, tokens))
 
 
 class Average:
@@ -213,6 +116,19 @@ class Pace:
             reply.acceptance += (1 - OF_REPLY) * (outcome - reply.acceptance)
             self.acceptance += (1 - OF_ALL) * (outcome - self.acceptance)
 
+    def guesses(self, speculator: Speculator, rows: Sequence[Reply], most: int) -> dict[Reply, list[int]]:
+        """What may follow, at most so many tokens, of the replies for which guessing pays."""
+        cost, seconds = speculator.cost(), self.seconds(len(rows), most)
+        wanted: dict[Reply, int] = {}
+        for reply in rows:
+            if reply.chooser.matcher is not None:
+                continue
+            count = self.reach(seconds, reply.acceptance, min(most, reply.left - 1), cost)
+            reading = speculator.reading(reply)
+            if count > 0 and self.pays(seconds, reply.acceptance, count, cost, reading, reply.left):
+                wanted[reply] = count
+        return speculator.guess(wanted) if wanted else {}
+
     def seconds(self, rows: int, most: int) -> list[float]:
         """What passes of 1 to 1 + most tokens a row take, for about as many rows; empty when that must be measured."""
         base = self._known(rows, 1)
@@ -232,6 +148,14 @@ class Pace:
             if (rate := expected / (taken + cost * count)) > best_rate:
                 best, best_rate = count, rate
         return best
+
+    @staticmethod
+    def pays(seconds: Sequence[float], acceptance: float, count: int, cost: float, reading: float, left: int) -> bool:
+        """Whether `left` tokens come sooner with `count` guesses a pass, `reading` seconds before them included."""
+        if not reading or len(seconds) <= count:
+            return True
+        expected = sum(acceptance**power for power in range(1 + count))
+        return reading + left * (seconds[count] + cost * count) / expected < left * seconds[0]
 
     def _known(self, rows: int, width: int) -> float | None:
         """Seconds of such a pass, or of one with about as many rows."""

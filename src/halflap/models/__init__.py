@@ -22,6 +22,7 @@ cache.py      what a decoded sequence keeps: keys and values, convolution tails,
 slots.py      a cache whose rows come and go
 streams.py    passes between two blocks, many carried through one block before the next is read
 model.py      Block, HybridModel, initialisation
-decoder.py    one token after another, by one native call each
+decoder.py    short passes, by one native call each
+compiled.py   that call, written down from a model's blocks
 graphs.py     the same on a GPU, by CUDA graphs
 """

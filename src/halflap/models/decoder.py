@@ -1,41 +1,30 @@
-"""One token after another: a model's blocks as one program of native code (ops/native/program.py).
+"""Short passes: a model's blocks as one program of native code (ops/native/program.py).
 
 decode = Decoder(model)
 logits = decode(tokens, cache=cache)  # what model(tokens, cache=cache) gives, sooner
 
-The program is made once, of the weights that the model has then; what it cannot run (several tokens, gradients, other
-types and devices, modules that are not this package's) the model itself runs. Between blocks it keeps float32, so with
-bfloat16 weights it rounds less often than the model does. On a GPU a CUDA graph can take its place (graphs.py).
+A token comes to the same bits whether it is read alone, in a batch, or with others of its row, held or not. The program
+is made once, of the weights that the model has then; what it cannot run (many tokens a row, gradients, other types and
+devices, modules that are not this package's) the model itself runs. Between blocks it keeps float32, so with bfloat16
+weights it rounds less often than the model does. On a GPU a CUDA graph can take its place (graphs.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from halflap.models.attention import AttentionMixer
 from halflap.models.cache import BlockState, Cache, ConvSSMState, HybridState, KeyValueState
-from halflap.models.config import AttentionConfig, Mamba1Config, Mamba2Config
+from halflap.models.compiled import compiled
 from halflap.models.graphs import Graphs, chosen
-from halflap.models.hybrid import HybridMixer
-from halflap.models.linear import Linear, LinearMixer
-from halflap.models.mamba1 import Mamba1Inner, Mamba1Mixer
-from halflap.models.mamba2 import Mamba2Inner, Mamba2Mixer
-from halflap.models.mlp import MLPMixer
-from halflap.models.model import Block, HybridModel, advance
-from halflap.models.norm import LayerNorm1P, RMSNorm
-from halflap.models.quantized import Packed, QuantizedLinear
-from halflap.models.rope import inverse_frequencies
+from halflap.models.model import HybridModel, advance
 from halflap.ops import select
 from halflap.ops.native import program as native
-from halflap.ops.native.common import DTYPES
-from halflap.ops.native.program import ACTIVATIONS, NORMS, Norm, Place, Program, State
-from halflap.ops.native.quantized import words_of
+from halflap.ops.native.program import Held, Program, State
 
-FLOAT_BITS = {torch.float32: 32, torch.bfloat16: 16}
 NOTHING = State()
 
 
@@ -48,61 +37,102 @@ class Decoder:
         self._graphs = Graphs(model) if head is None and chosen(model) else None
         self._workspace = torch.empty(0)
 
-    def __call__(self, tokens: Tensor, cache: Cache | Sequence[Cache]) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T), which continue the rows of one cache or of several."""
+    def __call__(self, tokens: Tensor, cache: Cache | Sequence[Cache], lengths: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T), which continue the rows of one cache or of several.
+
+        lengths (B,), at least 1: how many right-padded tokens of each row count; nothing is said of those behind.
+        """
         caches = [cache] if isinstance(cache, Cache) else cache
         if self._graphs is not None and len(caches) == 1 and self._graphs.takes(tokens, caches[0]):
             return self._graphs(tokens, caches[0])
         if self._program is not None and _runs(tokens, caches):
-            return self._step(self._program, tokens, caches)
-        return self.model(tokens, cache=cache)
+            return self._read(self._program, tokens, caches, lengths)
+        return self.model(tokens, cache=cache, lengths=None if caches[0].held is not None else lengths)
 
     def is_native(self, tokens: Tensor, caches: Sequence[Cache]) -> bool:
         """Whether native code makes this pass."""
         return self._program is not None and _runs(tokens, caches)
 
-    def _step(self, program: Program, tokens: Tensor, caches: Sequence[Cache]) -> Tensor:
+    def _read(self, program: Program, tokens: Tensor, caches: Sequence[Cache], lengths: Tensor | None) -> Tensor:
         """So many rows at a time as the program takes: reading the weights once more for others costs little then."""
-        batch, config = len(tokens), self.model.config
-        if self._workspace.numel() < min(batch, native.MOST_ROWS) * program.width:
-            self._workspace = torch.empty(min(batch, native.MOST_ROWS) * program.width)
-        embedded, logits = self.model.embed(tokens)[:, 0], torch.empty(batch, 1, config.vocab_size)
-        states = [_states(cache) for cache in caches]
-        for some, out, rows in zip(*(of_all.split(native.MOST_ROWS) for of_all in (embedded, logits, _rows(caches)))):
-            self._workspace[: some.numel()].view_as(some).copy_(some)
-            program.run(self._workspace, out, rows, states)
+        batch, width = tokens.shape
+        counts = torch.full((batch,), width) if lengths is None else lengths
+        states, holds = [_states(cache, width) for cache in caches], caches[0].held is not None
+        logits, made = torch.empty(batch, width, self.model.config.vocab_size), []
+        for rows in _runs_of(_rows(caches, counts), width):
+            part = slice(first := sum(len(run.rows) for run in made), first + len(rows))
+            there = None if lengths is None else torch.arange(width) < counts[part, None]
+            read = tokens[part] if there is None else tokens[part][there]
+            made.append(self._run(program, read.reshape(-1), logits[part], there, rows, states, holds=holds))
+        first = 0
         for cache in caches:
-            advance(cache, 1)
+            own = slice(first, first := first + len(cache.lengths))
+            if holds:
+                cache.held = [partial(_settle, made, own)]
+            else:
+                advance(cache, width, None if lengths is None else lengths[own])
         return logits
+
+    def _run(
+        self, program: Program, tokens: Tensor, logits: Tensor, there: Tensor | None, rows: Tensor,
+        states: Sequence[Sequence[State]], *, holds: bool,
+    ) -> Held:  # fmt: skip
+        """Tokens (M,), in the order of the rows, to their places `there` (B, T) in logits (B, T, V), or to all."""
+        needed = len(tokens) * program.width
+        if self._workspace.numel() < needed:
+            self._workspace = torch.empty(needed)
+        embedded = self.model.embed(tokens[None])[0]
+        self._workspace[: embedded.numel()].view_as(embedded).copy_(embedded)
+        out = logits.flatten(0, 1) if there is None else logits.new_empty(len(tokens), logits.shape[2])
+        held = program.run(self._workspace, out, rows, states, holds=holds)
+        if there is not None:
+            logits[there] = out
+        return held
 
 
 def _runs(tokens: Tensor, caches: Sequence[Cache]) -> bool:
-    if tokens.shape[1] != 1 or not len(tokens) or tokens.device.type != "cpu":
+    if not 0 < tokens.shape[1] <= native.MOST_ROWS or not len(tokens) or tokens.device.type != "cpu":
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    return all(
-        cache.held is None
-        and not cache.decode_window_compat
-        and cache.used
-        and (cache.started or not cache.meta)
-        and not cache.narrow
+    return len({cache.held is None for cache in caches}) == 1 and all(
+        not cache.decode_window_compat and cache.used and (cache.started or not cache.meta) and not cache.narrow
         for cache in caches
     )
 
 
-def _rows(caches: Sequence[Cache]) -> Tensor:
-    """(B, 3): position, cache, row."""
-    parts = []
-    for number, cache in enumerate(caches):
-        count = len(cache.lengths)
-        parts.append(torch.stack([cache.meta + cache.lengths, torch.full((count,), number), torch.arange(count)], 1))
-    return torch.cat(parts)
+def _rows(caches: Sequence[Cache], counts: Tensor) -> Tensor:
+    """The table (B, 5) of all rows, native.ROW, the tokens of one after those of the other."""
+    parts = [
+        torch.stack(
+            [cache.meta + cache.lengths, torch.full_like(cache.lengths, number), torch.arange(len(cache.lengths))], 1
+        )
+        for number, cache in enumerate(caches)
+    ]
+    return torch.cat([torch.cat(parts), torch.stack([counts.cumsum(0) - counts, counts], 1)], 1)
 
 
-def _states(cache: Cache) -> list[State]:
-    """Two a block, its keys and values and its recurrent state, with room for one more token."""
-    used = cache.meta + cache.used + 1
+def _runs_of(rows: Tensor, width: int) -> list[Tensor]:
+    """Rows of at most `width` tokens in tables for runs that each count their tokens from 0."""
+    parts = list(rows.split(max(1, native.MOST_ROWS // width)))
+    for part in parts[1:]:
+        part[:, 3] -= int(part[0, 3])
+    return parts
+
+
+def _settle(made: Sequence[Held], own: slice, counts: Tensor) -> None:
+    """Advance the rows `own`, counted over all the runs of a pass, by the tokens that count."""
+    first = 0
+    for run in made:
+        start, end = max(own.start, first), min(own.stop, first + len(run.rows))
+        if start < end:
+            run.settle(torch.arange(start - first, end - first), counts[start - own.start : end - own.start])
+        first += len(run.rows)
+
+
+def _states(cache: Cache, more: int) -> list[State]:
+    """Two a block, its keys and values and its recurrent state, with room for so many more tokens."""
+    used = cache.meta + cache.used + more
     return [state for block in cache.blocks for state in _of_block(block, used)]
 
 
@@ -120,259 +150,3 @@ def _of_block(state: BlockState | None, used: int) -> tuple[State, State]:
 def _key_values(state: KeyValueState, used: int) -> State:
     state.reserve(used if state.window is None else min(used, state.meta + state.window + 1))
     return State.of(state.keys, state.values)
-
-
-# --- the program of a model ------------------------------------------------------------------------------------------
-
-
-class _Unknown(Exception):
-    """A module or type that has no instruction."""
-
-
-def compiled(model: HybridModel, head: nn.Module | None = None) -> Program | None:
-    """From embedded tokens in the first columns of the workspace to logits in the output; None where it cannot be."""
-    if type(model) is not HybridModel or model.dtype not in DTYPES or model.device.type != "cpu":
-        return None
-    writer = _Writer(model)
-    try:
-        for index, block in enumerate(model.blocks):
-            if type(block) is not Block or any(m._forward_hooks or m._forward_pre_hooks for m in block.modules()):
-                return None
-            writer.block(index, block)
-        writer.head(model.norm, head or model.head or model.embedding, model.config.vocab_size)
-    except _Unknown:
-        return None
-    return writer.program
-
-
-class _Writer:
-    """Writes a model's instructions. Buffers of a block lie behind the residual stream; the next block has the same."""
-
-    def __init__(self, model: HybridModel) -> None:
-        self.program = Program(width=model.config.hidden_size)
-        self.residual = Place(0, model.config.hidden_size, 0)
-        self.meta = model.config.num_meta_tokens
-        self.index = 0
-        self._top = 0
-
-    def block(self, index: int, block: Block) -> None:
-        if type(block.mixer) not in MIXERS:
-            raise _Unknown
-        self.index, self._top = index, self.residual.stride
-        MIXERS[type(block.mixer)](self, block.mixer, self.norm(block.norm))
-
-    def head(self, last: nn.Module, reader: nn.Module, vocab_size: int) -> None:
-        norm, to = self.norm(last), Place(-1, vocab_size, 0)
-        if isinstance(reader, Packed):
-            self.packed(reader, self.residual, to, norm=norm)
-        elif type(reader) is Linear or type(reader) is nn.Embedding:
-            self.product(reader.weight, None, self.residual, to, norm=norm)
-        else:
-            raise _Unknown
-
-    def buffer(self, columns: int) -> Place:
-        place = Place(self._top, columns, 0)
-        self._top += -(-columns // 16) * 16  # rows of a buffer are dense; buffers begin on a cache line
-        self.program.width = max(self.program.width, self._top)
-        return place
-
-    def norm(self, module: nn.Module) -> Norm:
-        keep = self.program.keep
-        if type(module) is RMSNorm:
-            return Norm(NORMS["rms"], keep(module.weight, torch.float32), None, module.eps)
-        if type(module) is LayerNorm1P:
-            gain = module.weight.detach().float() + 1
-            return Norm(NORMS["layer1p"], keep(gain), keep(module.bias, torch.float32), module.eps)
-        if type(module) is nn.Identity:
-            return Norm()
-        raise _Unknown
-
-    def linear(self, module: nn.Module, source: Place, to: Place, **how: Any) -> None:
-        """to (+)= activation(module(norm(source))), as `Product` says."""
-        if type(module) is Linear:
-            self.product(module.weight, module.bias, source, to, **how)
-        elif type(module) is QuantizedLinear:
-            self.packed(module, source, to, bias=module.bias, **how)
-        else:
-            raise _Unknown
-
-    def product(self, weight: Tensor, bias: Tensor | None, source: Place, to: Place, **how: Any) -> None:
-        if weight.dtype not in FLOAT_BITS:
-            raise _Unknown
-        keep, (outputs, inputs) = self.program.keep, weight.shape
-        self._product(
-            source, to, inputs, outputs, FLOAT_BITS[weight.dtype],
-            weight=keep(weight), bias=keep(bias, torch.float32), **how,
-        )  # fmt: skip
-
-    def packed(self, module: Packed, source: Place, to: Place, *, bias: Tensor | None = None, **how: Any) -> None:
-        """The runs of packed and kept rows, each by itself."""
-        m, at = module.matrix, {True: 0, False: 0}
-        beside, waits, begin = how.pop("beside", None), how.pop("waits", True), 0
-        for rows, is_packed in m.runs:
-            first = at[is_packed]
-            at[is_packed] += rows
-            own = {
-                **how, "waits": waits, "beside": None if beside is None else beside.behind(begin),
-                "bias": self.program.keep(None if bias is None else bias[begin : begin + rows], torch.float32),
-            }  # fmt: skip
-            if is_packed:
-                words, format = words_of(module.weight_packed[first : first + rows], m.bits)
-                if words is None:
-                    raise _Unknown
-                scales = self.program.keep(module.weight_scale[first : first + rows])
-                narrow = int(module.weight_scale.dtype == torch.bfloat16)
-                self._product(
-                    source, to.behind(begin), m.inputs, rows, format,
-                    weight=self.program.keep(words), scales=scales, group=m.group_size, narrow_scales=narrow, **own,
-                )  # fmt: skip
-            else:
-                assert module.weight_kept is not None
-                kept = module.weight_kept[first : first + rows]
-                self._product(
-                    source, to.behind(begin), m.inputs, rows, FLOAT_BITS[kept.dtype],
-                    weight=self.program.keep(kept), **own,
-                )  # fmt: skip
-            begin, waits = begin + rows, False
-
-    def _product(
-        self,
-        source: Place,
-        to: Place,
-        inputs: int,
-        outputs: int,
-        bits: int,
-        *,
-        norm: Norm | None = None,
-        activation: str | None = None,
-        beside: Place | None = None,
-        adds: bool = False,
-        waits: bool = True,
-        **more: Any,
-    ) -> None:
-        self.program.add(
-            native.Product, waits=waits, source=source, to=to, beside=beside or Place(), norm=norm or Norm(),
-            inputs=inputs, outputs=outputs, format=bits, activation=ACTIVATIONS[activation],
-            gated=int(beside is not None), adds=int(adds), **more,
-        )  # fmt: skip
-
-    def attend(self, config: AttentionConfig, query: Place, own: tuple[Place, Place] | None, to: Place) -> None:
-        rope = config.rope
-        speed = torch.empty(0) if rope is None else inverse_frequencies(rope, config.head_dim).float()
-        block = self.index if config.key_value_source is None else config.key_value_source
-        key, value = own or (Place(), Place())
-        self.program.add(
-            native.Attention, query=query, key=key, value=value, to=to, state=2 * block, own=int(own is not None),
-            heads=config.num_attention_heads, key_heads=config.num_key_value_heads, size=config.head_dim,
-            value_size=config.value_dim, rotary=2 * len(speed), window=-1 if config.window is None else config.window,
-            meta=self.meta, scale=config.head_dim**-0.5, speed=self.program.keep(speed),
-        )  # fmt: skip
-
-    def mamba2(self, module: Mamba2Inner, source: Place, to: Place, *, waits: bool = True) -> None:
-        c: Mamba2Config = module.config
-        keep, wide = self.program.keep, torch.float32
-        self.program.add(
-            native.Mamba2, waits=waits, source=source, to=to, state=2 * self.index + 1, heads=c.num_heads,
-            channels=c.head_dim, groups=c.num_groups, states=c.state_size, width=c.conv_kernel,
-            low=c.time_step_limit[0], high=c.time_step_limit[1], eps=c.norm_eps,
-            conv_weight=keep(module.conv1d.weight[:, 0].T, wide), conv_bias=keep(module.conv1d.bias, wide),
-            dt_bias=keep(module.dt_bias, wide), A_log=keep(module.A_log, wide), D=keep(module.D, wide),
-            norm_weight=keep(module.norm.weight, wide),
-        )  # fmt: skip
-
-    def mamba1(self, module: Mamba1Inner, source: Place, to: Place) -> None:
-        c: Mamba1Config = module.config
-        keep, wide, state = self.program.keep, torch.float32, 2 * self.index + 1
-        u, read, dt = self.buffer(c.inner_size), self.buffer(c.dt_rank + 2 * c.state_size), self.buffer(c.inner_size)
-        B, C = read.behind(c.dt_rank), read.behind(c.dt_rank + c.state_size)
-        self.program.add(
-            native.Convolution, source=source, to=u, state=state, channels=c.inner_size, width=c.conv_kernel,
-            weight=keep(module.conv1d.weight[:, 0].T, wide), bias=keep(module.conv1d.bias, wide),
-        )  # fmt: skip
-        self.linear(module.x_proj, u, read)
-        self.linear(module.dt_proj, read, dt, norm=self.norm(module.dt_norm) if c.inner_norms else None)
-        for place, norm in ((B, "B_norm"), (C, "C_norm")) if c.inner_norms else ():
-            own = self.norm(getattr(module, norm))
-            self.program.add(
-                native.Normalise, waits=False, source=place, to=place, beside=Place(), size=c.state_size, norm=own
-            )
-        self.program.add(
-            native.Selective, u=u, dt=dt, B=B, C=C, gate=source.behind(c.inner_size), to=to, state=state,
-            channels=c.inner_size, states=c.state_size, A=keep(-torch.exp(module.A_log.detach().float())),
-            D=keep(module.D, wide), dt_bias=keep(module.dt_bias, wide),
-        )  # fmt: skip
-
-
-def _attention_mixer(w: _Writer, mixer: AttentionMixer, norm: Norm) -> None:
-    c = mixer.config
-    query, to = w.buffer(c.num_attention_heads * c.head_dim), w.buffer(c.num_attention_heads * c.value_dim)
-    w.linear(mixer.q_proj, w.residual, query, norm=norm)
-    own = None
-    if c.key_value_source is None:
-        own = w.buffer(c.num_key_value_heads * c.head_dim), w.buffer(c.num_key_value_heads * c.value_dim)
-        w.linear(mixer.k_proj, w.residual, own[0], norm=norm, waits=False)
-        w.linear(mixer.v_proj, w.residual, own[1], norm=norm, waits=False)
-    w.attend(c, query, own, to)
-    w.linear(mixer.o_proj, to, w.residual, adds=True)
-
-
-def _mamba2_mixer(w: _Writer, mixer: Mamba2Mixer, norm: Norm) -> None:
-    c = mixer.config
-    projected, to = w.buffer(c.inner_size + c.conv_size + c.num_heads), w.buffer(c.inner_size)
-    w.linear(mixer.in_proj, w.residual, projected, norm=norm)
-    w.mamba2(mixer, projected, to)
-    w.linear(mixer.out_proj, to, w.residual, adds=True)
-
-
-def _mamba1_mixer(w: _Writer, mixer: Mamba1Mixer, norm: Norm) -> None:
-    c = mixer.config
-    projected, to = w.buffer(2 * c.inner_size), w.buffer(c.inner_size)
-    w.linear(mixer.in_proj, w.residual, projected, norm=norm)
-    w.mamba1(mixer, projected, to)
-    w.linear(mixer.out_proj, to, w.residual, adds=True)
-
-
-def _hybrid_mixer(w: _Writer, mixer: HybridMixer, norm: Norm) -> None:
-    a, s = mixer.config.attention, mixer.config.ssm
-    projected, attended, scanned = w.buffer(sum(mixer.widths)), w.buffer(s.inner_size), w.buffer(s.inner_size)
-    starts = [sum(mixer.widths[:n]) for n in range(len(mixer.widths))]
-    w.linear(mixer.in_proj, w.residual, projected, norm=norm)
-    own = (projected.behind(starts[1]), projected.behind(starts[2])) if a.key_value_source is None else None
-    w.attend(a, projected, own, attended)
-    inputs = projected.behind(starts[-1])
-    if isinstance(mixer.ssm, Mamba1Inner):
-        w.mamba1(mixer.ssm, inputs, scanned)
-    else:
-        w.mamba2(mixer.ssm, inputs, scanned, waits=False)
-    w.program.add(
-        native.Normalise, source=attended, beside=scanned, to=attended, size=s.inner_size, averages=1,
-        norm=w.norm(mixer.attention_norm), other=w.norm(mixer.ssm_norm),
-    )  # fmt: skip
-    w.linear(mixer.out_proj, attended, w.residual, adds=True)
-
-
-def _mlp_mixer(w: _Writer, mixer: MLPMixer, norm: Norm) -> None:
-    c, beside = mixer.config, None
-    if c.gated:
-        beside = w.buffer(c.intermediate_size)
-        w.linear(mixer.gate_proj, w.residual, beside, norm=norm)
-    up = w.buffer(c.intermediate_size)
-    w.linear(mixer.up_proj, w.residual, up, norm=norm, activation=c.activation, beside=beside)
-    w.linear(mixer.down_proj, up, w.residual, adds=True)
-
-
-def _linear_mixer(w: _Writer, mixer: LinearMixer, norm: Norm) -> None:
-    size = w.residual.stride
-    copy = w.buffer(size)  # the product adds to what it reads
-    w.program.add(native.Normalise, source=w.residual, to=copy, beside=Place(), size=size, norm=norm)
-    w.linear(mixer.out_proj, copy, w.residual, adds=True)
-
-
-MIXERS: dict[type, Callable[[_Writer, Any, Norm], None]] = {
-    AttentionMixer: _attention_mixer,
-    Mamba2Mixer: _mamba2_mixer,
-    Mamba1Mixer: _mamba1_mixer,
-    HybridMixer: _hybrid_mixer,
-    MLPMixer: _mlp_mixer,
-    LinearMixer: _linear_mixer,
-}

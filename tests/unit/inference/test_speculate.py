@@ -9,10 +9,11 @@ import torch
 
 from halflap.errors import HalflapError
 from halflap.inference.chooser import Chooser, choose_rows
+from halflap.inference.draft import Draft
 from halflap.inference.memory import Budget
 from halflap.inference.requests import EngineSettings, Piece, Request, SamplingParams
 from halflap.inference.scheduler import Scheduler
-from halflap.inference.speculate import Draft, Pace
+from halflap.inference.speculate import Pace
 from halflap.inference.stream import Stream
 from halflap.models.model import HybridModel
 

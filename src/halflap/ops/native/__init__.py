@@ -10,6 +10,7 @@ elementwise.py     RMSNorm, squared ReLU and SwiGLU as autograd functions
 decode.py          the Mamba-2 step and linear maps of few rows, for inference
 quantized.py       linear maps by packed weights, for inference
 sampling.py        draws from logits
+program.py         a whole model's next tokens in one call (program.cpp, program_*.h)
 *.h, *.cpp         the kernels: vector.h (lanes), parallel.h (threads), product.h (small matrix products), scan.h and
                    scan_backward.h, selective_scan.h, convolution.h, norms.h, attention.h, sampling.h; a .cpp beside
                    each wrapper is its C interface

@@ -1,7 +1,8 @@
-// One token of many sequences against the keys and values they keep; bound by reading those.
+// The next tokens of many sequences against the keys and values they keep; bound by reading those.
 //
-// A task is one key head of one sequence and the query heads that share it, so keys and values are read once, or where
+// A task is one key head of one token and the query heads that share it, so keys and values are read once, or where
 // there are fewer of those than threads, a part of its positions. What is read next is asked for before it is needed.
+// How positions are divided into parts depends on their number alone, so that sums are the same whoever makes them.
 // Rotary angles are float32, as in models/rope.py.
 #pragma once
 #include "parallel.h"
@@ -9,6 +10,8 @@
 #include <type_traits>
 
 namespace halflap {
+
+constexpr int64_t PART = 256, MOST_PARTS = 32;  // PART: positions for which it is worth going over the sums once more
 
 struct AttentionStep {
     int64_t heads, key_heads, size, value_size, rotary, window, meta;  // rotary: turned channels; window: -1 for none
@@ -24,9 +27,17 @@ struct AttentionStep {
     int64_t kept(int64_t position) const {
         return window < 0 || position < meta + window ? position + 1 : meta + window + 1;
     }
+
+    // into how many parts what is kept is divided, and where each begins
+    static int64_t parts(int64_t kept) { return kept < 2 * PART ? 1 : kept < MOST_PARTS * PART ? kept / PART : MOST_PARTS; }
+    static int64_t begin(int64_t kept, int64_t part) {
+        const int64_t all = parts(kept);
+        return part == all ? kept : kept * part / all / 16 * 16;
+    }
 };
 
-inline void rotate(const AttentionStep& a, int64_t position, const float* x, float* to) {
+// a function of its own, as one of several copies might round otherwise
+__attribute__((noinline)) inline void rotate(const AttentionStep& a, int64_t position, const float* x, float* to) {
     const int64_t half = a.rotary / 2;
     for (int64_t i = 0; i < half; i++) {
         const float angle = (float)position * a.speed[i], c = std::cos(angle), s = std::sin(angle);
@@ -186,25 +197,11 @@ struct Attended {
     }
 };
 
-// Query heads of one key head, (shared, size) at q, of the token at `position`, against the kept places begin .. end of
-// keys (slots, size) and values (slots, value_size) of that head. key and value of this token are written to its place
-// there first, unless null: another block has then.
+// Queries Q (shared, D) against places begin .. end; S (shared, BLOCK) and keep (shared) are room for it
 template <class T>
-void attend_step(const AttentionStep& a, int64_t position, int64_t begin, int64_t end, const float* q, const float* key, const float* value, T* keys, T* values, Attended to) {
-    const int64_t shared = to.shared, D = round_up(a.size, VL), own = a.slot(position);
-    Carver carver(shared * (D + BLOCK + 1) + D + 16 * 4);
-    float *Q = carver.take(shared * D), *S = carver.take(shared * BLOCK), *turned = carver.take(D), *keep = carver.take(shared);
+__attribute__((noinline)) void attend_part(const AttentionStep& a, int64_t begin, int64_t end, const float* Q, int64_t D, float* S, float* keep, const T* keys, const T* values, Attended to) {
+    const int64_t shared = to.shared;
     to.clear();
-    memset(Q, 0, shared * D * sizeof(float));
-    for (int64_t h = 0; h < shared; h++) {
-        rotate(a, position, q + h * a.size, Q + h * D);
-        for (int64_t d = 0; d < a.size; d++) Q[h * D + d] *= a.scale;
-    }
-    if (key && begin <= own && own < end) {
-        rotate(a, position, key, turned);
-        put_row(keys + own * a.size, turned, a.size);
-        put_row(values + own * a.value_size, value, a.value_size);
-    }
     for (int64_t j0 = begin; j0 < end; j0 += BLOCK) {
         const int64_t count = end - j0 < BLOCK ? end - j0 : BLOCK;
         const T *k = keys + j0 * a.size, *v = values + j0 * a.value_size;
@@ -219,6 +216,35 @@ void attend_step(const AttentionStep& a, int64_t position, int64_t begin, int64_
         by_heads(shared, [&](int64_t h, auto heads) {
             add_values<decltype(heads)::value>(v, a.value_size, count, S + h * BLOCK, keep + h, to.O + h * to.Dv, to.Dv);
         });
+    }
+}
+
+// The key and value of one key head to a place of keys (slots, size) and values (slots, value_size)
+template <class T>
+void keep_step(const AttentionStep& a, int64_t position, const float* key, const float* value, T* keys, T* values) {
+    Carver carver(round_up(a.size, 16));
+    float* turned = carver.take(a.size);
+    rotate(a, position, key, turned);
+    put_row(keys, turned, a.size);
+    put_row(values, value, a.value_size);
+}
+
+// Query heads of one key head, (shared, size) at q, of the token at `position`, against parts first .. last of what is
+// kept in keys (slots, size) and values (slots, value_size) of that head; to(part) is where what one gives goes, and
+// then(part) is called when it is there.
+template <class T, class To, class Then>
+void attend_step(const AttentionStep& a, int64_t position, int64_t first, int64_t last, const float* q, const T* keys, const T* values, const To& to, const Then& then) {
+    const int64_t shared = a.shared(), D = round_up(a.size, VL), kept = a.kept(position);
+    Carver carver(shared * (D + BLOCK + 1) + 16 * 3);
+    float *Q = carver.take(shared * D), *S = carver.take(shared * BLOCK), *keep = carver.take(shared);
+    memset(Q, 0, shared * D * sizeof(float));
+    for (int64_t h = 0; h < shared; h++) {
+        rotate(a, position, q + h * a.size, Q + h * D);
+        for (int64_t d = 0; d < a.size; d++) Q[h * D + d] *= a.scale;
+    }
+    for (int64_t part = first; part < last; part++) {
+        attend_part(a, a.begin(kept, part), a.begin(kept, part + 1), Q, D, S, keep, keys, values, to(part));
+        then(part);
     }
 }
 

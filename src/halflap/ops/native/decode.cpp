@@ -50,8 +50,8 @@ template <class T>
 void step(const Call& c, const Mamba2Step& s) {
     parallel_tasks(c.batch * s.groups, (int)c.threads, [&](int64_t task) {
         const int64_t b = task / s.groups;
-        mamba2_group_step(s, task % s.groups, (const T*)c.projected + b * s.row(), (T*)c.conv_state + b * (s.width - 1) * s.conv(),
-                          c.ssm_state + b * s.inner() * s.states, (T*)c.out + b * s.inner());
+        mamba2_group_steps(s, task % s.groups, 1, (const T*)c.projected + b * s.row(), s.row(), (T*)c.conv_state + b * (s.width - 1) * s.conv(),
+                           c.ssm_state + b * s.inner() * s.states, false, (T*)c.out + b * s.inner(), s.inner());
     });
 }
 

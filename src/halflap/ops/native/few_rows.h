@@ -1,6 +1,9 @@
 // Linear maps of few rows of activations: bound by reading the weight, which is read once and in order. Many rows are
 // served AT_A_TIME, for which columns.h is made.
 //
+// Up to ALIKE rows, each is multiplied in one order whatever is beside it: lane by lane from the first input to the
+// last, lanes then summed as a tree. So a token's numbers are the same alone, in a batch and among guesses.
+//
 // Rows of activations are prepared once, in the type that meets the weight's (bfloat16 where the processor multiplies
 // it, else float), and then serve any range of outputs. `put(m, n, values, count)` takes outputs n .. n + count of row
 // m. For weights of 4 and 8 bits see packed_rows.h, which has the same three functions.
@@ -12,7 +15,16 @@
 
 namespace halflap {
 
+constexpr int64_t ALIKE = 32;       // mirrored by MOST_ROWS in program.py
 constexpr int64_t AT_A_TIME = 128;  // their rows of x stay in the second and third cache while all of the weight passes
+
+// Rows in groups of at most four, as even as can be: group g of `of` rows begins at row first(g).
+struct Fours {
+    int64_t rows;
+    int64_t count() const { return (rows + 3) / 4; }
+    int64_t first(int64_t g) const { return g * (rows / count()) + (g < rows % count() ? g : rows % count()); }
+    int64_t of(int64_t g) const { return rows / count() + (g < rows % count()); }
+};
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 template <class W>
@@ -31,117 +43,121 @@ constexpr int STEP = VL;
 #endif
 template <class W>
 LANES vf dot_step(vf c, const float* x, const W* w, int64_t left) {
-    return c + load(x) * load_to(w, left);
+    return fused(load(x), load_to(w, left), c);
 }
 
 template <class W>
 struct FewRows {
     using X = Operand<W>;
-    static constexpr int step = STEP<W>, NR = VL == 16 ? 4 : 3;  // rows of the weight that meet four of x in registers
+    static constexpr int step = STEP<W>, GROUP = VL == 16 ? 16 : 24;  // GROUP: rows of the weight whose outputs are put at once
     int64_t M, K, padded;
-    X* x;  // (M, padded), or for more than two rows in fours, step by step: (M / 4, padded / step, 4, step); zeros behind
+    Fours fours;
+    X* x;  // by groups of `fours`, each step by step: (padded / step, rows of the group, step); zeros behind
 
-    static int64_t floats(int64_t M, int64_t K) { return in_columns(M) ? Columns::floats(M, K) : round_up(M, 4) * round_up(K, step); }
+    static int64_t floats(int64_t M, int64_t K) { return in_columns(M) ? Columns::floats(M, K) : M * round_up(K, step); }
     template <class T>
     FewRows(int64_t M, int64_t K, const T* from, int64_t stride, float* memory) : FewRows(M, K, memory) {
         if (in_columns(M)) {
             Columns{M, K, (float*)x}.prepare(from, stride);
             return;
         }
-        for (int64_t m = 0; m < (in_fours() ? round_up(M, 4) : M); m++)
-            for (int64_t k = 0; k < K; k += step)
-                for (int64_t i = k; i < k + step; i += VL) {
-                    const int64_t left = m < M ? K - i : 0;
-                    store((X*)at(m, k) + i - k, left > 0 ? load_to(from + m * stride + i, left) : splat(0));
-                }
+        for (int64_t g = 0; g < fours.count(); g++)
+            for (int64_t m = 0; m < fours.of(g); m++)
+                for (int64_t k = 0; k < K; k += step)
+                    for (int64_t i = k; i < k + step; i += VL) {
+                        X* to = (X*)of_group(g) + k * fours.of(g) + m * step + i - k;
+                        store(to, K > i ? load_to(from + (fours.first(g) + m) * stride + i, K - i) : splat(0));
+                    }
     }
-    FewRows(int64_t M, int64_t K, float* memory) : M(M), K(K), padded(round_up(K, step)), x((X*)memory) {}  // prepared before
-    static bool in_columns(int64_t M) { return Columns::FIT && M > 4; }
-    bool in_fours() const { return M > 2; }
-    int64_t hop() const { return in_fours() ? 4 * step : step; }  // from one step of a row to its next
-    const X* at(int64_t m, int64_t k) const {
-        return in_fours() ? x + m / 4 * 4 * padded + k * 4 + m % 4 * step : x + m * padded + k;
-    }
+    FewRows(int64_t M, int64_t K, float* memory) : M(M), K(K), padded(round_up(K, step)), fours{M}, x((X*)memory) {}  // prepared before
+    static bool in_columns(int64_t M) { return Columns::FIT && M > ALIKE; }
+    const X* of_group(int64_t g) const { return x + fours.first(g) * padded; }
 
     // outputs begin .. end by their rows of w (end - begin, K)
     template <class Put>
     void range(const W* w, int64_t begin, int64_t end, const Put& put) const {
         if constexpr (std::is_same_v<X, float>) {
             if (in_columns(M)) return Columns{M, K, (float*)x}.range(w, begin, end, put);
-            if (VL == 16 && sizeof(W) == 2 && M > 4) return widened(w, begin, end, put);
+            if (sizeof(W) == 2 && M > 4) return widened(w, begin, end, put);
         }
-        const int64_t fours = (M + 3) / 4;
-        // of w for each step, such that the next rows are there in time; several rows at once are no stream to a prefetcher
-        const int lines = VL == 16 && in_fours() ? (int)((3 + fours) / fours) : 0;
-        for (int64_t n = begin; n < end; n += 16, w += 16 * K) {
-            const int64_t rows = end - n < 16 ? end - n : 16;
-            const char* next = (const char*)(w + 16 * K);
-            if (!in_fours())
-                for (int64_t m = 0; m < M; m++) one(m, n, rows, w, put);
-            else
-                for (int64_t r = 0; r < rows; r += NR)
-                    for (int64_t m = 0; m < M; m += 4) {
-                        if (rows - r >= NR) tile<NR>(m, n + r, w + r * K, put, next, lines);
-                        else for (int64_t i = r; i < rows; i++) tile<1>(m, n + i, w + i * K, put, next, 0);
-                    }
-        }
+        // as many rows of the weight at once as keep all multipliers busy and their sums in registers
+        const int64_t widest = fours.of(0);
+        if (widest == 1) by_tiles<8>(w, begin, end, put);
+        else if (VL == 16 || widest < 4) by_tiles<4>(w, begin, end, put);
+        else by_tiles<3>(w, begin, end, put);
     }
 
 private:
-    // one row of x times at most 16 of w, strictly in order: the prefetcher follows one stream in a page
-    template <class Put>
-    void one(int64_t m, int64_t n, int64_t rows, const W* w, const Put& put) const {
-        vf parts[16];
-        for (int64_t r = 0; r < 16; r++) {
-            parts[r] = splat(0);
-            if (r >= rows) continue;
-            const X* a = at(m, 0);
-            const W* b = w + r * K;
-            vf sums[4] = {};
-            int64_t k = 0;
-            for (; k + 4 * step <= K; k += 4 * step, a += 4 * hop())
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) sums[i] = dot_step(sums[i], a + i * hop(), b + k + i * step, step);
-            for (; k < K; k += step, a += hop()) sums[0] = dot_step(sums[0], a, b + k, K - k);
-            parts[r] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    template <int R, class Put>
+    void by_tiles(const W* w, int64_t begin, int64_t end, const Put& put) const {
+        float out[AT_A_TIME][GROUP];
+        for (int64_t n = begin; n < end; n += GROUP, w += GROUP * K) {
+            const int64_t rows = end - n < GROUP ? end - n : GROUP;
+            for (int64_t r = 0; r < rows;) {
+                const int R_now = rows - r >= R ? R : 1;
+                for (int64_t g = 0; g < fours.count(); g++) {
+                    const W* ahead = g == 0 ? w + (r + R) * K : nullptr;
+                    if (R_now == R) group<R>(g, w + r * K, ahead, &out[fours.first(g)][r]);
+                    else group<1>(g, w + r * K, nullptr, &out[fours.first(g)][r]);
+                }
+                r += R_now;
+            }
+            for (int64_t m = 0; m < M; m++) put(m, n, out[m], rows);
         }
-        float totals[16];
-        sums_of_16(parts, totals);
-        put(m, n, totals, rows);
     }
-    // for many rows of x: some rows of w as floats, instead of the same again for every four
+    template <int R>
+    void group(int64_t g, const W* w, const W* next, float* out) const {
+        switch (fours.of(g)) {
+            case 1: return tile<1, R>(of_group(g), w, next, out);
+            case 2: return tile<2, R>(of_group(g), w, next, out);
+            case 3: return tile<3, R>(of_group(g), w, next, out);
+            default: return tile<4, R>(of_group(g), w, next, out);
+        }
+    }
+    // XS rows of x times R of w; meanwhile the rows of w at `next` are fetched: several at once are no stream to a prefetcher
+    template <int XS, int R>
+    void tile(const X* a, const W* w, const W* next, float* out) const {
+        if constexpr (XS * R > 16) return;  // not asked for
+        else {
+            vf sums[16] = {};  // sums[R * row of x + row of w]
+            auto multiply = [&](int64_t k, int64_t left) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+                    for (int i = 0; i < XS; i++) sums[R * i + r] = dot_step(sums[R * i + r], a + i * step, w + r * K + k, left);
+            };
+            constexpr int LINE = 64 / sizeof(W);  // numbers in a cache line
+            int64_t k = 0;
+            for (; k + LINE <= K; k += LINE) {
+                if (next)
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; r++) __builtin_prefetch((const char*)(next + r * K + k), 0, 2);  // not into the first cache
+#pragma GCC unroll 4
+                for (int i = 0; i < LINE; i += step, a += XS * step) multiply(k + i, step);
+            }
+            for (; k < K; k += step, a += XS * step) multiply(k, K - k < step ? K - k : step);
+            float totals[16];
+            if (XS * R <= 8) sums_of_some<8>(sums, totals);
+            else sums_of_some<16>(sums, totals);
+#pragma GCC unroll 4
+            for (int i = 0; i < XS; i++)
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++) out[i * GROUP + r] = totals[R * i + r];
+        }
+    }
+    // for many rows of x: some rows of w as floats, instead of the same again for every group
     template <class Put>
     void widened(const W* w, int64_t begin, int64_t end, const Put& put) const {
+        constexpr int GROUP = FewRows<float>::GROUP;
         static thread_local std::vector<float> wide;
-        if ((int64_t)wide.size() < 16 * K) wide.resize(16 * K);
+        if ((int64_t)wide.size() < GROUP * K) wide.resize(GROUP * K);
         const FewRows<float> floats(M, K, (float*)x);
-        for (int64_t n = begin; n < end; n += 16) {
-            const int64_t count = (end - n < 16 ? end - n : 16) * K;
+        for (int64_t n = begin; n < end; n += GROUP) {
+            const int64_t count = (end - n < GROUP ? end - n : GROUP) * K;
             const W* from = w + (n - begin) * K;
             for (int64_t i = 0; i < count; i += VL) store_to(wide.data() + i, load_to(from + i, count - i), count - i);
-            floats.range(wide.data(), n, end - n < 16 ? end : n + 16, put);
+            floats.range(wide.data(), n, end - n < GROUP ? end : n + GROUP, put);
         }
-    }
-    // four rows of x times R of w; meanwhile the rows of w that come next are fetched, in order
-    template <int R, class Put>
-    void tile(int64_t m, int64_t n, const W* w, const Put& put, const char*& next, int lines) const {
-        vf sums[16] = {};  // sums[R * row of x + row of w]
-        const X* a = at(m, 0);
-        auto multiply = [&](int64_t k, int64_t left) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) sums[R * i + r] = dot_step(sums[R * i + r], a + i * step, w + r * K + k, left);
-        };
-        int64_t k = 0;
-        for (; k + step <= K; k += step, a += 4 * step) {
-            for (int line = 0; line < lines; line++, next += 64) __builtin_prefetch(next);
-            multiply(k, step);
-        }
-        if (k < K) multiply(k, K - k);
-        float totals[16];
-        sums_of_16(sums, totals);
-        for (int64_t i = 0; i < 4 && m + i < M; i++) put(m + i, n, totals + R * i, R);
     }
 };
 

@@ -3,10 +3,11 @@
 // Weights are whole numbers of 4 or 8 bits in 32-bit words, the first input in the lowest bits; PER of them lie in a
 // word. A vector of VL words is a block of VL * PER inputs; shifted by s * BITS, lane i holds input PER * i + s. So no
 // weight is moved between lanes: the activations are put in that order once for all rows of the weight. A lane's PER
-// inputs share a scale. The offset that makes the numbers unsigned is taken out through the sum of a lane's activations.
+// inputs share a scale. The offset that makes the numbers unsigned is taken out through the sum of a lane's activations,
+// with which sums begin. Up to ALIKE rows of activations are multiplied in one order, as in few_rows.h.
 // Floats of 8 bits lie like whole numbers of 8 bits; shifted into the place of a float's sign, exponent and mantissa,
 // they are 2^120 times too small, the subnormal ones too. (Not the one that means NaN, which no weight is.)
-// For more than four rows of activations the weights become floats first, a dozen rows of them at a time.
+// For more rows of activations than that the weights become floats first, a dozen rows of them at a time.
 #pragma once
 #include "few_rows.h"
 
@@ -18,7 +19,6 @@ struct Weights {  // mirrored by ops/native/quantized.py
     const void* scales;     // (rows, ceil(inputs / group)), float or bfloat16
 };
 
-constexpr int AT_ONCE = 4;  // rows of activations that one reading of a block serves
 constexpr int DOZEN = Columns::GROUP;  // rows of weights that are floats at a time: as many as a group of columns.h
 
 constexpr int E4M3 = 43;  // a FORMAT; the others are the bits of a whole number
@@ -104,32 +104,25 @@ struct Spread {
 
 // one row of weights times ROWS rows of activations; a function of its own, whose loop has all registers
 template <int FORMAT, int ROWS>
-__attribute__((noinline)) void multiply(const uint32_t* words, const float* scales, const Spread<FORMAT>& spread, int64_t K, int64_t blocks, const float* x, const float* sums, float* y) {
+__attribute__((noinline)) void multiply(const uint32_t* words, const float* scales, const Spread<FORMAT>& spread, int64_t K, int64_t blocks, const float* x, const float* begun, float* y) {
     using F = Form<FORMAT>;
-    constexpr int CHAINS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // sums that do not wait for one another
     const int64_t count = (K + F::PER - 1) / F::PER;
     const int shift = spread.shift();
     vf totals[ROWS] = {};
     for (int64_t b = 0; b < blocks; b++) {
         const vu w = F::load_words(words + b * VL, count - b * VL);
-        vf parts[ROWS][CHAINS];
+        vf parts[ROWS];
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; m++) parts[m] = load(begun + (m * blocks + b) * VL);
 #pragma GCC unroll 8
         for (int s = 0; s < F::PER; s++) {
             const vf number = F::number(w, s);
 #pragma GCC unroll 4
-            for (int m = 0; m < ROWS; m++) {
-                const vf term = load(x + ((m * blocks + b) * F::PER + s) * VL);
-                parts[m][s % CHAINS] = s < CHAINS ? number * term : parts[m][s % CHAINS] + number * term;
-            }
+            for (int m = 0; m < ROWS; m++) parts[m] = fused(number, load(x + ((m * blocks + b) * F::PER + s) * VL), parts[m]);
         }
-        const vf scale = spread.of(scales, b, shift);
+        const vf scale = F::SUM_UNIT * spread.of(scales, b, shift);
 #pragma GCC unroll 4
-        for (int m = 0; m < ROWS; m++) {
-            const vf *p = parts[m];
-            vf part = CHAINS == 4 ? (p[0] + p[1 % CHAINS]) + (p[2 % CHAINS] + p[3 % CHAINS]) : CHAINS == 2 ? p[0] + p[1 % CHAINS] : p[0];
-            if (F::OFFSET) part -= F::OFFSET * load(sums + (m * blocks + b) * VL);
-            totals[m] += F::SUM_UNIT * part * scale;
-        }
+        for (int m = 0; m < ROWS; m++) totals[m] = fused(parts[m], scale, totals[m]);
     }
     for (int m = 0; m < ROWS; m++) y[m] = sum(totals[m]);
 }
@@ -145,10 +138,10 @@ template <int FORMAT>
 struct PackedRows {
     using F = Form<FORMAT>;
     int64_t M, K, blocks;
-    float *ordered, *rest;  // activations (M, blocks, PER, VL), number s in units; the sums of each lane's (M, blocks, VL), or what FewRows has
+    float *ordered, *rest;  // activations (M, blocks, PER, VL), number s in units; the sums of each lane's times -OFFSET (M, blocks, VL), or what FewRows has
 
     static int64_t blocks_of(int64_t K) { return (K + F::BLOCK - 1) / F::BLOCK; }
-    static bool as_floats(int64_t M) { return M > AT_ONCE; }
+    static bool as_floats(int64_t M) { return M > ALIKE; }
     // of a row of activations; where the weights become floats a cache line more, since rows apart by pages displace each other
     static int64_t width(int64_t M, int64_t K) { return blocks_of(K) * F::BLOCK + (as_floats(M) ? 16 : 0); }
     static int64_t floats(int64_t M, int64_t K) {
@@ -175,7 +168,7 @@ struct PackedRows {
                 sum += load(own);
                 store(own, F::unit(s) * load(own));
             }
-            store(rest + b * VL, sum);
+            store(rest + b * VL, F::OFFSET ? -F::OFFSET * sum : splat(0));
         }
     }
 
@@ -203,21 +196,33 @@ struct PackedRows {
             }
             return;
         }
-        for (int64_t n = begin; n < end; n++) {
-            widen_scales(w, n, groups, scales);
-            const uint32_t* words = w.words + n * per_row;
-            float out[AT_ONCE];
-            switch (M) {
-                case 1: multiply<FORMAT, 1>(words, scales, spread, K, blocks, ordered, rest, out); break;
-                case 2: multiply<FORMAT, 2>(words, scales, spread, K, blocks, ordered, rest, out); break;
-                case 3: multiply<FORMAT, 3>(words, scales, spread, K, blocks, ordered, rest, out); break;
-                default: multiply<FORMAT, 4>(words, scales, spread, K, blocks, ordered, rest, out);
+        const Fours fours{M};
+        float out[ALIKE][VL];
+        for (int64_t n = begin; n < end; n += VL) {
+            const int64_t count = end - n < VL ? end - n : VL;
+            for (int64_t r = 0; r < count; r++) {
+                widen_scales(w, n + r, groups, scales);
+                for (int64_t g = 0; g < fours.count(); g++) {
+                    float y[4];
+                    multiply_group(fours, g, w.words + (n + r) * per_row, scales, spread, y);
+                    for (int64_t i = 0; i < fours.of(g); i++) out[fours.first(g) + i][r] = y[i];
+                }
             }
-            for (int64_t m = 0; m < M; m++) put(m, n, out + m, 1);
+            for (int64_t m = 0; m < M; m++) put(m, n, out[m], count);
         }
     }
 
 private:
+    // a row of weights times a group of rows of activations
+    void multiply_group(const Fours& fours, int64_t g, const uint32_t* words, const float* scales, const Spread<FORMAT>& spread, float* y) const {
+        const float *x = ordered + fours.first(g) * blocks * F::BLOCK, *begun = rest + fours.first(g) * blocks * VL;
+        switch (fours.of(g)) {
+            case 1: return multiply<FORMAT, 1>(words, scales, spread, K, blocks, x, begun, y);
+            case 2: return multiply<FORMAT, 2>(words, scales, spread, K, blocks, x, begun, y);
+            case 3: return multiply<FORMAT, 3>(words, scales, spread, K, blocks, x, begun, y);
+            default: return multiply<FORMAT, 4>(words, scales, spread, K, blocks, x, begun, y);
+        }
+    }
     // a row of weights as floats, in the order of the activations; zeros behind the last input
     __attribute__((noinline)) void write_in_order(const uint32_t* words, const float* scales, const Spread<FORMAT>& spread, float* to) const {
         const int64_t count = (K + F::PER - 1) / F::PER;

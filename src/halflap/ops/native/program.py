@@ -1,4 +1,7 @@
-"""One token of many sequences through a whole model in one call (program.cpp): its instructions, and running them."""
+"""The next tokens of many sequences through a whole model in one call (program.cpp): instructions, and running them.
+
+A pass may hold: recurrent states stay as they are until `Held.settle` says how many of its tokens count.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from halflap.ops.native.common import into_large_pages, is_narrow, library
 
-MOST_ROWS = 32  # of one run; more are run one after the other
+MOST_ROWS = 32  # tokens of one run, ALIKE in few_rows.h; more are run one after the other
 NORMS = {None: 0, "rms": 1, "layer1p": 2}
 ACTIVATIONS = {None: 0, "relu2": 1, "silu": 2}
 
@@ -59,29 +62,35 @@ class Product(Instruction):
 class Mamba2(Instruction):
     KIND = 1
     _fields_ = [
-        *((name, Place) for name in ("source", "to")),
+        *((name, Place) for name in ("source", "to", "held")),
         *_integers("state", "heads", "channels", "groups", "states", "width"),
         *((name, ctypes.c_float) for name in ("low", "high", "eps")),
         *_pointers("conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight"),
     ]
 
 
+ATTENTION_STEP = [
+    *_integers("heads", "key_heads", "size", "value_size", "rotary", "window", "meta"),
+    ("scale", ctypes.c_float),
+    *_pointers("speed"),
+]
+
+
 class Attention(Instruction):
-    """Against the keys and values of a state, where this token's are written first if they are its `own`."""
+    """Against the keys and values of a state, where a single token's are written first if they are its `own`."""
 
     KIND = 2
     _fields_ = [
-        *((name, Place) for name in ("query", "key", "value", "to")),
-        *_integers("state", "own", "heads", "key_heads", "size", "value_size", "rotary", "window", "meta"),
-        ("scale", ctypes.c_float),
-        *_pointers("speed"),
+        *((name, Place) for name in ("query", "key", "value", "to", "held")),
+        *_integers("state", "own"),
+        *ATTENTION_STEP,
     ]
 
 
 class Convolution(Instruction):
     KIND = 3
     _fields_ = [
-        *((name, Place) for name in ("source", "to")),
+        *((name, Place) for name in ("source", "to", "held")),
         *_integers("state", "channels", "width"),
         *_pointers("weight", "bias"),
     ]
@@ -90,7 +99,7 @@ class Convolution(Instruction):
 class Selective(Instruction):
     KIND = 4
     _fields_ = [
-        *((name, Place) for name in ("u", "dt", "B", "C", "gate", "to")),
+        *((name, Place) for name in ("u", "dt", "B", "C", "gate", "to", "held")),
         *_integers("state", "channels", "states"),
         *_pointers("A", "D", "dt_bias"),
     ]
@@ -105,6 +114,17 @@ class Normalise(Instruction):
         *_integers("size", "averages"),
         ("norm", Norm),
         ("other", Norm),
+    ]
+
+
+class Keep(Instruction):
+    """The keys and values of several tokens a sequence, or of a pass that holds, into a state."""
+
+    KIND = 6
+    _fields_ = [
+        *((name, Place) for name in ("key", "value", "held")),
+        *_integers("state"),
+        *ATTENTION_STEP,
     ]
 
 
@@ -124,7 +144,15 @@ class State(ctypes.Structure):
 
 
 class _Run(ctypes.Structure):
-    _fields_ = [*_integers("batch", "threads", "states_each"), *_pointers("workspace", "output", "rows", "states")]
+    _fields_ = [
+        *_integers("batch", "sequences", "threads", "states_each", "holds"),
+        *_pointers("workspace", "output", "held", "rows", "states"),
+    ]
+
+
+ROW = ("position", "cache", "index", "first", "count")
+"""Columns of a table of sequences: where the first new token goes, the row of a cache that is continued, and which
+tokens of a run continue it."""
 
 
 @dataclass
@@ -133,7 +161,8 @@ class Program:
 
     instructions: list[Instruction] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
-    width: int = 0  # floats of the workspace for each row
+    width: int = 0  # floats of the workspace for each token
+    held_width: int = 0  # floats that a token of a pass that holds, or of several tokens a sequence, puts aside
     _table: ctypes.Array[ctypes.c_void_p] | None = None
 
     def add(self, instruction: type[Instruction], *, waits: bool = True, **values: object) -> None:
@@ -148,17 +177,62 @@ class Program:
         self.kept.append(own)
         return own.data_ptr()
 
-    def run(self, workspace: Tensor, output: Tensor, rows: Tensor, states: Sequence[Sequence[State]]) -> None:
-        """workspace (width * B) float32 with the inputs in place, to output (B, ..); states by cache, all advanced.
+    def aside(self, columns: int) -> Place:
+        """Room for so many floats a token beside what others put aside."""
+        place = Place(self.held_width, columns, 0)
+        self.held_width += columns
+        return place
 
-        rows (B, 3) int64: a token's position, and which row of which cache it continues as (position, cache, row).
+    def run(
+        self, workspace: Tensor, output: Tensor, rows: Tensor, states: Sequence[Sequence[State]], *, holds: bool
+    ) -> Held:
+        """workspace (width * M) float32 with the inputs of M tokens in place, to output (M, ..); states by cache.
+
+        rows (S, 5) int64 are sequences as in ROW. All states are advanced, unless the pass holds.
         """
+        count = len(output)
+        several = holds or count > len(rows)
+        held = Held(
+            self, rows, count, torch.empty(self.held_width * count if several else 0), _flat(states), len(states[0])
+        )
+        run = held.asked(rows, holds=holds)
+        run.workspace, run.output = workspace.data_ptr(), output.data_ptr()
+        library().halflap_run_program(self.table, ctypes.c_int64(len(self.instructions)), ctypes.byref(run))
+        return held
+
+    @property
+    def table(self) -> ctypes.Array[ctypes.c_void_p]:
         if self._table is None:
             addresses = [ctypes.addressof(instruction) for instruction in self.instructions]
             self._table = (ctypes.c_void_p * len(addresses))(*addresses)
-        held = (State * sum(map(len, states)))(*(state for of_cache in states for state in of_cache))
-        run = _Run(
-            len(rows), torch.get_num_threads(), len(states[0]),
-            *(t.data_ptr() for t in (workspace, output, rows)), ctypes.addressof(held),
+        return self._table
+
+
+@dataclass
+class Held:
+    """A run that has been made, and what it put aside."""
+
+    program: Program
+    rows: Tensor
+    tokens: int
+    memory: Tensor
+    states: ctypes.Array[State]
+    states_each: int
+
+    def settle(self, chosen: Tensor, counts: Tensor) -> None:
+        """Advance the chosen rows (S',) of its table by the first counts (S',) of their tokens."""
+        rows, counts = self.rows[chosen].contiguous(), counts.contiguous()
+        library().halflap_settle_program(
+            self.program.table, ctypes.c_int64(len(self.program.instructions)),
+            ctypes.byref(self.asked(rows, holds=True)), ctypes.c_void_p(counts.data_ptr()),
         )  # fmt: skip
-        library().halflap_run_program(self._table, ctypes.c_int64(len(self.instructions)), ctypes.byref(run))
+
+    def asked(self, rows: Tensor, *, holds: bool) -> _Run:
+        return _Run(
+            self.tokens, len(rows), torch.get_num_threads(), self.states_each, int(holds),
+            held=self.memory.data_ptr(), rows=rows.data_ptr(), states=ctypes.addressof(self.states),
+        )  # fmt: skip
+
+
+def _flat(states: Sequence[Sequence[State]]) -> ctypes.Array[State]:
+    return (State * sum(map(len, states)))(*(state for of_cache in states for state in of_cache))

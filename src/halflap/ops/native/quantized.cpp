@@ -10,7 +10,7 @@ namespace {
 // y (M, rows) = x (M, K) weights'
 template <int FORMAT, class T>
 void some_rows(const Weights& w, int64_t M, const T* x, T* y, int threads) {
-    const int64_t K = w.inputs, grain = 1 + 65536 / (K * (M < AT_ONCE ? 1 : M / AT_ONCE));
+    const int64_t K = w.inputs, grain = 1 + 65536 / (K * Fours{M}.count());
     const PackedRows<FORMAT> rows(M, K, x, K, scratch(PackedRows<FORMAT>::floats(M, K)));
     parallel_ranges(w.rows, grain, threads, [&](int64_t begin, int64_t end) {
         std::vector<float> scales(rows.scale_floats(w));  // scratch holds the activations

@@ -15,7 +15,9 @@ struct Step {
 constexpr int64_t PIECE = 16;  // channels of one sequence that are one piece of work
 inline int64_t step_pieces(int64_t channels) { return (channels + PIECE - 1) / PIECE; }
 
-inline void step_piece(const Step& a, int64_t b, int64_t piece) {
+// of a sequence, its state (channels of the piece, N) from one place to another, which may be the same; a function of its
+// own, so that it is one for all
+__attribute__((noinline)) inline void step_piece(const Step& a, int64_t b, int64_t piece, const float* from, float* to) {
     const int64_t N = a.states, padded = round_up(N, VL), c0 = piece * PIECE, left = a.channels - c0;
     Carver carver(2 * round_up(padded, 16));
     float *B = carver.take(padded), *C = carver.take(padded), dt[PIECE], x[PIECE], out[PIECE];
@@ -27,12 +29,12 @@ inline void step_piece(const Step& a, int64_t b, int64_t piece) {
     }
     vf sums[PIECE] = {};
     for (int64_t i = 0; i < PIECE && i < left; i++) {
-        float* S = a.state + (b * a.channels + c0 + i) * N;
+        const float* S = from + i * N;
         const float* rate = a.A + (c0 + i) * N;
         for (int64_t n = 0; n < N; n += VL) {
             vf kept = decay(splat(dt[i]), load_to(rate + n, N - n) * RATE_SCALE);
             vf state = load_to(S + n, N - n) * kept + x[i] * load(B + n);
-            store_to(S + n, state, N - n);
+            store_to(to + i * N + n, state, N - n);
             sums[i] += state * load(C + n);
         }
     }
@@ -48,7 +50,10 @@ inline void step_piece(const Step& a, int64_t b, int64_t piece) {
 inline void step(const Step& a) {
     const int64_t pieces = step_pieces(a.channels);
     parallel_ranges(a.batch * pieces, 1 + 16384 / (PIECE * round_up(a.states, VL)), (int)a.threads, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; task++) step_piece(a, task / pieces, task % pieces);
+        for (int64_t task = begin; task < end; task++) {
+            float* state = a.state + (task / pieces * a.channels + task % pieces * PIECE) * a.states;
+            step_piece(a, task / pieces, task % pieces, state, state);
+        }
     });
 }
 

@@ -196,6 +196,27 @@ LANES void sums_of_16(const vf* v, float* totals) {
 #endif
 }
 
+// of 8 or 16, each as `sums_of_16` would
+template <int COUNT>
+LANES void sums_of_some(const vf* v, float* totals) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+    if (COUNT == 8) return store(totals, sums_of_8(v));
+#endif
+    sums_of_16(v, totals);
+}
+
+// a b + c, rounded once where the processor can; for sums that are to be the same in several places, as a compiler
+// fuses a sum or not by what is around it
+LANES vf fused(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 // e^x to 1.2e-7 relative; 0 below -87.3 and e^88 above 88, so neither subnormal nor infinite
 LANES vf exponential(vf x) {
     const vf rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
