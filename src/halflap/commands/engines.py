@@ -17,7 +17,7 @@ from halflap.errors import HalflapError, RecipeError
 from halflap.inference.engine import Engine
 from halflap.inference.generate import require_positions
 from halflap.inference.memory import Budget
-from halflap.inference.requests import SSM_DTYPES, EngineSettings
+from halflap.inference.requests import NARROW_GUESSES, SSM_DTYPES, EngineSettings
 from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel
 from halflap.models.quantization import weight_bytes
@@ -76,7 +76,9 @@ def plan_engine(path: str | Path, decoding: Decoding, common: Common, replicas: 
         keeping.append(guesser)
     kind = torch.float32 if dtype == "float32" else torch.bfloat16  # `auto` is the stored type of a model on a GPU
     given = None if decoding.cache_memory is None else int(decoding.cache_memory.value)
-    states = decoding.ssm_dtype or _said_of_states(directory)
+    if decoding.ssm_dtype == "bfloat16" and decoding.speculate != "off":
+        raise HalflapError(NARROW_GUESSES)
+    states = decoding.ssm_dtype or ("float32" if decoding.speculate != "off" else _said_of_states(directory))
     budget = Budget(keeping, kind, given, torch.bfloat16 if states == "bfloat16" else None)
     context, remark = _context_within(budget, context, decoding.max_context is not None)
     one = budget.row(context)

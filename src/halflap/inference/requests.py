@@ -206,6 +206,12 @@ class Usage:
     cached_tokens: int
 
 
+NARROW_GUESSES = (
+    "ssm_dtype is bfloat16, in which a state is rounded once a pass, so that guesses, which make passes longer, would "
+    "change texts; leave out either ssm_dtype or speculate"
+)
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """Limits of an engine.
@@ -246,6 +252,8 @@ class EngineSettings:
             raise HalflapError(
                 f"ssm_dtype is {self.ssm_dtype!r}; allowed are {', '.join(SSM_DTYPES)}: choose one of them"
             )
+        if self.ssm_dtype != "float32" and self.speculate is not None:
+            raise HalflapError(NARROW_GUESSES)
         if isinstance(self.speculate, str) and self.speculate != "lookup":
             raise HalflapError(
                 f"speculate is {self.speculate!r}; it must be None, 'lookup' or a draft model: choose one of them"

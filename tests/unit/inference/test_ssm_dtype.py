@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from halflap.errors import HalflapError
 from halflap.inference.memory import Budget
 from halflap.inference.requests import EngineSettings, Request, SamplingParams
 from halflap.inference.scheduler import Scheduler
@@ -77,3 +78,8 @@ def test_bytes_are_counted(hybrid: HybridModel) -> None:
         scheduler.step()
     group = scheduler.slots.groups[0]
     assert all(state.ssm.dtype == torch.bfloat16 for state in parts(group.cache) if isinstance(state, ConvSSMState))
+
+
+def test_guesses_beside_rounded_states_are_refused() -> None:
+    with pytest.raises(HalflapError, match="guesses, which make passes longer, would change texts"):
+        EngineSettings(ssm_dtype="bfloat16", speculate="lookup")
