@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from halflap.errors import HalflapError
 from halflap.inference.chooser import Chooser, choose_rows
@@ -16,6 +18,8 @@ from halflap.inference.scheduler import Scheduler
 from halflap.inference.speculate import Pace
 from halflap.inference.stream import Stream
 from halflap.models.model import HybridModel
+from halflap.models.quantization import Quantization
+from halflap.models.quantized import pack_tensors, prepare
 
 PROMPTS = [(5, 6, 7, 5, 6, 7, 5, 6), tuple(range(7, 25)), (200, 3, 17, 250), (299, 0), (50, 51, 52, 50, 51)]
 
@@ -56,6 +60,29 @@ def test_speculative_equals_plain(model: HybridModel, guesser: str, make: Callab
             assert counts["right"] > 0.9 * counts["guessed"] > 0
         elif reach:
             assert counts["guessed"] >= counts["right"]
+
+
+def packed(model: HybridModel, bits: int) -> HybridModel:
+    quantization = Quantization(bits, 32)
+    parts = dict(pack_tensors(model.state_dict().items(), model.config, quantization))
+    model = prepare(copy.deepcopy(model), quantization)
+    model.load_state_dict(parts)
+    return model
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int8 in bfloat16", "int4"])
+@pytest.mark.parametrize("guesser", ["lookup", "itself"])
+def test_whatever_the_numbers_are_in(model: HybridModel, guesser: str, form: str) -> None:
+    """Greedy replies of one at a time and of three, with guesses and without, are the same token for token."""
+    model = packed(model, int(form[3])) if "int" in form else copy.deepcopy(model)
+    if "bfloat16" in form:
+        model = model.bfloat16()
+    requests = [Request(prompt, 24, ignore_eos=True) for prompt in PROMPTS]
+    expected = [replies(model, [request], None)[0][0] for request in requests]
+    assert replies(model, requests, None)[0] == expected
+    for reach in (1, 3, 7):
+        got, counts = replies(model, requests, "lookup" if guesser == "lookup" else model, reach)
+        assert got == expected and counts["guessed"]
 
 
 def test_what_followed_earlier_is_guessed(make: Callable[..., HybridModel]) -> None:
@@ -156,3 +183,54 @@ def test_guessing_stops_where_it_does_not_pay(make: Callable[..., HybridModel]) 
 def test_a_draft_of_another_tokenizer_is_refused(make: Callable[..., HybridModel]) -> None:
     with pytest.raises(HalflapError, match="share one tokenizer"):
         Scheduler(make("llama"), None, EngineSettings(speculate=make("llama", vocab_size=299)))
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "hymba", "llama"])
+def test_a_draft_reads_a_pass_between_steps_and_remembers(
+    make: Callable[..., HybridModel], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long prompt holds up nobody for longer than its passes do, and the next turn is not read anew."""
+    model, draft, read = make("nemotron_h"), make(family, seed=3), []
+    hidden_states = draft.hidden_states
+
+    def counted(tokens: Tensor, **more: object) -> Tensor:
+        read.append(tokens.shape[1])
+        return hidden_states(tokens, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(draft, "hidden_states", counted)
+    scheduler = Scheduler(
+        model, None, EngineSettings(max_batch=3, speculate=draft, prefill_chunk=32, prefix_cache=1 << 26)
+    )
+    scheduler.pace.reach = lambda seconds, acceptance, most, cost: min(3, most)  # type: ignore[method-assign]
+    scheduler.pace.pays = lambda *_: True  # type: ignore[method-assign]
+    prompt = tuple(5 + 7 * i % 250 for i in range(200))
+
+    def turn(prompt: tuple[int, ...]) -> tuple[int, ...]:
+        stream, longest, before = Stream(Request(prompt, 24, ignore_eos=True)), 0, len(read)
+        scheduler.add(stream)
+        while scheduler.busy:
+            start = len(read)
+            scheduler.step()
+            longest = max(longest, sum(read[start:]))
+        assert longest <= 32 + 8  # a pass, and what replies grew by where native code does not read it
+        turns.append(sum(read[before:]))
+        return tuple(token.id for token in stream.result()[0].tokens)
+
+    turns: list[int] = []
+    first = turn(prompt)
+    second = turn((*prompt, *first, 3, 4, 5))
+    assert turns[0] >= 200 > 2 * turns[1] and scheduler.counts["guessed"]
+    plain = Scheduler(model, None, EngineSettings())
+    stream = Stream(Request((*prompt, *first, 3, 4, 5), 24, ignore_eos=True))
+    plain.add(stream)
+    while plain.busy:
+        plain.step()
+    assert second == tuple(token.id for token in stream.result()[0].tokens)
+
+
+def test_reading_is_part_of_the_price() -> None:
+    seconds = [1.0, 1.1, 1.2, 1.3]
+    assert Pace.pays(seconds, 0.9, 3, 0.05, 0.0, 1)
+    assert Pace.pays(seconds, 0.9, 3, 0.05, 20.0, 100)
+    assert not Pace.pays(seconds, 0.9, 3, 0.05, 20.0, 10)
+    assert not Pace.pays(seconds, 0.1, 3, 0.05, 20.0, 100)

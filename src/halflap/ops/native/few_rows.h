@@ -78,7 +78,7 @@ struct FewRows {
     void range(const W* w, int64_t begin, int64_t end, const Put& put) const {
         if constexpr (std::is_same_v<X, float>) {
             if (in_columns(M)) return Columns{M, K, (float*)x}.range(w, begin, end, put);
-            if (sizeof(W) == 2 && M > 4) return widened(w, begin, end, put);
+            if (sizeof(W) == 2 && M > ALIKE) return widened(w, begin, end, put);
         }
         // as many rows of the weight at once as keep all multipliers busy and their sums in registers
         const int64_t widest = fours.of(0);
@@ -93,14 +93,10 @@ private:
         float out[AT_A_TIME][GROUP];
         for (int64_t n = begin; n < end; n += GROUP, w += GROUP * K) {
             const int64_t rows = end - n < GROUP ? end - n : GROUP;
-            for (int64_t r = 0; r < rows;) {
-                const int R_now = rows - r >= R ? R : 1;
-                for (int64_t g = 0; g < fours.count(); g++) {
-                    const W* ahead = g == 0 ? w + (r + R) * K : nullptr;
-                    if (R_now == R) group<R>(g, w + r * K, ahead, &out[fours.first(g)][r]);
-                    else group<1>(g, w + r * K, nullptr, &out[fours.first(g)][r]);
-                }
-                r += R_now;
+            for (int64_t g = 0; g < fours.count(); g++) {  // whose rows of x stay in the first cache, and those of w in the second
+                int64_t r = 0;
+                for (; r + R <= rows; r += R) group<R>(g, w + r * K, g == 0 ? w + (r + R) * K : nullptr, &out[fours.first(g)][r]);
+                for (; r < rows; r++) group<1>(g, w + r * K, nullptr, &out[fours.first(g)][r]);
             }
             for (int64_t m = 0; m < M; m++) put(m, n, out[m], rows);
         }

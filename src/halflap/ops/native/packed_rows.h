@@ -127,6 +127,34 @@ __attribute__((noinline)) void multiply(const uint32_t* words, const float* scal
     for (int m = 0; m < ROWS; m++) y[m] = sum(totals[m]);
 }
 
+// The same for two rows of weights whose numbers (blocks, PER, VL) and scales (blocks, VL) are floats already, row by row
+// behind one another: for so many activations that taking numbers from words for each four of them would cost more.
+template <int FORMAT, int ROWS>
+__attribute__((noinline)) void multiply_two(const float* numbers, const float* scales, int64_t blocks, const float* x, const float* begun, float (*y)[4]) {
+    using F = Form<FORMAT>;
+    vf totals[2][ROWS] = {};
+    for (int64_t b = 0; b < blocks; b++) {
+        vf parts[2][ROWS];
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; m++) parts[0][m] = parts[1][m] = load(begun + (m * blocks + b) * VL);
+#pragma GCC unroll 8
+        for (int s = 0; s < F::PER; s++) {
+            const vf first = load(numbers + (b * F::PER + s) * VL), second = load(numbers + ((blocks + b) * F::PER + s) * VL);
+#pragma GCC unroll 4
+            for (int m = 0; m < ROWS; m++) {
+                const vf term = load(x + ((m * blocks + b) * F::PER + s) * VL);
+                parts[0][m] = fused(first, term, parts[0][m]), parts[1][m] = fused(second, term, parts[1][m]);
+            }
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++)
+#pragma GCC unroll 4
+            for (int m = 0; m < ROWS; m++) totals[r][m] = fused(parts[r][m], load(scales + (r * blocks + b) * VL), totals[r][m]);
+    }
+    for (int r = 0; r < 2; r++)
+        for (int m = 0; m < ROWS; m++) y[r][m] = sum(totals[r][m]);
+}
+
 // the scales of a row as floats
 inline void widen_scales(const Weights& w, int64_t row, int64_t groups, float* to) {
     if (!w.narrow_scales) memcpy(to, (const float*)w.scales + row * groups, groups * sizeof(float));
@@ -197,10 +225,11 @@ struct PackedRows {
             return;
         }
         const Fours fours{M};
-        float out[ALIKE][VL];
-        for (int64_t n = begin; n < end; n += VL) {
-            const int64_t count = end - n < VL ? end - n : VL;
-            for (int64_t r = 0; r < count; r++) {
+        float out[ALIKE][PAIRS * 2];
+        for (int64_t n = begin; n < end; n += PAIRS * 2) {
+            const int64_t count = end - n < PAIRS * 2 ? end - n : PAIRS * 2, paired = M > 8 ? count / 2 * 2 : 0;
+            if (paired) in_pairs(fours, w, n, paired, scales, spread, out);
+            for (int64_t r = paired; r < count; r++) {
                 widen_scales(w, n + r, groups, scales);
                 for (int64_t g = 0; g < fours.count(); g++) {
                     float y[4];
@@ -213,6 +242,34 @@ struct PackedRows {
     }
 
 private:
+    static constexpr int64_t PAIRS = 8;  // of rows of weights that are floats in the second cache while activations pass
+
+    // outputs n .. n + count, an even number, of all rows of activations
+    void in_pairs(const Fours& fours, const Weights& w, int64_t n, int64_t count, float* scales, const Spread<FORMAT>& spread, float (*out)[PAIRS * 2]) const {
+        static thread_local std::vector<float> memory;
+        const int64_t per_row = (K + F::PER - 1) / F::PER, groups = (K + w.group - 1) / w.group, width = blocks * F::BLOCK;
+        if ((int64_t)memory.size() < 2 * PAIRS * (width + blocks * VL)) memory.resize(2 * PAIRS * (width + blocks * VL));
+        float *numbers = memory.data(), *wide = numbers + 2 * PAIRS * width;
+        const int shift = spread.shift();
+        for (int64_t r = 0; r < count; r++) {
+            widen_scales(w, n + r, groups, scales);
+            const uint32_t* words = w.words + (n + r) * per_row;
+            for (int64_t b = 0; b < blocks; b++) {
+                const vu own = F::load_words(words + b * VL, per_row - b * VL);
+#pragma GCC unroll 8
+                for (int s = 0; s < F::PER; s++) store(numbers + r * width + (b * F::PER + s) * VL, F::number(own, s));
+                store(wide + (r * blocks + b) * VL, F::SUM_UNIT * spread.of(scales, b, shift));
+            }
+        }
+        for (int64_t g = 0; g < fours.count(); g++)
+            for (int64_t r = 0; r < count; r += 2) {
+                float y[2][4];
+                const float *x = ordered + fours.first(g) * width, *begun = rest + fours.first(g) * blocks * VL, *own = wide + r * blocks * VL;
+                if (fours.of(g) == 4) multiply_two<FORMAT, 4>(numbers + r * width, own, blocks, x, begun, y);
+                else multiply_two<FORMAT, 3>(numbers + r * width, own, blocks, x, begun, y);  // of more than eight, never fewer
+                for (int64_t i = 0; i < fours.of(g); i++) out[fours.first(g) + i][r] = y[0][i], out[fours.first(g) + i][r + 1] = y[1][i];
+            }
+    }
     // a row of weights times a group of rows of activations
     void multiply_group(const Fours& fours, int64_t g, const uint32_t* words, const float* scales, const Spread<FORMAT>& spread, float* y) const {
         const float *x = ordered + fours.first(g) * blocks * F::BLOCK, *begun = rest + fours.first(g) * blocks * VL;
