@@ -41,10 +41,6 @@ using Operand = float;
 template <class W>
 constexpr int STEP = VL;
 #endif
-template <class W>
-LANES vf dot_step(vf c, const float* x, const W* w, int64_t left) {
-    return fused(load(x), load_to(w, left), c);
-}
 
 template <class W>
 struct FewRows {
@@ -117,10 +113,12 @@ private:
         else {
             vf sums[16] = {};  // sums[R * row of x + row of w]
             auto multiply = [&](int64_t k, int64_t left) __attribute__((always_inline)) {
+                if constexpr (std::is_same_v<X, float>) outer<XS, R>(sums, a, w + k, left);
+                else
 #pragma GCC unroll 8
-                for (int r = 0; r < R; r++)
+                    for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-                    for (int i = 0; i < XS; i++) sums[R * i + r] = dot_step(sums[R * i + r], a + i * step, w + r * K + k, left);
+                        for (int i = 0; i < XS; i++) sums[R * i + r] = dot_step(sums[R * i + r], a + i * step, w + r * K + k, left);
             };
             constexpr int LINE = 64 / sizeof(W);  // numbers in a cache line
             int64_t k = 0;
@@ -139,6 +137,26 @@ private:
             for (int i = 0; i < XS; i++)
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) out[i * GROUP + r] = totals[R * i + r];
+        }
+    }
+    // one step of a tile: of rows of x and of w, the fewer stay in registers while each of the others passes
+    template <int XS, int R>
+    LANES void outer(vf* sums, const float* a, const W* w, int64_t left) const {
+        constexpr bool X_STAYS = XS <= R;
+        constexpr int STAY = X_STAYS ? XS : R, PASS = X_STAYS ? R : XS;
+        auto of_x = [&](int i) __attribute__((always_inline)) { return in_register(load(a + i * step)); };
+        auto of_w = [&](int r) __attribute__((always_inline)) { return in_register(load_to(w + r * K, left)); };
+        vf stays[STAY];
+#pragma GCC unroll 4
+        for (int i = 0; i < STAY; i++) stays[i] = X_STAYS ? of_x(i) : of_w(i);
+#pragma GCC unroll 8
+        for (int j = 0; j < PASS; j++) {
+            const vf passes = X_STAYS ? of_w(j) : of_x(j);
+#pragma GCC unroll 4
+            for (int i = 0; i < STAY; i++) {
+                vf& sum = sums[X_STAYS ? R * i + j : R * j + i];
+                sum = fused(stays[i], passes, sum);
+            }
         }
     }
     // for many rows of x: some rows of w as floats, instead of the same again for every group

@@ -139,10 +139,10 @@ __attribute__((noinline)) void multiply_two(const float* numbers, const float* s
         for (int m = 0; m < ROWS; m++) parts[0][m] = parts[1][m] = load(begun + (m * blocks + b) * VL);
 #pragma GCC unroll 8
         for (int s = 0; s < F::PER; s++) {
-            const vf first = load(numbers + (b * F::PER + s) * VL), second = load(numbers + ((blocks + b) * F::PER + s) * VL);
+            const vf first = in_register(load(numbers + (b * F::PER + s) * VL)), second = in_register(load(numbers + ((blocks + b) * F::PER + s) * VL));
 #pragma GCC unroll 4
             for (int m = 0; m < ROWS; m++) {
-                const vf term = load(x + ((m * blocks + b) * F::PER + s) * VL);
+                const vf term = in_register(load(x + ((m * blocks + b) * F::PER + s) * VL));
                 parts[0][m] = fused(first, term, parts[0][m]), parts[1][m] = fused(second, term, parts[1][m]);
             }
         }
@@ -227,7 +227,7 @@ struct PackedRows {
         const Fours fours{M};
         float out[ALIKE][PAIRS * 2];
         for (int64_t n = begin; n < end; n += PAIRS * 2) {
-            const int64_t count = end - n < PAIRS * 2 ? end - n : PAIRS * 2, paired = M > 8 ? count / 2 * 2 : 0;
+            const int64_t count = end - n < PAIRS * 2 ? end - n : PAIRS * 2, paired = M > 6 ? count / 2 * 2 : 0;
             if (paired) in_pairs(fours, w, n, paired, scales, spread, out);
             for (int64_t r = paired; r < count; r++) {
                 widen_scales(w, n + r, groups, scales);
@@ -266,7 +266,7 @@ private:
                 float y[2][4];
                 const float *x = ordered + fours.first(g) * width, *begun = rest + fours.first(g) * blocks * VL, *own = wide + r * blocks * VL;
                 if (fours.of(g) == 4) multiply_two<FORMAT, 4>(numbers + r * width, own, blocks, x, begun, y);
-                else multiply_two<FORMAT, 3>(numbers + r * width, own, blocks, x, begun, y);  // of more than eight, never fewer
+                else multiply_two<FORMAT, 3>(numbers + r * width, own, blocks, x, begun, y);  // of more than six, never fewer
                 for (int64_t i = 0; i < fours.of(g); i++) out[fours.first(g) + i][r] = y[0][i], out[fours.first(g) + i][r + 1] = y[1][i];
             }
     }

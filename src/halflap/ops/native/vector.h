@@ -217,6 +217,14 @@ LANES vf fused(vf a, vf b, vf c) {
 #endif
 }
 
+// kept in a register: GCC would read it again for every use, and reading, not multiplying, would bound a loop
+LANES vf in_register(vf a) {
+#if defined(__x86_64__)
+    asm("" : "+x"(a));
+#endif
+    return a;
+}
+
 // e^x to 1.2e-7 relative; 0 below -87.3 and e^88 above 88, so neither subnormal nor infinite
 LANES vf exponential(vf x) {
     const vf rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
