@@ -12,7 +12,7 @@ import pytest
 
 from halflap.checkpoints import passes
 from halflap.checkpoints.checkpoint import save_model
-from halflap.commands import device
+from halflap.commands import device, memory
 from halflap.compress.importance import Importance
 from halflap.data.tokenizer import train_tokenizer
 from halflap.models.count import count_parameters
@@ -140,10 +140,10 @@ def test_what_does_not_fit_is_streamed(
     halflap: Cli, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = 4 * count_parameters(CONFIG)
-    monkeypatch.setattr(device, "_free", lambda _: weights - 1)
+    monkeypatch.setattr(device, "free_memory", lambda _: weights - 1)
     words = ("score", place / "teacher", "--data", place / "text.jsonl", *SCORE)
     assert halflap(*words, "--out", tmp_path / "run").json["streamed"]
-    monkeypatch.setattr(device, "_free", lambda _: weights // 10)
+    monkeypatch.setattr(device, "free_memory", lambda _: weights // 10)
     outcome = halflap(*words, "--out", tmp_path / "other")
     assert outcome.status == 1 and outcome.err.count("\n") == 1
     assert "the weights are read a block at a time, and block 0 alone takes 0.0 GiB as float32 where" in outcome.err
@@ -191,10 +191,10 @@ def test_what_needs_the_whole_model_is_refused(
         *("--shortlist-tokens", "1K", "--fit.sequence-length", 32, "--out", tmp_path / "search"),
     )
     assert outcome.status == 2 and "leave out --shortlist-tokens" in outcome.err
-    monkeypatch.setattr(device, "_free", lambda _: 4 * count_parameters(CONFIG) - 1)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 4 * count_parameters(CONFIG) - 1)
     words = ("compress", place / "teacher", "--importance", importance, *text, "--params", "60%")
     outcome = halflap(*words, "--tokens", "1K", "--fit.sequence-length", 32, "--out", tmp_path / "compress")
-    assert outcome.status == 1 and outcome.err.endswith("or a machine with more memory\n")
+    assert outcome.status == 1 and outcome.err.endswith("on a machine with more memory\n")
 
 
 def test_agreement_with_the_teacher_is_the_same(halflap: Cli, place: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def search(result: Mapping[str, Any], console: Console) -> None:
         console.print(f"{len(rows):,} chosen from {count}; all of them in {result['path']}")
     else:
         console.print(f"{len(rows):,} of {result['tried']:,} sizes fit; all of them in {result['path']}")
-    looked_at = sum(row["glance"] is not None for row in rows)
+    looked_at = sum(row.get("glance") is not None for row in rows)
     look = f"{looked_at:,} looked at, " if looked_at else ""
     console.print(f"{look}{sum(row['loss'] is not None for row in rows):,} scored")
     if result["remark"]:

@@ -38,6 +38,7 @@ class Lookup:
 
     def __init__(self, vocab_size: int, knows: bool = True) -> None:
         self.config = ModelConfig("llama", vocab_size, vocab_size, (AttentionConfig(1, 1, 1),))
+        self.more_ends: tuple[int, ...] = ()
         self.head = torch.eye(vocab_size)
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.knows = knows
@@ -55,8 +56,8 @@ class Lookup:
                     hidden[row, place, token] = SURE
         return hidden
 
-    def __call__(self, tokens: Tensor, *, cache: Cache) -> Tensor:
-        return self.hidden_states(tokens, cache=cache)
+    def __call__(self, tokens: Tensor, *, cache: Cache, lengths: Tensor | None = None) -> Tensor:
+        return self.hidden_states(tokens, cache=cache, lengths=lengths)
 
     @staticmethod
     def _remember(cache: Cache, row: int, new: Tensor) -> list[int]:
