@@ -12,7 +12,8 @@ from halflap.models.config import ModelConfig
 from halflap.models.quantization import Quantization, weight_bytes
 from halflap.train.numerics import free_memory
 
-_NAMES = {4: "float32", 2: "bfloat16"}
+DTYPES = {4: "float32", 2: "bfloat16"}
+"""What weights are loaded as, by the bytes of a number."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -46,7 +47,7 @@ def check_memory(
     wide, free = _width(dtype, device), free_memory(device)
     beside = dict(beside or {})
     weights = weight_bytes(config, quantization, wide)
-    kind = quantization.name if quantization else _NAMES[wide]
+    kind = quantization.name if quantization else DTYPES[wide]
     cuda = device.type == "cuda"
     copies = -(-replicas // torch.cuda.device_count()) if cuda else replicas
     held = weights + sum(beside.values())
@@ -75,7 +76,7 @@ def must_stream(
     if parameters * wide > free:
         raise HalflapError(
             f"the weights are read a block at a time, and {part} alone takes {parameters * wide / 2**30:.1f} GiB as "
-            f"{_NAMES[wide]} where {free / 2**30:.1f} GiB are free; free some memory or take a larger machine"
+            f"{DTYPES[wide]} where {free / 2**30:.1f} GiB are free; free some memory or take a larger machine"
             f"{', or --dtype bfloat16 with score and evaluate' if wide == 4 else ''}"
         )
     return True

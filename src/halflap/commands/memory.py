@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from halflap.commands.config_compress import CompressRecipe, DistillRecipe
+from halflap.commands.device import DTYPES
 from halflap.commands.sections import LossSettings
 from halflap.commands.students import Teacher
 from halflap.compress.axes import Sizes, block_types, resize
@@ -25,7 +26,6 @@ from halflap.train.teacher_logits import was_stored
 
 IN_TRAINING = 16
 """Bytes of a parameter: weight, gradient and two moments in float32."""
-LOADED = {4: "float32", 2: "bfloat16"}
 LOGITS = "teacher-logits"
 """Folder of a run with its teacher's largest logits."""
 
@@ -130,7 +130,7 @@ def _width(teacher: Teacher) -> int:
 
 
 def _as(width: int) -> str:
-    return f"the teacher as {LOADED[width]}"
+    return f"the teacher as {DTYPES[width]}"
 
 
 def _check(verb: str, stages: Sequence[Held], device: torch.device, mend: str) -> None:

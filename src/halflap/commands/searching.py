@@ -219,9 +219,12 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Meas
     """Measure the likeliest as cut and, if tokens are given, the best of them after rounds of distillation."""
     recipe, settings = given.recipe, given.recipe.settings
     batches = students.choosing(given.scoring, settings.score_tokens)
-    few = students.choosing(given.scoring, settings.score_tokens // FIRST_LOOK_SHARE)
     remark = students.choosing_remark(given.scoring, settings.score_tokens, given.importance.tokens)
     found = dataclasses.replace(found, remark="; ".join(part for part in (found.remark, remark) if part) or None)
+    look = None
+    if min(settings.first_look, len(found.candidates)) > settings.shortlist:
+        few = students.choosing(given.scoring, settings.score_tokens // FIRST_LOOK_SHARE)
+        look = Look(settings.first_look, _score(given, model, few, measure))
     refined = min(settings.refined, settings.shortlist, len(found.candidates))
     rounds = stages(refined, settings.shortlist_tokens, settings.rounds == "halving")
     if not settings.shortlist_tokens:
@@ -256,7 +259,7 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Meas
         made_from=_made_from(given),
         path=given.place / SEARCH,
         shortlist=settings.shortlist,
-        look=Look(settings.first_look, _score(given, model, few, measure)) if settings.first_look else None,
+        look=look,
         order=METHODS[settings.method].order,
         rounds=rounds,
         refine=refine,

@@ -15,7 +15,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from halflap.errors import HalflapError
-from halflap.inference.generate import end_tokens, require_positions
+from halflap.inference.generate import require_positions
 from halflap.inference.grammar import GrammarMatcher, Grammars
 from halflap.inference.requests import EngineSettings, Request
 from halflap.inference.scheduler import Scheduler
@@ -170,8 +170,7 @@ class Engine:
 
     def _load_grammars(self) -> Grammars:
         if self._grammars is None:
-            ends = end_tokens(self.model, self.tokenizer)
-            self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size, ends)
+            self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size, self._scheduler.ends)
         return self._grammars
 
     def _require_useful_prefix_cache(self) -> None:
