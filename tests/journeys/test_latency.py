@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from halflap.checkpoints.checkpoint import save_model
 from halflap.checkpoints.config import read_config
 from halflap.commands import sweep, timing
 from halflap.compress.axes import Sizes
 from halflap.compress.cost_model import Condition
 from halflap.compress.plan import PruningPlan
 from halflap.compress.search import Round, SearchResult, Trial, by_agreement, by_loss
-from halflap.data.tokenizer import train_tokenizer
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_non_embedding_parameters
-from halflap.models.model import HybridModel, initialize
-from halflap.models.presets import preset
 
 FIT = ("--fit.sequence-length", 32, "--fit.batch-size", 4, "--fit.learning-rate", 1e-3)
 AT = ("--context", 64, "--batch", 2)
@@ -33,18 +27,11 @@ def made_up_seconds(config: ModelConfig, condition: Condition, *_: Any) -> float
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(teacher_place: Path) -> Path:
     """A teacher with random weights and a tokenizer, text, and its importance."""
     from halflap.cli import main
 
-    folder = tmp_path_factory.mktemp("latency")
-    generator = random.Random(0)
-    documents = [" ".join(generator.choices(["half", "lap", "joint", "wood"], k=60)) for _ in range(60)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    train_tokenizer(documents, 280).save(folder / "tokenizer")
-    model = HybridModel(dataclasses.replace(preset("nemotron-h-tiny"), vocab_size=512))
-    initialize(model, 0)
-    save_model(model, folder / "teacher", tokenizer_from=folder / "tokenizer")
+    folder = teacher_place
     words = ("score", folder / "teacher", "--data", folder / "text.jsonl", "--tokens", "1K", "--sequence-length", 32)
     assert main([str(word) for word in (*words, "--out", folder / "scored", "--quiet")]) == 0
     return folder

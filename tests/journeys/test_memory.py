@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,36 +12,21 @@ import pytest
 import torch
 
 from halflap.amounts import parse_amount
-from halflap.checkpoints.checkpoint import save_model
 from halflap.commands import memory, students
 from halflap.commands.config_compress import CompressRecipe
 from halflap.commands.sections import Budgets, CompressSettings
 from halflap.compress.axes import Sizes, resize
-from halflap.data.tokenizer import train_tokenizer
 from halflap.models.count import count_parameters
-from halflap.models.model import HybridModel, initialize
+from halflap.models.model import HybridModel
 from halflap.models.presets import preset
 
 TINY = preset("nemotron-h-tiny")
 FIT = ("--fit.sequence-length", 32, "--fit.batch-size", 4)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher with random weights and a tokenizer, text, and a student without two of the teacher's blocks."""
-    from halflap.cli import main
-
-    folder = tmp_path_factory.mktemp("memory")
-    generator = random.Random(0)
-    documents = [" ".join(generator.choices(["half", "lap", "joint", "wood"], k=60)) for _ in range(60)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    train_tokenizer(documents, 280).save(folder / "tokenizer")
-    model = HybridModel(TINY)
-    initialize(model, 0)
-    save_model(model, folder / "teacher", tokenizer_from=folder / "tokenizer")
-    words = ("prune", folder / "teacher", "--sizes.drop-blocks", 1, 4, "--out", folder / "pruned", "--quiet")
-    assert main([str(word) for word in words]) == 0
-    return folder
+@pytest.fixture
+def place(cut_place: Path) -> Path:
+    return cut_place
 
 
 @pytest.fixture

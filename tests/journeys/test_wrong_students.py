@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,31 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from halflap.checkpoints.checkpoint import save_model
 from halflap.compress import verify
-from halflap.data.tokenizer import train_tokenizer
-from halflap.models.model import HybridModel, initialize
-from halflap.models.presets import preset
 
 FIT = ("--fit.sequence-length", 32, "--fit.batch-size", 4)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher with random weights and a tokenizer, text, and a student without two of the teacher's blocks."""
-    from halflap.cli import main
-
-    folder = tmp_path_factory.mktemp("wrong")
-    generator = random.Random(0)
-    documents = [" ".join(generator.choices(["half", "lap", "joint", "wood"], k=60)) for _ in range(60)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    train_tokenizer(documents, 280).save(folder / "tokenizer")
-    model = HybridModel(preset("nemotron-h-tiny"))
-    initialize(model, 0)
-    save_model(model, folder / "teacher", tokenizer_from=folder / "tokenizer")
-    words = ("prune", folder / "teacher", "--sizes.drop-blocks", 1, 4, "--out", folder / "pruned", "--quiet")
-    assert main([str(word) for word in words]) == 0
-    return folder
+@pytest.fixture
+def place(cut_place: Path) -> Path:
+    return cut_place
 
 
 def _edited(value: Any, name: str, to: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from halflap.models.config import (
 )
 from halflap.models.model import HybridModel, initialize
 from halflap.models.presets import nemotron_4
+from halflap.models.streams import Stream
 
 VOCAB = 31
 GATED = MLPConfig(10, activation="silu", gated=True)
@@ -86,6 +89,25 @@ def live_bytes() -> Callable[[], int]:
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     return weigh
+
+
+@pytest.fixture
+def weigh_passes(monkeypatch: pytest.MonkeyPatch, live_bytes: Callable[[], int]) -> Callable[[int], list[int]]:
+    """From its call on, the bytes that live at every so many-th pass of a stream through a block."""
+
+    def begin(every: int) -> list[int]:
+        weighed: list[int] = []
+        passes, through = itertools.count(1), Stream.through
+
+        def step(stream: Stream, index: int, block: Any) -> Stream:
+            if next(passes) % every == 0:
+                weighed.append(live_bytes())
+            return through(stream, index, block)
+
+        monkeypatch.setattr(Stream, "through", step)
+        return weighed
+
+    return begin
 
 
 @pytest.fixture

@@ -171,7 +171,10 @@ def test_a_killed_certificate_goes_on_to_the_same_numbers(
 
 
 def test_no_more_than_a_part_as_stored_and_one_made_of_it_is_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live_bytes: Callable[[], int]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    weigh_passes: Callable[[int], list[int]],
+    live_bytes: Callable[[], int],
 ) -> None:
     model = HybridModel(CONFIGS["nemotron-h-tiny"])
     initialize(model, 0)
@@ -179,15 +182,7 @@ def test_no_more_than_a_part_as_stored_and_one_made_of_it_is_in_memory(
     del model
     student, plan = write_student(teacher, tmp_path / "s")
     _, most = largest_part(teacher.config)
-    weighed, ran, through = [], [0], Stream.through
-
-    def step(stream: Stream, index: int, block: Any) -> Stream:
-        ran[0] += 1
-        if ran[0] % 5 == 0:
-            weighed.append(live_bytes())
-        return through(stream, index, block)
-
-    monkeypatch.setattr(Stream, "through", step)
+    weighed = weigh_passes(5)
     monkeypatch.setattr(f"{__name__}.INPUTS", [(INPUTS[0][0][:1, :4], None)])
     before = live_bytes()
     assert verify(student, teacher, plan, INPUTS[0][0], tmp_path / "scratch")["passed"]

@@ -242,21 +242,13 @@ def learn(variant: Replacement, index: int, lessons: Any, settings: Fit, meta: i
 
 
 def test_no_more_than_a_part_and_a_variant_is_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live_bytes: Callable[[], int]
+    tmp_path: Path, weigh_passes: Callable[[int], list[int]], live_bytes: Callable[[], int]
 ) -> None:
     case = Case("nemotron_h", tmp_path)
     name, most = largest_part(case.checkpoint.config)
     some = [option for option in case.library.options if option.blocks[0] < 4]
     case.library = dataclasses.replace(case.library, options=tuple(some))
-    weighed, ran, through, before = [], [0], Stream.through, live_bytes()
-
-    def step(stream: Stream, index: int, block: Any) -> Stream:
-        ran[0] += 1
-        if ran[0] % 9 == 0:
-            weighed.append(live_bytes())
-        return through(stream, index, block)
-
-    monkeypatch.setattr(Stream, "through", step)
+    before, weighed = live_bytes(), weigh_passes(9)
     case.streamed(tmp_path / "scratch")
     assert name.startswith("block")
     assert 4 * most < max(weighed) - before < 1.1 * 2 * 4 * most + 60_000
