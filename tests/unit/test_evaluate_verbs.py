@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,20 @@ def test_generate(halflap: Cli, model: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     outcome = halflap(*words)
     assert outcome.status == 2 and "--prompt TEXT" in outcome.err
+
+
+def test_generate_by_a_schema_or_an_expression(halflap: Cli, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    words = ("generate", model, "--prompt", "The sea", "--max-new-tokens", 40, "--json")
+    one = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    schema = json.dumps(one | {"additionalProperties": False})
+    (tmp_path / "schema.json").write_text(schema)
+    for given in (schema, tmp_path / "schema.json"):
+        assert json.loads(halflap(*words, "--json-schema", given).json["text"])["a"] in ("x", "y")
+    assert re.fullmatch(r"[a-c]{3}", halflap(*words, "--regex", "[a-c]{3}").json["text"])
+    for wrong, said in (("nowhere.json", "neither a schema nor a file"), ("{no", "cannot be used")):
+        outcome = halflap(*words, "--json-schema", wrong)
+        assert outcome.status in (1, 2) and said in outcome.err
 
 
 def test_generate_shows_text_on_a_terminal_as_it_comes(

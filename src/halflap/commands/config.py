@@ -202,6 +202,10 @@ class GenerateRecipe:
     """Texts that end the answer; they are cut away."""
     ignore_eos: Annotated[bool, SWITCH] = False
     """Go on after the end token."""
+    json_schema: str | None = None
+    """A JSON schema that the answer matches: the file of one, or the schema itself."""
+    regex: str | None = None
+    """A regular expression (of Rust's crate regex) that the answer matches."""
     common: Common = Common()
 
 

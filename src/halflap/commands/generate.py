@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TextIO
 
 from halflap.checkpoints.checkpoint import load_model
@@ -20,6 +21,7 @@ from halflap.run import Run
 def generate(recipe: GenerateRecipe, run: Run) -> dict[str, Any]:
     """Continue one prompt or several; with one, `text`, `tokens` and `finish_reason` are its own, else lists."""
     prompts = recipe.prompt or _standard_input()
+    schema = None if recipe.json_schema is None else _schema(recipe.json_schema)
     directory = find_directory(recipe.model)
     tokenizer = Tokenizer.load(directory)
     device = choose_device(recipe.common.device)
@@ -34,6 +36,8 @@ def generate(recipe: GenerateRecipe, run: Run) -> dict[str, Any]:
             seed=recipe.common.seed,
             stop=recipe.stop,
             ignore_eos=recipe.ignore_eos,
+            json_schema=schema,
+            regex=recipe.regex,
             tokenizer=tokenizer,
             stream=None if terminal is None else _writer(terminal),
         )
@@ -57,6 +61,19 @@ def _writer(terminal: TextIO) -> Callable[[int, str], None]:
         print(piece, end="", file=terminal, flush=True)
 
     return write
+
+
+def _schema(given: str) -> str:
+    """What was given where it is JSON, else what its file holds."""
+    if given.lstrip()[:1] == "{" or given.strip() in ("true", "false"):
+        return given
+    try:
+        return Path(given).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"json_schema {given!r:.80} is neither a schema nor a file that can be read ({error}); "
+            'give the path of one, or the schema, as {"type": "object"}'
+        ) from None
 
 
 def _standard_input() -> tuple[str, ...]:

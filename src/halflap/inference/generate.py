@@ -6,19 +6,21 @@ get alone. Finished rows leave the batch, and only the last position's logits ar
 
 from __future__ import annotations
 
+import json
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from halflap.checkpoints.config import end_ids
 from halflap.errors import HalflapError
+from halflap.inference.chooser import Chooser, choose_rows
 from halflap.inference.detokenize import TextStream
-from halflap.inference.requests import SamplingParams, require_number
-from halflap.inference.sampling import choose
+from halflap.inference.grammar import Grammars
+from halflap.inference.requests import Grammar, SamplingParams, require_number
 from halflap.models.cache import Cache
 from halflap.models.config import ModelConfig
 from halflap.models.decoder import Decoder
@@ -46,16 +48,21 @@ class Completion:
 class _Row:
     """A sequence being decoded."""
 
+    chooser: Chooser
     stream: TextStream | None
     tokens: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
     def push(self, token: int, end_tokens: frozenset[int], limit: int) -> str:
         """Take one token; returns the text that may be shown."""
+        self.chooser.take(token)
         self.tokens.append(token)
         ended = token in end_tokens
         piece = "" if self.stream is None or ended else self.stream.push(token)
-        if ended or (self.stream is not None and self.stream.stopped):
+        grammar = self.chooser.matcher
+        if grammar is not None and grammar.error:
+            raise HalflapError(grammar.error)
+        if ended or (self.stream is not None and self.stream.stopped) or (grammar is not None and grammar.finished):
             self.finish_reason = "stop"
         elif len(self.tokens) >= limit:
             self.finish_reason = "length"
@@ -81,14 +88,18 @@ def generate(
     seed: int = 0,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
+    json_schema: Mapping[str, Any] | str | None = None,
+    regex: str | None = None,
     tokenizer: Tokenizer | None = None,
     stream: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
     """Continue prompts (text or token ids) as one batch; greedy unless `temperature` is above 0.
 
-    `tokenizer` defaults to `model.tokenizer`; without any, prompts must be token ids and `text` is "". `stream(row,
-    piece)` is called as text becomes certain. Row i samples as a single prompt with seed `seed + i` would. Raises
-    HalflapError for a wrong prompt, token id or sampling value, or when the model's positions do not suffice.
+    Each text matches `json_schema` (as data, or as JSON) or `regex` (of Rust's crate regex), as far as it comes within
+    `max_new_tokens`. `tokenizer` defaults to `model.tokenizer`; without any, prompts must be token ids and `text` is
+    "". `stream(row, piece)` is called as text becomes certain. Row i samples as a single prompt with seed `seed + i`
+    would. Raises HalflapError for a wrong prompt, token id, schema or sampling value, or when the model's positions do
+    not suffice.
     """
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
@@ -100,43 +111,39 @@ def generate(
     if not ids:
         return []
     require_positions(model.config, max(map(len, ids)) + max_new_tokens, "the longest prompt and its new tokens need")
-    ends = frozenset() if ignore_eos else end_tokens(model, tokenizer)
-    rows = [_Row(None if tokenizer is None else TextStream(tokenizer, prompt, stop)) for prompt in ids]
-    for index, piece in _decode(model, ids, rows, params, ends, max_new_tokens):
+    ends = end_tokens(model, tokenizer)
+    grammar = _grammar(json_schema, regex)
+    matcher = None if grammar is None else Grammars(tokenizer, model.config.vocab_size, ends).matcher(grammar)
+    rows = [
+        _Row(
+            Chooser(params, row, prompt, model.config.vocab_size, model.device, matcher and matcher.copy()),
+            None if tokenizer is None else TextStream(tokenizer, prompt, stop),
+        )
+        for row, prompt in enumerate(ids)
+    ]
+    for index, piece in _decode(model, ids, rows, frozenset() if ignore_eos else ends, max_new_tokens):
         if stream is not None:
             stream(index, piece)
     return [row.completion() for row in rows]
 
 
-def _decode(
-    model: HybridModel,
-    prompts: list[list[int]],
-    rows: list[_Row],
-    params: SamplingParams,
-    ends: frozenset[int],
-    limit: int,
-):
+def _decode(model: HybridModel, prompts: list[list[int]], rows: list[_Row], ends: frozenset[int], limit: int):
     """Advance all rows until each is finished; yields (row, text) as text becomes certain."""
     cache, logits = prefill(model, prompts, ahead=min(limit, CACHE_AHEAD))
     decode = Decoder(model)
-    seeds, place = [params.seed + row for row in range(len(rows))], 0
-    seen = _seen(prompts, logits) if params.repetition_penalty != 1 else None
     active = list(range(len(rows)))
     while True:
-        tokens = choose(logits, params, [seeds[row] for row in active], place, seen)
-        place += 1
-        for row, token in zip(active, tokens.tolist(), strict=True):
+        tokens = choose_rows(logits, [rows[row].chooser for row in active])
+        for row, token in zip(active, tokens, strict=True):
             if piece := rows[row].push(token, ends, limit):
                 yield row, piece
         keep = [place for place, row in enumerate(active) if rows[row].finish_reason is None]
         if not keep:
             return
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
         if len(keep) < len(active):
-            active, cache, tokens = [active[place] for place in keep], cache.select(keep), tokens[keep]
-            seen = None if seen is None else seen[keep]
-        logits = decode(tokens[:, None], cache=cache)[:, -1]
+            active, cache = [active[place] for place in keep], cache.select(keep)
+        last = torch.tensor([rows[row].tokens[-1:] for row in active], device=model.device)
+        logits = decode(last, cache=cache)[:, -1]
 
 
 def prefill(model: HybridModel, prompts: Sequence[Sequence[int]], *, ahead: int = 0) -> tuple[Cache, Tensor]:
@@ -164,12 +171,14 @@ def prefill(model: HybridModel, prompts: Sequence[Sequence[int]], *, ahead: int 
     return cache, model.logits(last)
 
 
-def _seen(prompts: list[list[int]], logits: Tensor) -> Tensor:
-    """(B, V) True at each prompt's tokens."""
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        seen[row, torch.tensor(prompt, device=logits.device)] = True
-    return seen
+def _grammar(json_schema: Mapping[str, Any] | str | None, regex: str | None) -> Grammar | None:
+    if json_schema is not None and regex is not None:
+        raise HalflapError("json_schema and regex are both given, and a text matches one of them; keep one")
+    if regex is not None:
+        return Grammar("regex", regex)
+    if json_schema is None:
+        return None
+    return Grammar("json_schema", json_schema if isinstance(json_schema, str) else json.dumps(json_schema))
 
 
 def end_tokens(model: HybridModel, tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -10,30 +10,14 @@ Legend: B batch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from halflap.inference.requests import SamplingParams
-from halflap.ops import select
 from halflap.ops.sampling import Draw, least_kept
 
 WORDS = 1 << 64
 STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
-
-
-def choose(
-    logits: Tensor, params: SamplingParams, seeds: Sequence[int], place: int, seen: Tensor | None = None
-) -> Tensor:
-    """The next token of each row (B,) int64 from logits (B, V) in float32, the rows being replies with these seeds.
-
-    place: tokens that each reply has. `seen` (B, V) is True at tokens of the prompt and the text so far; it is needed
-    only with a repetition penalty.
-    """
-    if seen is not None and params.repetition_penalty != 1:
-        logits = penalise(logits, seen, params.repetition_penalty)
-    return select.draw(logits, [drawing(params, seed, place) for seed in seeds])
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -13,6 +13,7 @@ pytest.importorskip("llguidance", reason="llguidance is not installed")
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError
 from halflap.inference.engine import Engine
+from halflap.inference.generate import generate
 from halflap.inference.grammar import Grammars
 from halflap.inference.requests import EngineSettings, Grammar, Request, SamplingParams
 from halflap.models.model import HybridModel
@@ -48,6 +49,29 @@ def test_replies_match(family: str, make: Callable[..., HybridModel], tokenizer:
             assert set(value) == {"name", "age", "kind"} and value["kind"] in ("猫", "dog")
         assert all(re.fullmatch(regex.text, text) for text in words) and len(set(words)) > 1
         assert all(re.fullmatch(r"<call>\[.*\]</call>", text, re.DOTALL) for text in calls)
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "llama"])
+def test_generate_writes_what_matches(family: str, make: Callable[..., HybridModel], tokenizer: Tokenizer) -> None:
+    model, prompts, words = make(family), ["the cat", "a", [5, 9, 3]], r"[a-c]{2,4}-\d{3}( ja| nein)"
+    fields = {"temperature": 1.0, "seed": 3, "tokenizer": tokenizer}
+    written = [generate(model, prompts, 120, json_schema=form, **fields) for form in (SCHEMA, json.dumps(SCHEMA))]
+    assert written[0] == written[1] and {reply.finish_reason for reply in written[0]} == {"stop"}
+    assert all(set(json.loads(reply.text)) == {"name", "age", "kind"} for reply in written[0])
+    matching = generate(model, prompts, 120, regex=words, **fields)
+    assert all(re.fullmatch(words, reply.text) for reply in matching) and len({reply.text for reply in matching}) > 1
+    alone = generate(model, prompts[:1], 120, regex=words, **fields)
+    assert alone == matching[:1]
+
+
+def test_generate_refuses_what_it_cannot_match(make: Callable[..., HybridModel], tokenizer: Tokenizer) -> None:
+    with pytest.raises(HalflapError, match="keep one"):
+        generate(make("llama"), ["a"], 4, tokenizer=tokenizer, json_schema=SCHEMA, regex="a")
+    for wrong in ("{not json", "3", [3]):
+        with pytest.raises(HalflapError, match="json_schema grammar"):
+            generate(make("llama"), ["a"], 4, tokenizer=tokenizer, json_schema=wrong)  # type: ignore[arg-type]
+    with pytest.raises(HalflapError, match="needs a tokenizer"):
+        generate(make("llama"), [[5]], 4, regex="a")
 
 
 def test_rules_may_be_gbnf_and_are_compiled_once(

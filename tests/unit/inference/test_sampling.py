@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halflap.inference.chooser import Chooser, choose_rows
 from halflap.inference.requests import SamplingParams
-from halflap.inference.sampling import choose, filtered, noise_key, penalise
+from halflap.inference.sampling import filtered, noise_key, penalise
 
 
 def logits_of(probabilities: list[float]) -> torch.Tensor:
@@ -49,8 +50,8 @@ def test_a_token_always_stays_and_only_kept_ones_are_drawn(
     params = SamplingParams(1.0, top_k, top_p, min_p, seed=seed)
     left = filtered(logits, params)
     assert left.isfinite().any(-1).all()
-    drawn = choose(logits, params, [seed, seed + 1, seed + 2], 5)
-    assert left.gather(1, drawn[:, None]).isfinite().all()
+    drawn = choose_rows(logits, [Chooser(params, row, [], size) for row in range(3)])
+    assert left.gather(1, torch.tensor(drawn)[:, None]).isfinite().all()
 
 
 def test_keys_of_seeds_and_places_differ() -> None:
@@ -63,4 +64,4 @@ def test_penalty_divides_positive_and_multiplies_negative() -> None:
     seen = torch.tensor([[True, False, True]])
     assert penalise(torch.tensor([[2.0, 2.0, -2.0]]), seen, 2.0).tolist() == [[1.0, 2.0, -4.0]]
     greedy = SamplingParams(repetition_penalty=3.0)
-    assert choose(torch.tensor([[2.0, 1.0, -2.0]]), greedy, [0], 0, seen).tolist() == [1]
+    assert choose_rows(torch.tensor([[2.0, 1.0, -2.0]]), [Chooser(greedy, 0, [0, 2], 3)]) == [1]
