@@ -1,12 +1,15 @@
-"""Python processes that this one starts, and the memory that the system leaves to it."""
+"""Python processes that this one starts, the memory that the system leaves to it, and what C code in it prints."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+STDOUT = 1
 OF_PROCESS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 REREAD = ("inactive_file", "active_file", "total_inactive_file", "total_active_file")  # given up when others need it
 
@@ -14,6 +17,27 @@ REREAD = ("inactive_file", "active_file", "total_inactive_file", "total_active_f
 def python_command() -> tuple[str, ...]:
     """This Python, which imports from the current folder, maybe a stranger's checkpoint, only if this process does."""
     return (sys.executable,) if {"", os.getcwd()} & set(sys.path) else (sys.executable, "-P")
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Drop what C code prints on standard output, where a result in JSON may be awaited, whatever it was told."""
+    try:
+        kept = os.dup(STDOUT)
+    except OSError:  # it is closed
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda _: None  # C keeps lines back
+    flush(None)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDOUT)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, STDOUT)
+        os.close(nowhere)
+        os.close(kept)
 
 
 def available_memory() -> int:

@@ -25,6 +25,7 @@ from halflap.compress.library import Library, Variant
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
 from halflap.models.sharing import keep_blocks
+from halflap.processes import silenced
 
 GAP, NODES = 1e-3, 20_000
 """A choice is the best, or where that is not proven after so many nodes of the search, misses the best sum of scores by
@@ -125,10 +126,11 @@ class Programme:
             "bounds": Bounds(0, 1),
             "constraints": list(rows),
         }
-        result = milp(1000 * objective / scale, **given, options={"mip_rel_gap": 0.0, "node_limit": NODES})
-        unfinished = result.status not in (SOLVED, INFEASIBLE)
-        if unfinished and (result.x is None or result.mip_gap > gap):
-            result = milp(1000 * objective / scale, **given, options={"mip_rel_gap": gap})
+        with silenced():
+            result = milp(1000 * objective / scale, **given, options={"mip_rel_gap": 0.0, "node_limit": NODES})
+            unfinished = result.status not in (SOLVED, INFEASIBLE)
+            if unfinished and (result.x is None or result.mip_gap > gap):
+                result = milp(1000 * objective / scale, **given, options={"mip_rel_gap": gap})
         if result.x is None:
             return None
         return Solved(tuple(np.flatnonzero(result.x > 0.5).tolist()), float(result.mip_gap) if result.fun else 0.0)

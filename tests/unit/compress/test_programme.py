@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 from typing import Any
@@ -20,6 +21,7 @@ from halflap.compress.library import DROPPED, WHOLE, Library, Option, Variant, l
 from halflap.compress.programme import Programme, student_of
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, BlockConfig, HybridConfig, Mamba2Config, MLPConfig, ModelConfig
+from halflap.models.count import count_parameters
 from halflap.models.presets import hymba, preset
 
 BLOCKS: tuple[BlockConfig, ...] = (
@@ -169,6 +171,25 @@ def test_costs_of_options_add_up(teacher: ModelConfig) -> None:
         for name in NAMES:
             added, rest = library.costs(name, budget)
             assert exact[name] == pytest.approx(added[chosen].sum() + rest, abs=3)  # two roundings up to whole bytes
+
+
+def test_what_the_solver_prints_stays_out_of_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    library = ctypes.CDLL(None)
+    whole = programme.milp
+
+    def talking(*given: Any, **fields: Any) -> Any:
+        library.puts(b"a line of HiGHS")
+        return whole(*given, **fields)
+
+    monkeypatch.setattr(programme, "milp", talking)
+    teacher = preset("nemotron-h-tiny")
+    library.puts(b"before")
+    Programme(library_of(teacher), Budget(params=0.9 * count_parameters(teacher)))
+    library.puts(b"after")
+    library.fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"
 
 
 def test_candidates_differ() -> None:
