@@ -7,16 +7,15 @@ weights is twice as fast.
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 import torch
 
-from common import Report, arguments, our_model, random_model, spread
+from common import Report, arguments, our_model, random_model
 from halflap.compress.axes import kept_after, resize
 from halflap.compress.costs import Budget
 from halflap.compress.space import fitting
-from halflap.evaluate.bench import bench
+from halflap.evaluate.bench import bench_in_turns
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 
@@ -38,18 +37,18 @@ def main() -> None:
         parameters = {name: count_parameters(model.config) for name, model in models.items()}
         ratio = parameters["teacher"] / parameters["student"]
         for batch in chosen.batches:
-            rows: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
-            for _ in range(chosen.repeats):
-                for name, model in models.items():
-                    rows[name] += bench(model, [chosen.prompt], [chosen.output], [batch], repeats=1)
+            taken = bench_in_turns(
+                {name: lambda model=model: model for name, model in models.items()},
+                [chosen.prompt], [chosen.output], [batch], rounds=chosen.repeats,
+            )  # fmt: skip
             for phase in ("prefill", "decode"):
-                rates = {name: [row[f"{phase}_tokens_per_second"] for row in done] for name, done in rows.items()}
-                speed_up = statistics.median(rates["student"]) / statistics.median(rates["teacher"])
+                rate = f"{phase}_tokens_per_second"
+                rates = {name: {"median": row[rate], "spread": row[f"{rate}_spread"]} for name, (row,) in taken.items()}
+                speed_up = rates["student"]["median"] / rates["teacher"]["median"]
                 report.add(
                     size=size, phase=phase, prompt=chosen.prompt, output=chosen.output, batch=batch,
                     dtype=chosen.dtype, parameter_ratio=ratio, speed_up=speed_up, share=speed_up / ratio,
-                    **{f"{name}_tokens_per_second": spread([1 / rate for rate in of_side])
-                       for name, of_side in rates.items()},
+                    **{f"{name}_tokens_per_second": of_side for name, of_side in rates.items()},
                 )  # fmt: skip
                 report.rows[-1]["parameters"] = parameters
     report.write()

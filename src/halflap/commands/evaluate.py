@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from halflap.evaluate.documents import Document, documents_of
 from halflap.evaluate.held_out import evaluate_text
 from halflap.evaluate.probes import is_probe, probe_names
 from halflap.evaluate.recall import probe_lengths, run_probes, wilson
+from halflap.models.config import ModelConfig
 from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel
 from halflap.ops import select
@@ -141,7 +142,7 @@ def bench(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
     else:
         dtype = "float32" if dtype == "auto" else dtype
         model = timing.random_model(config, float_dtype(dtype), device, recipe.common.seed)
-    result = measure_speed(
+    rows = benchmark.bench(
         model,
         recipe.prompt,
         recipe.output,
@@ -150,6 +151,7 @@ def bench(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
         seed=recipe.common.seed,
         log=lambda row: run.log({"phase": "bench", **row}),
     )
+    result = speed_of(model.config, model.device, rows)
     result |= {"weights": "checkpoint" if is_checkpoint else "random", "repeats": recipe.repeats}
     result["quantization"] = quantization.said() if quantization else None
     if run.directory is not None:
@@ -157,15 +159,13 @@ def bench(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
     return result
 
 
-def measure_speed(
-    model: HybridModel, prompt: Sequence[int], output: Sequence[int], batch: Sequence[int], **how: Any
-) -> dict[str, Any]:
-    """The rows of a grid, `how` being keywords of evaluate.bench.bench, and the machine they were measured on."""
+def speed_of(config: ModelConfig, device: torch.device, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows of evaluate.bench and the machine they were measured on."""
     return {
-        "rows": benchmark.bench(model, prompt, output, batch, **how),
-        "hardware": _hardware(model.device),
+        "rows": list(rows),
+        "hardware": _hardware(device),
         "kernels": select.describe(),
-        "parameters": count_parameters(model.config),
+        "parameters": count_parameters(config),
     }
 
 

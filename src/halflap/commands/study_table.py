@@ -1,6 +1,6 @@
 """The table of a study: each arm's numbers over the seeds and against other arms, with its speed where that was asked.
 
-Speed is measured after all training, one arm after the other, alone on the machine.
+Speed is measured after all training, alone on the machine, the arms in turns.
 """
 
 from __future__ import annotations
@@ -8,18 +8,21 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from halflap.checkpoints.checkpoint import load_model
 from halflap.checkpoints.config import read_config, read_json
-from halflap.commands.evaluate import measure_speed
+from halflap.commands.evaluate import speed_of
 from halflap.commands.study_file import Speed, Study
 from halflap.commands.study_readings import MEASURES
 from halflap.compress.cost_model import Condition
 from halflap.compress.cost_table import CostTable
+from halflap.evaluate.bench import bench_in_turns
 from halflap.evaluate.paired import paired
-from halflap.files import write_json
 from halflap.models.count import cache_bytes, count_non_embedding_parameters, count_parameters
 from halflap.report.arms import Arm, Arms
 from halflap.run import Run
@@ -40,9 +43,7 @@ def rows_of(run: Run, plan: Study, results: Results, times: tuple[CostTable, Con
         results = {
             arm: [{**one, "latency_seconds": seconds(one)} for one in results_of] for arm, results_of in results.items()
         }
-    speed = {} if plan.speed is None else {arm: _speed(run, results[arm][0], plan.speed, arm) for arm in results}
-    if speed:
-        run.save_json("bench.json", speed)
+    speed = {} if plan.speed is None else _speed(run, results, plan.speed)
     return [_row(run, plan, arm, results) | _speeds(results[arm][0], speed.get(arm)) for arm in results]
 
 
@@ -92,12 +93,16 @@ def over_seeds(name: str, values: Sequence[float]) -> dict[str, Any]:
 # ---- speed
 
 
-def _speed(run: Run, result: Mapping[str, Any], grid: Speed, arm: str) -> dict[str, Any]:
-    """Prefill, decode and cache of an arm, in the form of `bench`; kept once measured."""
-    file = run.path / "speed" / f"{arm.replace(' ', '-').replace('/', '-')}.json"
+def _speed(run: Run, results: Results, grid: Speed) -> dict[str, Any]:
+    """Prefill, decode and cache of every arm's first seed, in the form of `bench`; kept once measured."""
+    file = run.path / "bench.json"
     if not file.exists():
-        model = load_model(result["checkpoint"], "float32")
-        write_json(file, measure_speed(model, grid.prompt, grid.output, grid.batch))
+        checkpoints = {arm: of_arm[0]["checkpoint"] for arm, of_arm in results.items()}
+        models = {arm: partial(load_model, checkpoint, "float32") for arm, checkpoint in checkpoints.items()}
+        rows = bench_in_turns(models, grid.prompt, grid.output, grid.batch, repeats=3)
+        cpu = torch.device("cpu")
+        speeds = {arm: speed_of(read_config(checkpoints[arm]), cpu, of_arm) for arm, of_arm in rows.items()}
+        run.save_json(file.name, speeds)
     return read_json(file)
 
 

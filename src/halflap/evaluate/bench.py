@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,12 @@ from halflap.models.cache import Cache
 from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel
 from halflap.progress import Progress
+
+
+class Cell(NamedTuple):
+    prompt: int
+    output: int
+    batch: int
 
 
 class Pass(NamedTuple):
@@ -49,24 +55,67 @@ def bench(
     `peak_memory_bytes` of the CUDA device, else of the process; `cache_bytes` of the tokens held at the end.
     `log` gets each row when it is done. Raises HalflapError for sizes below 1 or beyond the model's positions.
     """
-    for name, values in (("prompt", prompts), ("output", outputs), ("batch", batches), ("repeats", (repeats,))):
-        if not values or min(values) < 1:
-            raise HalflapError(f"{name} is {', '.join(map(str, values)) or 'empty'}; it must be at least 1: correct it")
-    require_positions(model.config, max(prompts) + max(outputs), "the longest prompt and output need")
-    cells = list(itertools.product(prompts, outputs, batches))
+    _check(repeats=(repeats,))
+    cells = _cells(model, prompts, outputs, batches)
     rows = []
     with Progress("bench", len(cells) * (repeats + 1), unit="passes") as progress:
-        for prompt, output, batch in cells:
-            progress.note(prompt=prompt, output=output, batch=batch)
-            generator = torch.Generator().manual_seed(seed)
-            tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).tolist()
-            rows.append(_cell(model, tokens, output, repeats, progress))
+        for cell in cells:
+            rows.append(_row(model, cell, _samples(model, cell, repeats, seed, progress)))
             if log is not None:
                 log(rows[-1])
     return rows
 
 
-def _cell(model: HybridModel, tokens: list[list[int]], output: int, repeats: int, progress: Progress) -> dict[str, Any]:
+def bench_in_turns(
+    models: Mapping[str, Callable[[], HybridModel]],
+    prompts: Sequence[int],
+    outputs: Sequence[int],
+    batches: Sequence[int],
+    *,
+    rounds: int = 5,
+    repeats: int = 1,
+    seed: int = 0,
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of `bench` for each of several models, by name.
+
+    In every round each is opened by its function and takes `repeats` timed passes of a cell, so that a machine that is
+    slow for a minute is slow for all. Raises HalflapError as `bench` does.
+    """
+    _check(rounds=(rounds,), repeats=(repeats,))
+    taken: dict[tuple[str, Cell], dict[str, list[float]]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    passes = rounds * len(models) * len(prompts) * len(outputs) * len(batches) * (repeats + 1)
+    with Progress("bench", passes, unit="passes") as progress:
+        for _ in range(rounds):
+            for name, opened in models.items():
+                model = opened()
+                cells = _cells(model, prompts, outputs, batches)
+                for cell in cells:
+                    kept = taken.setdefault((name, cell), {})
+                    for measure, values in _samples(model, cell, repeats, seed, progress).items():
+                        kept.setdefault(measure, []).extend(values)
+                rows[name] = [_row(model, cell, taken[name, cell]) for cell in cells]
+    return rows
+
+
+def _check(**given: Sequence[int]) -> None:
+    for name, values in given.items():
+        if not values or min(values) < 1:
+            raise HalflapError(f"{name} is {', '.join(map(str, values)) or 'empty'}; it must be at least 1: correct it")
+
+
+def _cells(model: HybridModel, prompts: Sequence[int], outputs: Sequence[int], batches: Sequence[int]) -> list[Cell]:
+    _check(prompt=prompts, output=outputs, batch=batches)
+    require_positions(model.config, max(prompts) + max(outputs), "the longest prompt and output need")
+    return [Cell(*sizes) for sizes in itertools.product(prompts, outputs, batches)]
+
+
+def _samples(model: HybridModel, cell: Cell, repeats: int, seed: int, progress: Progress) -> dict[str, list[float]]:
+    """Of each measure, what each timed pass took; what a pass holds is seen at the one that warms up."""
+    prompt, output, batch = cell
+    progress.note(prompt=prompt, output=output, batch=batch)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).tolist()
     with PeakMemory(model.device) as peak:
         warm = _timed_pass(model, tokens, output)
     cached = warm.cache.nbytes(tokens_only=True)
@@ -76,8 +125,7 @@ def _cell(model: HybridModel, tokens: list[list[int]], output: int, repeats: int
     for _ in range(repeats):
         passes.append(_timed_pass(model, tokens, output)._replace(cache=None))  # type: ignore[arg-type]
         progress.advance()
-    batch, prompt = len(tokens), len(tokens[0])
-    samples = {
+    return {
         "prefill_tokens_per_second": [batch * prompt / p.prefill for p in passes],
         "decode_tokens_per_second": [batch * output / sum(p.steps) for p in passes],
         "time_to_first_token_ms": [1e3 * p.first_token for p in passes],
@@ -85,8 +133,10 @@ def _cell(model: HybridModel, tokens: list[list[int]], output: int, repeats: int
         "peak_memory_bytes": [peak.bytes],
         "cache_bytes": [cached],
     }
-    dtype = str(model.dtype).removeprefix("torch.")
-    row: dict[str, Any] = {"prompt": prompt, "output": output, "batch": batch, "dtype": dtype}
+
+
+def _row(model: HybridModel, cell: Cell, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    row: dict[str, Any] = {**cell._asdict(), "dtype": str(model.dtype).removeprefix("torch.")}
     for name, values in samples.items():
         whole = name.endswith("_bytes")
         low, middle, high = np.percentile(values, [25, 50, 75]).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from halflap.errors import HalflapError
 from halflap.evaluate import memory
-from halflap.evaluate.bench import bench
+from halflap.evaluate.bench import bench, bench_in_turns
 from halflap.evaluate.memory import PeakMemory
 from halflap.models.count import cache_bytes
 from halflap.models.model import HybridModel, initialize
@@ -23,6 +24,7 @@ MEASURED = (
     "peak_memory_bytes",
     "cache_bytes",
 )
+SPREADS = tuple(f"{name}_spread" for name in MEASURED)
 
 
 def test_rows(tiny_config: Any) -> None:
@@ -33,12 +35,32 @@ def test_rows(tiny_config: Any) -> None:
     assert rows == logged
     assert [(r["prompt"], r["output"], r["batch"]) for r in rows] == [(8, 3, 1), (8, 3, 2), (20, 3, 1), (20, 3, 2)]
     for row in rows:
-        assert set(row) == {"prompt", "output", "batch", "dtype", *MEASURED, *(f"{name}_spread" for name in MEASURED)}
+        assert set(row) == {"prompt", "output", "batch", "dtype", *MEASURED, *SPREADS}
         assert row["dtype"] == "float32"
         assert all(row[name] > 0 and row[f"{name}_spread"] >= 0 for name in MEASURED)
         context = row["prompt"] + row["output"]
         assert row["cache_bytes"] == cache_bytes(tiny_config, context, row["batch"], kv_bits=32, conv_bits=32)
         assert row["peak_memory_bytes"] > sum(p.nbytes for p in model.parameters())
+
+
+def test_models_take_turns(tiny_config: Any) -> None:
+    opened = []
+
+    def model(name: str) -> HybridModel:
+        opened.append(name)
+        made = HybridModel(tiny_config).eval()
+        initialize(made, 0)
+        return made
+
+    models = {name: functools.partial(model, name) for name in ("a", "b")}
+    rows = bench_in_turns(models, (8,), (3,), (1, 2), rounds=3, repeats=2)
+    assert opened == ["a", "b"] * 3 and list(rows) == ["a", "b"]
+    for of_model in rows.values():
+        assert [(row["prompt"], row["output"], row["batch"]) for row in of_model] == [(8, 3, 1), (8, 3, 2)]
+        assert all(set(row) == {"prompt", "output", "batch", "dtype", *MEASURED, *SPREADS} for row in of_model)
+        assert of_model[0]["cache_bytes"] == cache_bytes(tiny_config, 11, 1, kv_bits=32, conv_bits=32)
+    with pytest.raises(HalflapError, match="rounds is 0"):
+        bench_in_turns(models, (8,), (3,), (1,), rounds=0)
 
 
 @pytest.mark.parametrize(("field", "sizes"), list(itertools.product(range(3), ((), (0,), (4, -1)))))
