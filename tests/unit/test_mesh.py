@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -89,3 +94,50 @@ def test_fanout_keeps_order_and_raises() -> None:
     assert fanout.map(abs, []) == []
     with pytest.raises(ValueError, match="invalid literal"):
         fanout.map(int, ["1", "x"], processes=2)
+
+
+WORK = """
+import signal, time
+from pathlib import Path
+from halflap.parallel import fanout
+
+def work(name):
+    Path(name).touch()
+    try:
+        time.sleep(600)
+    except KeyboardInterrupt:
+        Path(name + "-saved").touch()
+        if STUBBORN:
+            time.sleep(600)
+        raise
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    import work as own
+    fanout.map(own.work, ["a", "b", "c"], processes=2)
+"""
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_an_interrupt_of_one_process_ends_its_workers(tmp_path: Path, stubborn: bool) -> None:
+    script = WORK.replace("STUBBORN", str(stubborn))
+    (tmp_path / "work.py").write_text(script)
+    parent = subprocess.Popen([sys.executable, "work.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+
+    def wait_for(*names: str) -> None:
+        until = time.monotonic() + 60
+        while not all((tmp_path / name).exists() for name in names):
+            assert time.monotonic() < until and parent.poll() is None
+            time.sleep(0.05)
+
+    wait_for("a", "b")
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    parent.send_signal(signal.SIGINT)
+    if stubborn:
+        wait_for("a-saved", "b-saved")
+        parent.send_signal(signal.SIGINT)
+    _, said = parent.communicate(timeout=60)
+    assert "KeyboardInterrupt" in said and parent.returncode != 0
+    assert {file.name for file in tmp_path.glob("*-saved")} == {"a-saved", "b-saved"}
+    assert not (tmp_path / "c").exists()  # it waited for a worker
+    assert not psutil.wait_procs(workers, timeout=30)[1]

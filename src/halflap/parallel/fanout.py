@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +24,7 @@ from halflap.progress import set_quiet, track
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_interrupted = False  # whether this worker was
 ANSWERS_WITHIN = 10.0  # seconds for a cluster to take a connection
 
 
@@ -50,7 +53,8 @@ def map(
 
     `finished` says of which items an earlier run has done the work, so that they do not enter the time that is left.
 
-    Each of several processes gets an equal share of the cores; on a cluster, Ray decides how many run at once. Raises
+    Each of several processes gets an equal share of the cores; on a cluster, Ray decides how many run at once. A
+    KeyboardInterrupt is raised in all of them, so that they save what they have; a second one kills them. Raises
     HalflapError when Ray is not installed, cannot be reached, or can never hold an item.
     """
     listed = list(items)
@@ -66,12 +70,49 @@ def map(
         return [function(item) for item in followed(listed)]
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(threads,))
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(threads,))
     try:
-        futures = [pool.submit(function, item) for item in listed]
+        futures = [pool.submit(_work, function, item) for item in listed]
         return [future.result() for future in followed(futures)]
+    except KeyboardInterrupt:
+        _interrupt([child for child in multiprocessing.active_children() if child not in others], pool)
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _interrupt(workers: Sequence[BaseProcess], pool: ProcessPoolExecutor) -> None:
+    """Ctrl-C in a terminal reaches the workers by itself; a signal to this process alone does not."""
+    try:
+        for worker in workers:
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
+    except KeyboardInterrupt:
+        for worker in workers:
+            worker.kill()
+        raise
+
+
+def _start_process(threads: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
+    _start_worker(threads)
+
+
+def _stop(_signal: int, _frame: object) -> None:
+    """Once: Ctrl-C comes from the terminal and from the parent, and what it interrupts is then being saved."""
+    global _interrupted
+    if not _interrupted:
+        _interrupted = True
+        raise KeyboardInterrupt
+
+
+def _work(function: Callable[[Item], Result], item: Item) -> Result:
+    if _interrupted:  # an item or two wait in a worker's queue, where nothing cancels them
+        raise KeyboardInterrupt
+    return function(item)
 
 
 def _start_worker(threads: int) -> None:
