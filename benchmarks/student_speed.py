@@ -2,7 +2,7 @@
 
 The student has the likeliest sizes that a search would try for half of the parameters. Both are measured as `halflap
 bench` does, in turns. `share` is the speed-up as a part of the ratio of their parameters: 1 where a model of half the
-weights is twice as fast.
+weights is twice as fast. `spread` is the interquartile range of a rate.
 """
 
 from __future__ import annotations

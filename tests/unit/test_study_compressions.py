@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from halflap.checkpoints.checkpoint import save_model
 from halflap.checkpoints.config import read_config
 from halflap.commands import teaching, timing
 from halflap.commands.study_file import read_study
 from halflap.compress.cost_model import Condition
-from halflap.data.tokenizer import train_tokenizer
 from halflap.errors import HalflapError
 from halflap.models.config import ModelConfig
 from halflap.models.count import count_non_embedding_parameters
-from halflap.models.model import HybridModel, initialize
-from halflap.models.presets import preset
 
 ARMS = {
     "heads": {"sizes": {"mamba_num_heads": 8}},
@@ -67,17 +61,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "seconds_of", made_up_seconds)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher with random weights and a tokenizer, and text."""
-    folder, generator = tmp_path_factory.mktemp("study"), random.Random(0)
-    documents = [" ".join(generator.choices(["half", "lap", "joint", "wood"], k=60)) for _ in range(60)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    train_tokenizer(documents, 280).save(folder / "tokenizer")
-    model = HybridModel(dataclasses.replace(preset("nemotron-h-tiny"), vocab_size=512))
-    initialize(model, 0)
-    save_model(model, folder / "teacher", tokenizer_from=folder / "tokenizer")
-    return folder
+@pytest.fixture
+def place(teacher_place: Path) -> Path:
+    return teacher_place
 
 
 def words(file: Path, place: Path, out: Path) -> tuple[object, ...]:

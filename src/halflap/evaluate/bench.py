@@ -60,7 +60,7 @@ def bench(
     rows = []
     with Progress("bench", len(cells) * (repeats + 1), unit="passes") as progress:
         for cell in cells:
-            rows.append(_row(model, cell, _samples(model, cell, repeats, seed, progress)))
+            rows.append(_row(model.dtype, cell, _samples(model, cell, repeats, seed, progress)))
             if log is not None:
                 log(rows[-1])
     return rows
@@ -82,20 +82,18 @@ def bench_in_turns(
     slow for a minute is slow for all. Raises HalflapError as `bench` does.
     """
     _check(rounds=(rounds,), repeats=(repeats,))
-    taken: dict[tuple[str, Cell], dict[str, list[float]]] = {}
-    rows: dict[str, list[dict[str, Any]]] = {}
+    taken: dict[str, dict[Cell, dict[str, list[float]]]] = {name: {} for name in models}
+    dtypes: dict[str, torch.dtype] = {}
     passes = rounds * len(models) * len(prompts) * len(outputs) * len(batches) * (repeats + 1)
     with Progress("bench", passes, unit="passes") as progress:
-        for _ in range(rounds):
-            for name, opened in models.items():
-                model = opened()
-                cells = _cells(model, prompts, outputs, batches)
-                for cell in cells:
-                    kept = taken.setdefault((name, cell), {})
-                    for measure, values in _samples(model, cell, repeats, seed, progress).items():
-                        kept.setdefault(measure, []).extend(values)
-                rows[name] = [_row(model, cell, taken[name, cell]) for cell in cells]
-    return rows
+        for name, opened in [*models.items()] * rounds:
+            model = opened()
+            dtypes[name] = model.dtype
+            for cell in _cells(model, prompts, outputs, batches):
+                kept = taken[name].setdefault(cell, {})
+                for measure, values in _samples(model, cell, repeats, seed, progress).items():
+                    kept.setdefault(measure, []).extend(values)
+    return {name: [_row(dtypes[name], *one) for one in of_model.items()] for name, of_model in taken.items()}
 
 
 def _check(**given: Sequence[int]) -> None:
@@ -135,8 +133,8 @@ def _samples(model: HybridModel, cell: Cell, repeats: int, seed: int, progress: 
     }
 
 
-def _row(model: HybridModel, cell: Cell, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    row: dict[str, Any] = {**cell._asdict(), "dtype": str(model.dtype).removeprefix("torch.")}
+def _row(dtype: torch.dtype, cell: Cell, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    row: dict[str, Any] = {**cell._asdict(), "dtype": str(dtype).removeprefix("torch.")}
     for name, values in samples.items():
         whole = name.endswith("_bytes")
         low, middle, high = np.percentile(values, [25, 50, 75]).tolist()

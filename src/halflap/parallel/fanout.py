@@ -65,33 +65,31 @@ def map(
 
     if cluster is not None:
         return _on_cluster(function, listed, cluster, followed)
-    workers = min(processes, len(listed))
-    if workers <= 1:
+    count = min(processes, len(listed))
+    if count <= 1:
         return [function(item) for item in followed(listed)]
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, (os.cpu_count() or 1) // count)
     context = multiprocessing.get_context("spawn")
     others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(threads,))
+
+    def workers() -> list[BaseProcess]:
+        return [child for child in multiprocessing.active_children() if child not in others]
+
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_process, initargs=(threads,))
     try:
         futures = [pool.submit(_work, function, item) for item in listed]
         return [future.result() for future in followed(futures)]
-    except KeyboardInterrupt:
-        _interrupt([child for child in multiprocessing.active_children() if child not in others], pool)
+    except KeyboardInterrupt:  # in a terminal the workers get it too, but not when a signal is for this process alone
+        for worker in workers():
+            worker.terminate()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _interrupt(workers: Sequence[BaseProcess], pool: ProcessPoolExecutor) -> None:
-    """Ctrl-C in a terminal reaches the workers by itself; a signal to this process alone does not."""
-    try:
-        for worker in workers:
-            worker.terminate()
-        pool.shutdown(cancel_futures=True)
-    except KeyboardInterrupt:
-        for worker in workers:
-            worker.kill()
-        raise
+        try:
+            pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:  # while they save, or end what they do after an error
+            for worker in workers():
+                worker.kill()
+            raise
 
 
 def _start_process(threads: int) -> None:
