@@ -13,7 +13,7 @@ BENCHMARKS := training_step memory prefill decode scoring prune_stream help_time
   selective_scan hymba_training_step cache_bytes hybrid_decode teacher_logits search_speed student_speed \
   server_load chat_turns speculation
 
-.PHONY: help demo demo-seeds test test-slow test-interop test-vllm lint types format bench bench-llama-cpp bench-vllm \
+.PHONY: help demo demo-seeds test test-slow test-interop test-vllm test-load lint types format bench bench-llama-cpp bench-vllm \
   llama-cpp clean
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test-slow  the slow ones"
 	@echo "make test-interop  those with transformers, TRL, PEFT and llama.cpp, which it installs"
 	@echo "make test-vllm  those with vLLM on the CPU, in an environment of its own (2.5 GB)"
+	@echo "make test-load  the server under GuideLLM, a public load generator, in an environment of its own"
 	@echo "make lint       style and types"
 	@echo "make bench      measure speed and memory; results go to benchmarks/results/"
 	@echo "make bench-llama-cpp  the same beside llama.cpp, which it builds for this processor (docs/benchmarks.md)"
@@ -72,6 +73,16 @@ $(VLLM)/.ready: $(INTEROP)
 test-vllm: $(VLLM)/.ready
 	HALFLAP_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -q -m interop tests/interop/test_vllm.py
 
+# The load generator has pins that differ from ours.
+LOAD := .venv-load
+$(LOAD)/.ready: Makefile
+	$(PYTHON) -m venv $(LOAD)
+	$(LOAD)/bin/pip install -qq --disable-pip-version-check guidellm==0.8.1
+	@touch $@
+
+test-load: $(INTEROP) $(LOAD)/.ready
+	HALFLAP_GUIDELLM=$(LOAD)/bin/guidellm $(BIN)/python -m pytest -q -m interop tests/interop/test_load.py
+
 lint: $(DEV) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -107,4 +118,4 @@ bench-vllm: $(VLLM)/.ready
 	$(BIN)/python benchmarks/vllm_cpu.py --vllm-python $(VLLM)/bin/python
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(LLAMA_CPP) .pytest_cache .ruff_cache .hypothesis build src/*.egg-info
+	rm -rf $(VENV) $(VLLM) $(LOAD) $(LLAMA_CPP) .pytest_cache .ruff_cache .hypothesis build src/*.egg-info

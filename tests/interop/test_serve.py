@@ -121,6 +121,46 @@ def test_lm_evaluation_harness_scores_as_the_model_does(
     assert [greedy for _, greedy in found] == [answer.greedy for answer in wanted]
 
 
+def test_lm_evaluation_harness_runs_a_whole_task(
+    url: str, directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A task of two answers through `local-completions`, beside the same task through our own harness model."""
+    pytest.importorskip("tenacity", reason="lm-eval's API models need tenacity: pip install -e '.[interop]'")
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    import halflap
+    from halflap.evaluate.lm_eval import Tasks, run_tasks
+
+    ends = [["every word", "no state"], ["a fox", "one piece"], ["the thickness", "was told again"]]
+    items = [{"start": "Attention looks back at", "ends": pair, "right": i % 2} for i, pair in enumerate(ends * 4)]
+    data = tmp_path / "items.jsonl"
+    data.write_text("".join(json.dumps(item) + "\n" for item in items), "utf-8")
+
+    def task() -> ConfigurableTask:
+        measures = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+        files = {"data_files": {"test": str(data)}}
+        return ConfigurableTask(
+            config={
+                "task": "two_ends", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test",
+                "output_type": "multiple_choice", "doc_to_text": "{{start}}", "doc_to_choice": "{{ends}}",
+                "doc_to_target": "{{right}}", "num_fewshot": 2, "metric_list": measures,
+            }
+        )  # fmt: skip
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    options = f"model=tiny,base_url={url}/v1/completions,tokenizer={directory},max_length=128,num_concurrent=4"
+    found: Any = simple_evaluate(
+        "local-completions", model_args=options, tasks=[task()], batch_size=2, bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),
+    )  # fmt: skip
+    model: Any = halflap.load(directory)
+    ours = run_tasks(model, model.tokenizer, Tasks({"two_ends": task()}), seed=1234)  # the harness's own seed
+    assert found["results"]["two_ends"]["acc,none"] == ours["tasks"]["two_ends"]["acc"]
+    assert len(found["samples"]["two_ends"]) == 12
+
+
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)
 def test_fuzzed_from_the_openapi_document(url: str, mode: Any) -> None:
     """Statuses, types and shapes of all answers are those documented, and nothing ends in a server error.

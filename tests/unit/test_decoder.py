@@ -92,10 +92,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @torch.no_grad()
-def started(model: HybridModel, rows: int, generator: torch.Generator) -> Cache:
-    """A cache of rows of unequal lengths."""
+def started(model: HybridModel, rows: int, generator: torch.Generator, states: torch.dtype | None = None) -> Cache:
+    """A cache of rows of unequal lengths, its SSM states in the given dtype."""
     lengths = torch.randint(1, 8, (rows,), generator=generator)
-    cache = Cache.create(model.config, rows, 4, model.dtype)
+    cache = Cache.create(model.config, rows, 4, model.dtype, ssm_dtype=states)
     tokens = torch.randint(0, model.config.vocab_size, (rows, 8), generator=generator)
     model(tokens, cache=cache, lengths=lengths)
     return cache
@@ -264,7 +264,8 @@ def test_what_the_program_cannot_run_the_model_runs() -> None:
 
 # --- several tokens a row
 
-FORMS = ["float32", "bfloat16", "int8", "int8 in bfloat16", "int4"]
+STATES = {"float32, narrow states": torch.bfloat16, "bfloat16, narrow states": torch.bfloat16}  # rounded every token
+FORMS = ["float32", "bfloat16", "int8", "int8 in bfloat16", "int4", *STATES]
 
 
 def formed(name: str, form: str) -> HybridModel:
@@ -313,7 +314,7 @@ def same_state(one: Cache, other: Cache) -> bool:
 def test_several_tokens_are_single_ones_bit_for_bit(name: str, form: str, held: bool) -> None:
     """Rows of unequal lengths and numbers of tokens; a held pass goes on by any number of them."""
     model, generator = formed(name, form), torch.Generator().manual_seed(len(name) + held)
-    cache, decode = started(model, 4, generator), Decoder(model)
+    cache, decode = started(model, 4, generator, STATES.get(form)), Decoder(model)
     for counts, taken in (((3, 1, 6, 2), (1, 1, 6, 2)), ((1, 8, 2, 5), (1, 3, 1, 4)), ((1, 1, 1, 1), (1, 1, 1, 1))):
         tokens = [torch.randint(0, model.config.vocab_size, (count,), generator=generator) for count in counts]
         before = cache.clone()
@@ -330,7 +331,7 @@ def test_several_tokens_are_single_ones_bit_for_bit(name: str, form: str, held: 
 @pytest.mark.parametrize("name", ["nemotron_h", "hymba", "windows"])
 def test_a_row_does_not_depend_on_those_beside_it(name: str, form: str) -> None:
     model, generator = formed(name, form), torch.Generator().manual_seed(1)
-    cache, decode = started(model, 40, generator), Decoder(model)
+    cache, decode = started(model, 40, generator, STATES.get(form)), Decoder(model)
     tokens = torch.randint(0, model.config.vocab_size, (40, 1), generator=generator)
     alone = torch.cat([one_by_one(decode, cache, row, tokens[row])[0] for row in range(40)])
     for rows in (2, 3, 5, 8, 13, 31, 40):

@@ -84,9 +84,6 @@ def plan_engine(path: str | Path, decoding: Decoding, common: Common, replicas: 
     one = budget.row(context)
     beside[f"a reply of {context:,} tokens (--max-context and --cache-memory bound it)"] = one
     left = check_memory(config, dtype, device, beside, read_quantization(directory, config), replicas=replicas)
-    if states == "bfloat16" and device.type == "cpu" and any(block.ssm for block in config.blocks):
-        slower = "states of Mamba blocks are kept in bfloat16, which decodes by the plain step: float32 is faster here"
-        remark = slower if remark is None else f"{remark}; {slower}"
     memory = round(one + OF_LEFT * left) if given is None else given
     return Plan(directory, config, tokenizer, context, device, dtype, prefix, memory, states, remark)
 

@@ -37,6 +37,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 try:
+    import lm_eval.models  # noqa: F401  the harness looks for its own models only while it knows none at all
     from lm_eval.api import task as harness_tasks
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model

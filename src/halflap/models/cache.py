@@ -216,9 +216,9 @@ class Cache:
         return next((t.dtype for state in parts(self) for t in fields(state).values()), torch.float32)
 
     @property
-    def narrow(self) -> bool:
-        """Whether SSM states are less than float32, which native decoding does not take: the plain step does."""
-        return any(isinstance(state, ConvSSMState) and state.ssm.dtype.itemsize < 4 for state in parts(self))
+    def ssm_dtypes(self) -> set[torch.dtype]:
+        """Of SSM states; empty where no block has one."""
+        return {state.ssm.dtype for state in parts(self) if isinstance(state, ConvSSMState)}
 
     def select(self, rows: Tensor | list[int]) -> Cache:
         """A new cache of the given rows, repeats allowed (beam reorder, one prompt to many samples)."""

@@ -26,6 +26,7 @@ from halflap.ops.native import program as native
 from halflap.ops.native.program import Held, Program, State
 
 NOTHING = State()
+STATE_DTYPES = {torch.float32, torch.bfloat16}  # of SSM states
 
 
 class Decoder:
@@ -96,7 +97,10 @@ def _runs(tokens: Tensor, caches: Sequence[Cache]) -> bool:
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return len({cache.held is None for cache in caches}) == 1 and all(
-        not cache.decode_window_compat and cache.used and (cache.started or not cache.meta) and not cache.narrow
+        not cache.decode_window_compat
+        and cache.used
+        and (cache.started or not cache.meta)
+        and cache.ssm_dtypes <= STATE_DTYPES
         for cache in caches
     )
 

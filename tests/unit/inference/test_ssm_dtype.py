@@ -15,6 +15,7 @@ from halflap.inference.stream import Stream
 from halflap.models.cache import Cache, ConvSSMState, parts
 from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel
+from halflap.ops import select
 
 PROMPTS = [(5,), tuple(range(7, 25)), (200, 3, 17, 250, 9, 1, 1, 42)]
 ROUNDED = EngineSettings(ssm_dtype="bfloat16", prefill_chunk=8, prefix_cache=1 << 20)
@@ -29,17 +30,18 @@ def hybrid(request: pytest.FixtureRequest, make: Callable[..., HybridModel]) -> 
 def test_a_state_is_rounded_once_a_pass(hybrid: HybridModel) -> None:
     """Logits are those of a float32 cache that is rounded by hand, and near those of one that is not.
 
-    By hand to 1e-3 in the 2-norm: native and plain steps differ in float32's last digit, by which some numbers of a
-    state are rounded the other way. A rounding is 2^-9 of a state and decay forgets it: some of them are 2 % at most.
+    By hand to 1e-3 in the 2-norm: steps of the two differ in float32's last digit, by which some numbers of a state are
+    rounded the other way. A rounding is 2^-9 of a state and decay forgets it: some of them are 2 % at most.
     """
     narrow, wide, exact = (
         Cache.create(hybrid.config, 2, 64, ssm_dtype=kind) for kind in (torch.bfloat16, torch.float32, None)
     )
     decode = Decoder(hybrid)
-    assert narrow.narrow and not wide.narrow and not exact.narrow
+    assert narrow.ssm_dtypes == {torch.bfloat16} and wide.ssm_dtypes == exact.ssm_dtypes == {torch.float32}
     tokens = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
     for part in (tokens[:, :9], tokens[:, 9:20], *tokens[:, 20:].split(1, 1)):
         run = decode if part.shape[1] == 1 else hybrid
+        assert run is hybrid or decode.is_native(part, [narrow]) == select.native_is_on()
         found, expected, ideal = (run(part, cache=cache)[:, -1] for cache in (narrow, wide, exact))
         for state in parts(wide):
             if isinstance(state, ConvSSMState):

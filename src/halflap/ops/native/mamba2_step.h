@@ -39,11 +39,14 @@ struct Mamba2Step {
     int64_t row() const { return inner() + conv() + heads; }
 };
 
-// to = decay from + (step x) outer B and y = to C + D x for one head; a function of its own, so that it is one for all
-__attribute__((noinline)) inline void head_step(const float* from, float* to, const float* x, const float* B, const float* C, float step, float decay, float D, int64_t P, int64_t N, float* y) {
+// to = decay from + (step x) outer B and y = (to before it is rounded) C + D x for one head; a function of its own, so
+// that it is one for all
+template <class S>
+__attribute__((noinline)) void head_step(const S* from, S* to, const float* x, const float* B, const float* C, float step, float decay, float D, int64_t P, int64_t N, float* y) {
     for (int64_t p = 0; p < P; p++) {
-        const float *row = from + p * N, in = step * x[p];
-        float* next = to + p * N;
+        const S* row = from + p * N;
+        S* next = to + p * N;
+        const float in = step * x[p];
         vf dot = splat(0);
         for (int64_t n = 0; n < N; n += VL) {
             vf state = decay * load_to(row + n, N - n) + in * load(B + n);
@@ -69,31 +72,32 @@ void gate_and_norm(const Mamba2Step& s, int64_t size, const float* weight, const
 
 // `count` tokens of group g of one sequence: projected are their rows z, x, B, C, dt, `stride` apart; conv_state (W-1, C)
 // and ssm_state (H, P, N) are the sequence's own and advance in place, or with `holds` stay as they are; out are rows (I),
-// `out_stride` apart
-template <class X, class S>
-__attribute__((noinline)) void mamba2_group_steps(const Mamba2Step& s, int64_t g, int64_t count, const X* projected, int64_t stride, S* conv_state, float* ssm_state, bool holds, X* out, int64_t out_stride) {
+// `out_stride` apart. A state in bfloat16 is rounded after every token, so that more tokens at once change nothing
+template <class X, class T, class S>
+__attribute__((noinline)) void mamba2_group_steps(const Mamba2Step& s, int64_t g, int64_t count, const X* projected, int64_t stride, T* conv_state, S* ssm_state, bool holds, X* out, int64_t out_stride) {
     const int64_t P = s.channels, N = s.states, inner = s.inner(), bc = s.groups * N, conv = s.conv();
     const int64_t per_group = s.heads / s.groups, size = per_group * P, padded = round_up(N, VL), row = round_up(size, 16) + 2 * round_up(padded, 16);
     const int64_t tail = holds ? (s.width - 1) * (size + 2 * N) : 0, aside = holds ? P * N : 0;
     Carver carver(count * (row + round_up(size, 16)) + round_up(tail, 16) + round_up(aside, 16) + 16);
-    float *convolved = carver.take(count * row), *ys = carver.take(count * round_up(size, 16)), *moved = carver.take(aside);
-    S* held = (S*)carver.take(tail);
+    float *convolved = carver.take(count * row), *ys = carver.take(count * round_up(size, 16));
+    S* moved = (S*)carver.take(aside);
+    T* held = (T*)carver.take(tail);
     memset(convolved, 0, count * row * sizeof(float));
     const struct { int64_t channel, count, to, held; } parts[] = {
         {g * size, size, 0, 0}, {inner + g * N, N, round_up(size, 16), size}, {inner + bc + g * N, N, round_up(size, 16) + round_up(padded, 16), size + N}};
     for (const auto& part : parts) {
-        S* state = holds ? held + part.held : conv_state + part.channel;
+        T* state = holds ? held + part.held : conv_state + part.channel;
         const int64_t apart = holds ? size + 2 * N : conv;
         if (holds)
-            for (int64_t k = 0; k < s.width - 1; k++) memcpy(state + k * apart, conv_state + k * conv + part.channel, part.count * sizeof(S));
+            for (int64_t k = 0; k < s.width - 1; k++) memcpy(state + k * apart, conv_state + k * conv + part.channel, part.count * sizeof(T));
         for (int64_t t = 0; t < count; t++)
             convolve_step(s.conv_weight + part.channel, conv, s.conv_bias ? s.conv_bias + part.channel : nullptr, s.width,
                           projected + t * stride + inner + part.channel, state, apart, part.count, convolved + t * row + part.to);
     }
     for (int64_t h = g * per_group; h < (g + 1) * per_group; h++) {
         const int64_t at = (h - g * per_group) * P;
-        const float* from = ssm_state + h * P * N;
-        float* to = holds ? moved : ssm_state + h * P * N;
+        const S* from = ssm_state + h * P * N;
+        S* to = holds ? moved : ssm_state + h * P * N;
         for (int64_t t = 0; t < count; t++, from = to) {
             const float *x = convolved + t * row, *B = x + parts[1].to, *C = x + parts[2].to;
             float time = softplus(splat(widen(projected[t * stride + inner + conv + h]) + s.dt_bias[h]))[0];

@@ -10,7 +10,7 @@ namespace program {
 // What one cache keeps of a block: convolution tail and SSM state, or keys and values. Mirrored by program.py.
 struct State {
     void *first, *second;
-    int64_t first_batch, first_head, second_batch, second_head, narrow;  // strides in elements; narrow: first in bfloat16
+    int64_t first_batch, first_head, second_batch, second_head, first_narrow, second_narrow;  // strides in elements; narrow: in bfloat16
 };
 
 // A sequence, row `index` of a cache, and the tokens first .. first + count of the pass that continue it

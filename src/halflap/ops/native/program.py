@@ -133,14 +133,14 @@ class State(ctypes.Structure):
 
     _fields_ = [
         *_pointers("first", "second"),
-        *_integers("first_batch", "first_head", "second_batch", "second_head", "narrow"),
+        *_integers("first_batch", "first_head", "second_batch", "second_head", "first_narrow", "second_narrow"),
     ]
 
     @staticmethod
     def of(first: Tensor, second: Tensor) -> State:
         """Of tensors (B, ..), contiguous but for their first two dimensions."""
         a, b = first.stride(), second.stride()
-        return State(first.data_ptr(), second.data_ptr(), a[0], a[1], b[0], b[1], is_narrow(first))
+        return State(first.data_ptr(), second.data_ptr(), a[0], a[1], b[0], b[1], is_narrow(first), is_narrow(second))
 
 
 class _Run(ctypes.Structure):

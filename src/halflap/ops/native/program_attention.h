@@ -43,7 +43,7 @@ struct Head {
 template <class Act>
 inline void of_head(const AttentionStep& s, const Run& run, const Row& row, int64_t state, const Place& held, int64_t h, const Act& act) {
     const State& own = run.state(row, state);
-    if (own.narrow) act(Head<bf16>(s, run, row, own, held, h));
+    if (own.first_narrow) act(Head<bf16>(s, run, row, own, held, h));
     else act(Head<float>(s, run, row, own, held, h));
 }
 

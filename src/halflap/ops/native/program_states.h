@@ -19,12 +19,11 @@ inline int64_t tasks(const Mamba2& m, const Run& run) { return run.sequences * m
 
 inline void advance(const Mamba2& m, const Run& run, const Row& row, int64_t g, int64_t count, const float* from, int64_t stride, bool holds, float* to, int64_t to_stride) {
     const State& s = run.state(row, m.state);
-    float* ssm = (float*)s.second + row.index * s.second_batch;
-    auto steps = [&](auto* conv) {
-        mamba2_group_steps(m.step, g, count, from, stride, conv + row.index * s.first_batch, ssm, holds, to, to_stride);
+    auto steps = [&](auto* conv, auto* ssm) {
+        mamba2_group_steps(m.step, g, count, from, stride, conv + row.index * s.first_batch, ssm + row.index * s.second_batch, holds, to, to_stride);
     };
-    if (s.narrow) steps((bf16*)s.first);
-    else steps((float*)s.first);
+    auto of_conv = [&](auto* conv) { s.second_narrow ? steps(conv, (bf16*)s.second) : steps(conv, (float*)s.second); };
+    s.first_narrow ? of_conv((bf16*)s.first) : of_conv((float*)s.first);
 }
 
 inline void work(const Mamba2& m, const Run& run, int64_t task) {
@@ -63,7 +62,7 @@ inline void of_slice(const Convolution& c, const Run& run, int64_t task, const A
     const Row& row = run.rows[task / slices(c)];
     const State& s = run.state(row, c.state);
     const int64_t c0 = task % slices(c) * CHANNELS, count = c.channels - c0 < CHANNELS ? c.channels - c0 : CHANNELS, at = row.index * s.first_batch + c0;
-    if (s.narrow) act(row, (bf16*)s.first + at, c0, count);
+    if (s.first_narrow) act(row, (bf16*)s.first + at, c0, count);
     else act(row, (float*)s.first + at, c0, count);
 }
 
@@ -100,9 +99,12 @@ struct Selective : Instruction {
 
 inline int64_t tasks(const Selective& s, const Run& run) { return run.sequences * selective::step_pieces(s.channels); }
 
-inline float* piece_state(const Selective& s, const Run& run, const Row& row, int64_t piece) {
+// act(the state of the channels of one piece)
+template <class Act>
+inline void of_piece(const Selective& s, const Run& run, const Row& row, int64_t piece, const Act& act) {
     const State& state = run.state(row, s.state);
-    return (float*)state.second + row.index * state.second_batch + piece * selective::PIECE * s.states;
+    const int64_t at = row.index * state.second_batch + piece * selective::PIECE * s.states;
+    state.second_narrow ? act((bf16*)state.second + at) : act((float*)state.second + at);
 }
 
 inline void work(const Selective& s, const Run& run, int64_t task) {
@@ -110,12 +112,16 @@ inline void work(const Selective& s, const Run& run, int64_t task) {
     const int64_t pieces = selective::step_pieces(s.channels), piece = task % pieces, I = s.channels;
     const Row& row = run.rows[task / pieces];
     moved.resize(selective::PIECE * s.states);
-    float *own = piece_state(s, run, row, piece), *from = own, *to = run.holds ? moved.data() : own;
-    for (int64_t t = 0; t < row.count; t++, from = to) {
-        auto rows = [&](const Place& p) { return selective::Rows{p.of(run, row.first + t), 0, 0, 0}; };
-        const selective::Step step{1, I, s.states, 1, rows(s.u), rows(s.dt), rows(s.B), rows(s.C), rows(s.gate), rows(s.to), s.A, s.D, s.dt_bias, nullptr};
-        selective::step_piece(step, 0, piece, from, to);
-        if (!run.holds || piece) continue;
+    of_piece(s, run, row, piece, [&](auto* own) {
+        auto *from = own, *to = run.holds ? (decltype(own))moved.data() : own;
+        for (int64_t t = 0; t < row.count; t++, from = to) {
+            auto rows = [&](const Place& p) { return selective::Rows{p.of(run, row.first + t), 0, 0, 0}; };
+            const selective::Step step{1, I, s.states, 1, rows(s.u), rows(s.dt), rows(s.B), rows(s.C), rows(s.gate), rows(s.to), s.A, s.D, s.dt_bias, nullptr};
+            selective::step_piece(step, 0, piece, from, to);
+        }
+    });
+    if (!run.holds || piece) return;
+    for (int64_t t = 0; t < row.count; t++) {
         float* aside = s.held.put_aside(run, row.first + t);
         memcpy(aside, s.u.of(run, row.first + t), I * sizeof(float)), memcpy(aside + I, s.dt.of(run, row.first + t), I * sizeof(float));
         memcpy(aside + 2 * I, s.B.of(run, row.first + t), s.states * sizeof(float));
@@ -129,13 +135,14 @@ inline void settle(const Selective& s, const Run& run, int64_t task, const int64
     const int64_t pieces = selective::step_pieces(s.channels), piece = task % pieces, b = task / pieces, I = s.channels;
     const Row& row = run.rows[b];
     unread.resize(I);
-    float* own = piece_state(s, run, row, piece);
-    for (int64_t t = 0; t < counts[b]; t++) {
-        float* aside = s.held.put_aside(run, row.first + t);
-        auto rows = [&](float* data) { return selective::Rows{data, 0, 0, 0}; };
-        const selective::Step step{1, I, s.states, 1, rows(aside), rows(aside + I), rows(aside + 2 * I), rows(aside + 2 * I), rows(nullptr), rows(unread.data()), s.A, s.D, s.dt_bias, nullptr};
-        selective::step_piece(step, 0, piece, own, own);
-    }
+    of_piece(s, run, row, piece, [&](auto* own) {
+        for (int64_t t = 0; t < counts[b]; t++) {
+            float* aside = s.held.put_aside(run, row.first + t);
+            auto rows = [&](float* data) { return selective::Rows{data, 0, 0, 0}; };
+            const selective::Step step{1, I, s.states, 1, rows(aside), rows(aside + I), rows(aside + 2 * I), rows(aside + 2 * I), rows(nullptr), rows(unread.data()), s.A, s.D, s.dt_bias, nullptr};
+            selective::step_piece(step, 0, piece, own, own);
+        }
+    });
 }
 
 }  // namespace program

@@ -16,8 +16,9 @@ constexpr int64_t PIECE = 16;  // channels of one sequence that are one piece of
 inline int64_t step_pieces(int64_t channels) { return (channels + PIECE - 1) / PIECE; }
 
 // of a sequence, its state (channels of the piece, N) from one place to another, which may be the same; a function of its
-// own, so that it is one for all
-__attribute__((noinline)) inline void step_piece(const Step& a, int64_t b, int64_t piece, const float* from, float* to) {
+// own, so that it is one for all. A state in bfloat16 is rounded after every token.
+template <class S>
+__attribute__((noinline)) void step_piece(const Step& a, int64_t b, int64_t piece, const S* from, S* to) {
     const int64_t N = a.states, padded = round_up(N, VL), c0 = piece * PIECE, left = a.channels - c0;
     Carver carver(2 * round_up(padded, 16));
     float *B = carver.take(padded), *C = carver.take(padded), dt[PIECE], x[PIECE], out[PIECE];
@@ -29,11 +30,11 @@ __attribute__((noinline)) inline void step_piece(const Step& a, int64_t b, int64
     }
     vf sums[PIECE] = {};
     for (int64_t i = 0; i < PIECE && i < left; i++) {
-        const float* S = from + i * N;
+        const S* row = from + i * N;
         const float* rate = a.A + (c0 + i) * N;
         for (int64_t n = 0; n < N; n += VL) {
             vf kept = decay(splat(dt[i]), load_to(rate + n, N - n) * RATE_SCALE);
-            vf state = load_to(S + n, N - n) * kept + x[i] * load(B + n);
+            vf state = load_to(row + n, N - n) * kept + x[i] * load(B + n);
             store_to(to + i * N + n, state, N - n);
             sums[i] += state * load(C + n);
         }
