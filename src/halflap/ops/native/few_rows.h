@@ -45,6 +45,7 @@ constexpr int STEP = VL;
 template <class W>
 struct FewRows {
     using X = Operand<W>;
+    static constexpr int LINE = 64 / sizeof(W);  // numbers in a cache line
     static constexpr int step = STEP<W>, GROUP = VL == 16 ? 16 : 24;  // GROUP: rows of the weight whose outputs are put at once
     int64_t M, K, padded;
     Fours fours;
@@ -80,6 +81,7 @@ struct FewRows {
         const int64_t widest = fours.of(0);
         if (widest == 1) by_tiles<8>(w, begin, end, put);
         else if (VL == 16 || widest < 4) by_tiles<4>(w, begin, end, put);
+        else if (sizeof(W) == 4 && M > 8) by_tiles<2>(w, begin, end, put);  // bound by arithmetic, and of 12 sums GCC spills one
         else by_tiles<3>(w, begin, end, put);
     }
 
@@ -110,6 +112,7 @@ private:
     template <int XS, int R>
     void tile(const X* a, const W* w, const W* next, float* out) const {
         if constexpr (XS * R > 16) return;  // not asked for
+        else if constexpr (XS == 1 && std::is_same_v<X, float>) one_by_one<R>(a, w, next, out);
         else {
             vf sums[16] = {};  // sums[R * row of x + row of w]
             auto multiply = [&](int64_t k, int64_t left) __attribute__((always_inline)) {
@@ -120,12 +123,14 @@ private:
 #pragma GCC unroll 4
                         for (int i = 0; i < XS; i++) sums[R * i + r] = dot_step(sums[R * i + r], a + i * step, w + r * K + k, left);
             };
-            constexpr int LINE = 64 / sizeof(W);  // numbers in a cache line
+            // rows that share a page are fetched in the order of their addresses
+            const bool in_order = K * sizeof(W) < 4096;
+            const int64_t along = in_order ? R : 1, apart = in_order ? LINE : K;
             int64_t k = 0;
             for (; k + LINE <= K; k += LINE) {
                 if (next)
 #pragma GCC unroll 8
-                    for (int r = 0; r < R; r++) __builtin_prefetch((const char*)(next + r * K + k), 0, 2);  // not into the first cache
+                    for (int r = 0; r < R; r++) fetch(next + along * k + apart * r);
 #pragma GCC unroll 4
                 for (int i = 0; i < LINE; i += step, a += XS * step) multiply(k + i, step);
             }
@@ -139,6 +144,24 @@ private:
                 for (int r = 0; r < R; r++) out[i * GROUP + r] = totals[R * i + r];
         }
     }
+    // of a single row of x: row after row of w, which is a stream, and more of it in flight than of steps over several
+    template <int R>
+    void one_by_one(const float* a, const W* w, const W* next, float* out) const {
+        vf sums[16] = {};
+        for (int r = 0; r < R; r++, w += K, next += next ? K : 0) {
+            int64_t k = 0;
+            for (; k + LINE <= K; k += LINE) {
+                if (next) fetch(next + k);
+#pragma GCC unroll 4
+                for (int i = 0; i < LINE; i += step) sums[r] = fused(load(a + k + i), load(w + k + i), sums[r]);
+            }
+            for (; k < K; k += step) sums[r] = fused(load(a + k), load_to(w + k, K - k), sums[r]);
+        }
+        float totals[16];
+        sums_of_some<R <= 8 ? 8 : 16>(sums, totals);
+        memcpy(out, totals, R * sizeof(float));
+    }
+    static void fetch(const W* w) { __builtin_prefetch((const char*)w, 0, 2); }  // not into the first cache
     // one step of a tile: of rows of x and of w, the fewer stay in registers while each of the others passes
     template <int XS, int R>
     LANES void outer(vf* sums, const float* a, const W* w, int64_t left) const {
