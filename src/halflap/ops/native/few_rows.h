@@ -149,13 +149,15 @@ private:
     void one_by_one(const float* a, const W* w, const W* next, float* out) const {
         vf sums[16] = {};
         for (int r = 0; r < R; r++, w += K, next += next ? K : 0) {
+            vf dot = splat(0);
             int64_t k = 0;
             for (; k + LINE <= K; k += LINE) {
                 if (next) fetch(next + k);
 #pragma GCC unroll 4
-                for (int i = 0; i < LINE; i += step) sums[r] = fused(load(a + k + i), load(w + k + i), sums[r]);
+                for (int i = 0; i < LINE; i += step) dot = fused(load(a + k + i), load(w + k + i), dot);
             }
-            for (; k < K; k += step) sums[r] = fused(load(a + k), load_to(w + k, K - k), sums[r]);
+            for (; k < K; k += step) dot = fused(load(a + k), load_to(w + k, K - k), dot);
+            sums[r] = dot;
         }
         float totals[16];
         sums_of_some<R <= 8 ? 8 : 16>(sums, totals);
