@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from halflap.checkpoints.config import read_config
-from halflap.commands import teaching, timing
+from halflap.commands import study_students, teaching, timing
 from halflap.commands.study_file import read_study
 from halflap.compress.cost_model import Condition
 from halflap.errors import HalflapError
@@ -66,6 +67,20 @@ def place(teacher_place: Path) -> Path:
     return teacher_place
 
 
+def with_other_threads(work: Callable[[Any], None]) -> Callable[[Any], None]:
+    """As a worker has fewer than the study, which has timed the blocks."""
+
+    def share(item: Any) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads + 1)
+        try:
+            work(item)
+        finally:
+            torch.set_num_threads(threads)
+
+    return share
+
+
 def words(file: Path, place: Path, out: Path) -> tuple[object, ...]:
     given = ("--teacher", place / "teacher", "--data", place / "text.jsonl", "--data.held-out", 0.2)
     return ("study", file, *given, "--out", out, "--json")
@@ -75,6 +90,7 @@ def test_arms_share_their_work_and_an_interrupted_study_ends_the_same(
     halflap: Cli, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, out, teach, calls = write(tmp_path), tmp_path / "run", teaching.distill_into, []
+    monkeypatch.setattr(study_students, "cut_and_judge", with_other_threads(study_students.cut_and_judge))
 
     def interrupted(*rest: Any, **more: Any) -> Any:
         calls.append(1)
@@ -105,6 +121,7 @@ def test_arms_share_their_work_and_an_interrupted_study_ends_the_same(
     assert result["claims"][0]["verdict"] in ("holds", "reversed", "open")
     run = out / "arms" / "heads" / "seed-1"
     assert read_config(run) == read_config(out / "arms" / "scratch" / "seed-1")
+    assert not [*out.glob("arms/**/latency.json")], "a student was timed beside others"
     assert not (run / "training").exists() and len(list((out / "teacher-logits").iterdir())) == 2
 
     shown = halflap(*words(file, place, out)[:-1]).out

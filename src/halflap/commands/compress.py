@@ -185,10 +185,11 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
     return result | {"held_out": corpora.held_out_is, "parameters": count_parameters(student.config)}
 
 
-def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
+def compress(recipe: CompressRecipe, run: Run, times: CostTable | None = None) -> dict[str, Any]:
     """Everything: the teacher corrected if asked, then in one or more steps what `_compress` does, and a page.
 
-    With --elastic, in place of the steps, what `elastic.compress` does.
+    With --elastic, in place of the steps, what `elastic.compress` does. `times` are those of the device that is meant
+    where this process has but a share of it: they are taken as they are, and the student is not timed beside others.
     """
     if recipe.elastic is None:
         _require_target(recipe.budgets, recipe.sizes)
@@ -221,17 +222,19 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
     corrected = {"teacher_correction": correction} if correction else {}
     if recipe.elastic is not None:
         return elastic.compress(recipe, run, teacher, corpora) | corrected
-    table = timing.table_for(recipe.budgets, teacher, run.path)
+    table = times or timing.table_for(recipe.budgets, teacher, run.path)
     *before, last = chain.recipes_of_steps(recipe, teacher.config, run.path, table)
     tutor, source, steps = Tutor(teacher), teacher, []
     for step in before:
         step = dataclasses.replace(step, model=str(source.checkpoint.path))
         with open_run("compress", settings_of(step), inputs_of(step)) as inner:
-            result = inner.result or inner.finish(_compress(step, inner, source, tutor, corpora, table))
+            result = inner.result or inner.finish(
+                _compress(step, inner, source, tutor, corpora, table, timed=times is None)
+            )
         steps.append({"path": str(inner.path), **{name: result[name] for name in ("parameters_ratio", "student")}})
         tutor = Tutor(teacher, tutor.origin_after(PruningPlan.load(inner.path / "pruned" / PLAN)))
         source = open_teacher(inner.checkpoint_dir, recipe.common, recipe.text.data)
-    result = _compress(last, run, source, tutor, corpora, table)
+    result = _compress(last, run, source, tutor, corpora, table, timed=times is None)
     if steps:
         build_report([*(Path(step["path"]) for step in steps), run.path], Path(result["report"]))  # of the whole chain
         result["steps"] = steps
@@ -239,7 +242,14 @@ def compress(recipe: CompressRecipe, run: Run) -> dict[str, Any]:
 
 
 def _compress(
-    recipe: CompressRecipe, run: Run, teacher: Teacher, tutor: Tutor, corpora: Corpora, times: CostTable | None
+    recipe: CompressRecipe,
+    run: Run,
+    teacher: Teacher,
+    tutor: Tutor,
+    corpora: Corpora,
+    times: CostTable | None,
+    *,
+    timed: bool,
 ) -> dict[str, Any]:
     """Importance, sizes, student, certificate, distillation, controls, judgement, page; `teacher` is what is cut."""
     length, seed = recipe.fit.sequence_length, recipe.common.seed
@@ -262,7 +272,7 @@ def _compress(
     setting = arms.Setting(recipe, run, teacher, plan, importance, training, corpora, tutor)
     table = arms.train_and_judge(setting)
     latency = late = None
-    if times is not None:
+    if times is not None and timed:
         budget = students.budget_of(recipe.budgets, teacher.config, times)
         latency = timing.judge_latency(run.path / "latency.json", budget, tutor.teacher, plan.student)
         late = timing.excess(latency, budget)

@@ -262,7 +262,8 @@ def _cut_and_judge(cut: Cut) -> None:
         if run.result is None:
             if not recipe.loss_settings.teacher_correction and not (run.path / "scores.json").exists():
                 run.save_json("scores.json", {"teacher": cut.teacher})
-            run.finish(verbs.compress(recipe, run))
+            costs = recipe.budgets.costs  # measured by the study, which shares the device out among its workers
+            run.finish(verbs.compress(recipe, run, None if costs is None else CostTable.load(costs)))
     for place in run.path.glob("**/training"):  # states to go on from, which a finished run is not
         shutil.rmtree(place)
 
