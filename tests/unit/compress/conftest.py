@@ -82,6 +82,7 @@ def make() -> Callable[[str], HybridModel]:
 @pytest.fixture
 def live_bytes() -> Callable[[], int]:
     """Bytes of all tensors with storage that Python holds now."""
+    gc.collect()  # what earlier tests have left would go at any time, and be missed
 
     def weigh() -> int:
         kinds = (torch.Tensor, torch.nn.Parameter)
