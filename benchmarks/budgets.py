@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def main() -> None:
     for model in chosen.model:
         ready = Ready(model, chosen)
         for name in chosen.budgets:
-            asked = {"model": model.name, "name": name, "tokens": chosen.tokens}
+            settings = {key: getattr(chosen, key) for key in ("tokens", "calibration", "choosing", "length")}
+            asked = {"model": model.name, "name": name, **settings}
             report.add(**cell(chosen.work, asked, lambda ready=ready, name=name: ready.row(name)))
     report.write()
 
@@ -79,7 +81,6 @@ class Ready:
 
     def __init__(self, model: Path, chosen: argparse.Namespace) -> None:
         self.model, self.chosen, self.place = model, chosen, chosen.work / model.name
-        self.config = read_config(model)
         self.text: dict[str, Any] = {"data": chosen.data, "dtype": "float32"}
         self.settings = {"fit.sequence_length": chosen.length, "fit.batch_size": 8, "fit.learning_rate": 1e-3}
         self.importance = halflap.score(
@@ -102,8 +103,12 @@ class Ready:
             tokens=self.chosen.tokens, score_tokens=self.chosen.choosing, shortlist=3, out=str(out),
         )  # fmt: skip
         found = reached(self.model, out / "checkpoint", asked)
-        holds = all(share <= 1 for share in holding(asked, found))
-        return {"reached": found, "holds": holds, "verified": result["verified"], **opened(out / "checkpoint")}
+        return {
+            "reached": found,
+            "holds": all(map(holds, found, found.values())),
+            "verified": result["verified"],
+            **opened(out / "checkpoint"),
+        }
 
 
 # --- counted and timed again -----------------------------------------------------------------------------------------
@@ -113,7 +118,7 @@ def reached(teacher: Path, student: Path, asked: dict[str, Any]) -> dict[str, di
     """Of each budget that was asked, its share and the student's, of what the teacher has."""
     condition = Condition(asked.get("phase", "decode"), asked.get("context", 8192), asked.get("batch", 1))
     found = {}
-    for name in (key for key in asked if key in AMOUNTS):
+    for name in (key for key in asked if key in AMOUNTS or key in TIMES):
         share = float(asked[name].rstrip("%")) / 100
         if name in TIMES:
             slow, fast = in_turns(read_config(teacher), read_config(student), condition)
@@ -124,12 +129,10 @@ def reached(teacher: Path, student: Path, asked: dict[str, Any]) -> dict[str, di
     return found
 
 
-def holding(asked: dict[str, Any], found: dict[str, dict[str, float]]) -> list[float]:
-    """What is reached over what is allowed; a throughput is a floor."""
-    return [
-        both["budget"] / both["reached"] if name == "throughput" else both["reached"] / both["budget"]
-        for name, both in found.items()
-    ]
+def holds(name: str, found: dict[str, float]) -> bool:
+    """A throughput is a floor, all others are ceilings."""
+    low, high = ("budget", "reached") if name == "throughput" else ("reached", "budget")
+    return found[low] <= found[high]
 
 
 def sizes(directory: Path) -> dict[str, int]:
@@ -162,13 +165,11 @@ def flops(directory: Path, condition: Condition) -> float:
     return flops_per_token(read_config(directory), condition.context, condition.phase)
 
 
-AMOUNTS: dict[str, Any] = {
+AMOUNTS: dict[str, Callable[[Path, Condition], float]] = {
     "params": parameters,
     "non_embedding_params": beside_embeddings,
     "memory": memory,
     "flops": flops,
-    "latency": None,
-    "throughput": None,
 }
 
 

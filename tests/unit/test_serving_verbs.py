@@ -222,7 +222,7 @@ def test_how_states_are_kept_is_the_flags_or_the_configs(directory: Path, tmp_pa
     assert plan_engine(tmp_path / "model", Decoding(prefix_cache="off"), common).ssm_dtype == "float32"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"mamba_ssm_cache_dtype": "bfloat16"}))
     plan = plan_engine(tmp_path / "model", Decoding(prefix_cache="off"), common)
-    assert plan.ssm_dtype == "bfloat16"
+    assert plan.ssm_dtype == "bfloat16" and plan.remark is None
     asked = Decoding(prefix_cache="off", ssm_dtype="float32")
     assert plan_engine(tmp_path / "model", asked, common).ssm_dtype == "float32"
 

@@ -219,7 +219,7 @@ def _with_scores(run: Run, cut: Cut) -> Cut:
     )
 
 
-def _matched(cut: Cut) -> CompressRecipe:
+def _matched(cut: Cut, times: CostTable | None) -> CompressRecipe:
     """The recipe, with budgets that are what another arm's student has."""
     budgets = cut.recipe.budgets
     for name, place in cut.match.items():
@@ -227,8 +227,9 @@ def _matched(cut: Cut) -> CompressRecipe:
         if name == "params":
             amount = Amount(count_parameters(student))
         else:
+            assert times is not None
             condition = Condition(budgets.phase, budgets.context, budgets.batch)
-            amount = Amount(CostTable.load(str(budgets.costs)).seconds(student, condition), "seconds")
+            amount = Amount(times.seconds(student, condition), "seconds")
         budgets = dataclasses.replace(budgets, **{name: amount})
     return dataclasses.replace(cut.recipe, budgets=budgets)
 
@@ -257,13 +258,14 @@ def cut_and_judge(cut: Cut) -> None:
 
 
 def _cut_and_judge(cut: Cut) -> None:
-    recipe = _matched(cut)
+    costs = cut.recipe.budgets.costs  # measured by the study, which shares the device out among its workers
+    times = None if costs is None else CostTable.load(costs)
+    recipe = _matched(cut, times)
     with open_run("compress", settings_of(recipe), inputs_of(recipe)) as run:
         if run.result is None:
             if not recipe.loss_settings.teacher_correction and not (run.path / "scores.json").exists():
                 run.save_json("scores.json", {"teacher": cut.teacher})
-            costs = recipe.budgets.costs  # measured by the study, which shares the device out among its workers
-            run.finish(verbs.compress(recipe, run, None if costs is None else CostTable.load(costs)))
+            run.finish(verbs.compress(recipe, run, times))
     for place in run.path.glob("**/training"):  # states to go on from, which a finished run is not
         shutil.rmtree(place)
 
