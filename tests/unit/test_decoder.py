@@ -210,7 +210,8 @@ def test_packed_weights(name: str, quantization: Quantization) -> None:
     decode = Decoder(model)
     assert decode._program is not None
     found = continued(decode, started(model, 5, generator), tokens)
-    assert float((found - expected).abs().max()) < 4e-5 * float(expected.abs().max())  # two roundings of 2e-5
+    # activations are rounded to 16 bits of the largest of some, which adds up over blocks and through states
+    assert float((found - expected).abs().max()) < 5e-4 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 3), (40, 1, 30)], ids=["few", "more than the program takes at once"])

@@ -14,6 +14,8 @@ from halflap.ops.native import quantized as native
 pytestmark = pytest.mark.skipif(build.load().library is None, reason=f"no kernels: {build.load().reason}")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 """Of the sum of the products' sizes: float32 sums in another order; in bfloat16 the plain form rounds weights too."""
+ROUNDING = 2.0**-16
+"""Of activations that meet whole numbers, of the largest in a block (here of the whole row, which is no smaller)."""
 
 
 def operands(outputs: int, inputs: int, bits: int, group: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,9 +84,43 @@ def test_products_agree(
     weight = quantized.dequantize(packed, scale, bits, group, inputs)
     expected = x.double() @ weight.double().T
     size = x.double().abs() @ weight.double().abs().T
-    # the offset of the unsigned numbers is summed too, so a lone small weight has errors of the size of the scale
-    size = size + x.double().abs() @ (scale.double().abs().repeat_interleave(group, 1)[:, :inputs] * 2 ** (bits - 1)).T
-    assert bool(((y.double() - expected).abs() <= TOLERANCE[dtype] * size + 1e-12).all())
+    rounding = ROUNDING * x.double().abs().amax(1, keepdim=True) * weight.double().abs().sum(1)
+    assert bool(((y.double() - expected).abs() <= TOLERANCE[dtype] * size + 1.001 * rounding + 1e-12).all())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 128, 1024])
+def test_a_large_activation_costs_others_nothing(bits: int, group: int) -> None:
+    """Activations are rounded by the largest of their block alone, of 128 inputs at most; here it meets no weight."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 1024, generator=generator)
+    weight[:, :128] = 0
+    packed, scale = quantized.quantize(weight, bits, group)
+    x = torch.randn(3, 1024, generator=generator)
+    x[:, 5] = 1e6
+    expected = x.double() @ quantized.dequantize(packed, scale, bits, group, 1024).double().T
+    difference = native.linear(x, packed, scale, bits, group).double() - expected
+    assert float(difference.abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_activations_that_are_no_numbers_stay_visible(bits: int, rows: int) -> None:
+    packed, scale = operands(40, 200, bits, 32, 0)
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(rows, 200, generator=torch.Generator().manual_seed(1))
+        x[0, 150] = wrong
+        y = native.linear(x, packed, scale, bits, 32)
+        assert not bool(y[0].isfinite().any()) and bool(y[1:].isfinite().all())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tokens_are_multiplied_alike_whatever_their_number(bits: int) -> None:
+    packed, scale = operands(50, 300, bits, 32, 1)
+    x = torch.randn(native.FEW_ROWS, 300, generator=torch.Generator().manual_seed(4))
+    every = native.linear(x, packed, scale, bits, 32)
+    for count in (1, 2, 5, 8, 9, 15):
+        assert torch.equal(native.linear(x[:count], packed, scale, bits, 32), every[:count])
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -42,8 +42,8 @@ FORMS = {
     "fp8": Quantization.asked("fp8"),
     "fp8, all": Quantization.asked("fp8", keep=()),
 }
-TOLERANCE = 2e-5
-"""Of logits of size 1: float32 sums in another order, over a few blocks."""
+TOLERANCE = 3e-4
+"""Of logits of size 1: kernels round activations to 16 bits of the largest of some, which adds up over a few blocks."""
 
 
 # ---- numbers
@@ -303,10 +303,10 @@ def test_export_packs_and_unpacks(halflap: Cli, tiny_checkpoint: Path, tmp_path:
     assert copied["max_abs_error"] == 0
     assert Checkpoint.open(tmp_path / "copy", packed=True).digest == opened.digest
     plain = halflap("export", tmp_path / "four", "--quantize", "off", "--out", tmp_path / "off", "--json").json
-    assert "weights" not in plain and plain["max_abs_error"] < 1e-5
+    assert "weights" not in plain and plain["max_abs_error"] < TOLERANCE
     tokens = torch.arange(20)[None]
     with torch.inference_mode():
-        assert float((load(tmp_path / "off")(tokens) - load(tmp_path / "four")(tokens)).abs().max()) < 1e-5
+        assert float((load(tmp_path / "off")(tokens) - load(tmp_path / "four")(tokens)).abs().max()) < TOLERANCE
 
 
 def test_refusals_say_what_to_do(halflap: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -6,11 +6,12 @@
 //
 // Rows of activations are prepared once, in the type that meets the weight's (bfloat16 where the processor multiplies
 // it, else float), and then serve any range of outputs. `put(m, n, values, count)` takes outputs n .. n + count of row
-// m. For weights of 4 and 8 bits see packed_rows.h, which has the same three functions.
+// m. For packed weights see packed_rows.h, which has the same three functions.
 #pragma once
 #include "columns.h"
 #include "parallel.h"
 #include "vector.h"
+#include <type_traits>
 #include <vector>
 
 namespace halflap {
@@ -18,17 +19,18 @@ namespace halflap {
 constexpr int64_t ALIKE = 32;       // mirrored by MOST_ROWS in program.py
 constexpr int64_t AT_A_TIME = 128;  // their rows of x stay in the second and third cache while all of the weight passes
 
-// Rows in groups of at most four, as even as can be: group g of `of` rows begins at row first(g).
-struct Fours {
+// Rows in groups of at most MOST, as even as can be: group g of `of` rows begins at row first(g).
+template <int MOST>
+struct Groups {
     int64_t rows;
-    int64_t count() const { return (rows + 3) / 4; }
+    int64_t count() const { return (rows + MOST - 1) / MOST; }
     int64_t first(int64_t g) const { return g * (rows / count()) + (g < rows % count() ? g : rows % count()); }
     int64_t of(int64_t g) const { return rows / count() + (g < rows % count()); }
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 template <class W>
-using Operand = W;
+using Operand = std::conditional_t<std::is_same_v<W, bf16>, bf16, float>;
 template <class W>
 constexpr int STEP = sizeof(W) == 2 ? 32 : VL;  // numbers that one step of a dot product takes
 LANES vf dot_step(vf c, const bf16* x, const bf16* w, int64_t left) {
@@ -48,7 +50,7 @@ struct FewRows {
     static constexpr int LINE = 64 / sizeof(W);  // numbers in a cache line
     static constexpr int step = STEP<W>, GROUP = VL == 16 ? 16 : 24;  // GROUP: rows of the weight whose outputs are put at once
     int64_t M, K, padded;
-    Fours fours;
+    Groups<4> fours;
     X* x;  // by groups of `fours`, each step by step: (padded / step, rows of the group, step); zeros behind
 
     static int64_t floats(int64_t M, int64_t K) { return in_columns(M) ? Columns::floats(M, K) : M * round_up(K, step); }
@@ -74,8 +76,9 @@ struct FewRows {
     template <class Put>
     void range(const W* w, int64_t begin, int64_t end, const Put& put) const {
         if constexpr (std::is_same_v<X, float>) {
-            if (in_columns(M)) return Columns{M, K, (float*)x}.range(w, begin, end, put);
-            if (sizeof(W) == 2 && M > ALIKE) return widened(w, begin, end, put);
+            if constexpr (sizeof(W) > 1)
+                if (in_columns(M)) return Columns{M, K, (float*)x}.range(w, begin, end, put);
+            if (sizeof(W) < 4 && M > ALIKE) return widened(w, begin, end, put);
         }
         // as many rows of the weight at once as keep all multipliers busy and their sums in registers
         const int64_t widest = fours.of(0);

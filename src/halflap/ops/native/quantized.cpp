@@ -10,7 +10,7 @@ namespace {
 // y (M, rows) = x (M, K) weights'
 template <int FORMAT, class T>
 void some_rows(const Weights& w, int64_t M, const T* x, T* y, int threads) {
-    const int64_t K = w.inputs, grain = 1 + 65536 / (K * Fours{M}.count());
+    const int64_t K = w.inputs, grain = 1 + 65536 / (K * Groups<4>{M}.count());
     const PackedRows<FORMAT> rows(M, K, x, K, scratch(PackedRows<FORMAT>::floats(M, K)));
     parallel_ranges(w.rows, grain, threads, [&](int64_t begin, int64_t end) {
         std::vector<float> scales(rows.scale_floats(w));  // scratch holds the activations
@@ -29,20 +29,12 @@ void few_rows(const Weights& w, int64_t M, const T* x, T* y, int threads) {
 // rows begin .. end of the weights as T, (end - begin, K)
 template <int FORMAT, class T>
 void write_out(const Weights& w, int64_t begin, int64_t end, T* to, int threads) {
-    using F = Form<FORMAT>;
-    const int64_t K = w.inputs, per_row = (K + F::PER - 1) / F::PER, groups = (K + w.group - 1) / w.group;
+    const int64_t K = w.inputs, groups = (K + w.group - 1) / w.group;
     parallel_ranges(end - begin, 1 + 65536 / K, threads, [&](int64_t first, int64_t last) {
         std::vector<float> scales(groups);
         for (int64_t n = first; n < last; n++) {
-            widen_scales(w, begin + n, groups, scales.data());
-            const uint32_t* words = w.words + (begin + n) * per_row;
-            for (int64_t g = 0; g < groups; g++) {
-                const int64_t stop = (g + 1) * w.group < K ? (g + 1) * w.group : K;
-                for (int64_t k = g * w.group; k < stop; k += VL) {
-                    const int64_t left = stop - k;
-                    store_to(to + n * K + k, (F::in_order(words, k, left) - F::OFFSET) * scales[g], left);
-                }
-            }
+            widen_scales(w, (begin + n) * groups, groups, scales.data());
+            write_row<FORMAT>(w, begin + n, scales.data(), to + n * K);
         }
     });
 }

@@ -1,8 +1,8 @@
 """Linear maps by packed weights (quantized.cpp), for inference only.
 
-Few rows of activations are multiplied with the words as they lie, or on AVX2 any number with a dozen rows of the weight
-as floats. For many elsewhere, blocks of rows of the weight are written out, small enough to stay in the cache until the
-general matrix product has read them.
+Few rows of activations, on AVX2 any number, are multiplied with the words as they lie; whole numbers meet them rounded
+to 16 bits of the largest of some. For many elsewhere, blocks of rows of the weight are written out, small enough to
+stay in the cache until the general matrix product has read them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group_size: int)
     if torch.is_autocast_enabled("cpu") or not (fits(x, *x.shape) and fits(scale, outputs, -(-inputs // group_size))):
         return NotImplemented
     words, format = words_of(packed, bits)
-    if words is None or words.shape != (outputs, -(-inputs * bits // 32)) or words.device != x.device:
+    if (format == E4M3 and group_size < inputs) or words is None or words.shape != (outputs, -(-inputs * bits // 32)) or words.device != x.device:
         return NotImplemented
     if not (words.is_contiguous() and scale.is_contiguous()) or (group_size not in GROUP_SIZES and group_size < inputs):
         return NotImplemented
