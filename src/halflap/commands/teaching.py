@@ -36,20 +36,22 @@ from halflap.train.teacher_logits import TopKTeacher, find_stored, store_teacher
 
 @dataclass(frozen=True)
 class Origin:
-    """The teacher's block of each of a student's, and the teacher's channel of each of its residual stream's."""
+    """The teacher's block of each of a student's, the teacher's channel of each of its residual stream's, and by what
+    the correction of norms multiplied that stream."""
 
     blocks: tuple[int, ...]
     hidden: tuple[int, ...]
+    scale: float = 1.0
 
     @staticmethod
     def of(plan: PruningPlan) -> Origin:
         kept: Any = plan.keep.get("hidden", range(plan.teacher_config.hidden_size))
-        return Origin(plan.keep_blocks, tuple(kept))
+        return Origin(plan.keep_blocks, tuple(kept), plan.scales.get("embedding.weight", (1.0,))[0])
 
     def then(self, later: Origin) -> Origin:
         """Of a student of this one, whose own origin in this one is `later`."""
         blocks = tuple(self.blocks[index] for index in later.blocks)
-        return Origin(blocks, tuple(self.hidden[index] for index in later.hidden))
+        return Origin(blocks, tuple(self.hidden[index] for index in later.hidden), self.scale * later.scale)
 
 
 @dataclass(frozen=True)
@@ -245,8 +247,8 @@ def _inner_states(
     )
     pairs = pair_states(student, teacher.config, loss.intermediate, blocks, loss.intermediate_blocks)
     said["block_map"] = list(blocks)
-    kept = origin.hidden if origin else None
-    return InnerStates(student, teacher.config, pairs, loss.intermediate_loss, kept, teacher.seed)
+    kept, scale = (origin.hidden, origin.scale) if origin else (None, 1.0)
+    return InnerStates(student, teacher.config, pairs, loss.intermediate_loss, kept, scale, teacher.seed)
 
 
 def _steps(batches: Callable[[int], Batch], tokens: int, world: int) -> int:

@@ -79,7 +79,8 @@ class InnerStates(nn.Module):
     """The pairs' loss, and the maps it learns.
 
     kept_hidden: the teacher's channels that the student's residual stream was cut to, where their map then starts;
-    other maps start random, by the seed. Parameters are float32.
+    other maps start random, by the seed. Parameters are float32. stream_scale: how many times the teacher's residual
+    stream the student's is (`correct_norms` scales it where its norms share an eps); it is taken out before states meet.
     """
 
     def __init__(
@@ -89,10 +90,11 @@ class InnerStates(nn.Module):
         pairs: Sequence[Pair],
         distance: Distance = "mse",
         kept_hidden: Sequence[int] | None = None,
+        stream_scale: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.pairs, self.distance = tuple(pairs), distance
+        self.pairs, self.distance, self.stream_scale = tuple(pairs), distance, stream_scale
         self.widths = [(_width(student, own), _width(teacher, other)) for own, other in self.pairs]
         self.projections = nn.ModuleDict()
         generator = torch.Generator().manual_seed(seed)
@@ -127,6 +129,8 @@ class InnerStates(nn.Module):
             teachers = self.pairs[number].teacher
             target = known.pop(teachers) if last[teachers] == number else known[teachers]
             own, other = self.widths[number]
+            if place.kind != "mamba_x" and self.stream_scale != 1:
+                state = state / self.stream_scale
             if own != other:
                 state = self.projections[_projection_name(place.kind, own, other)](state)
             sums.append((DISTANCES[self.distance](_wide(state), _wide(target)) * batch.weights).sum())
