@@ -44,9 +44,10 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group_size: int)
     if torch.is_autocast_enabled("cpu") or not (fits(x, *x.shape) and fits(scale, outputs, -(-inputs // group_size))):
         return NotImplemented
     words, format = words_of(packed, bits)
-    if (format == E4M3 and group_size < inputs) or words is None or words.shape != (outputs, -(-inputs * bits // 32)) or words.device != x.device:
+    if words is None or words.shape != (outputs, -(-inputs * bits // 32)) or words.device != x.device:
         return NotImplemented
-    if not (words.is_contiguous() and scale.is_contiguous()) or (group_size not in GROUP_SIZES and group_size < inputs):
+    grouped = group_size >= inputs or (group_size in GROUP_SIZES and format != E4M3)
+    if not (grouped and words.is_contiguous() and scale.is_contiguous()):
         return NotImplemented
     weights = Weights(outputs, inputs, group_size, is_narrow(scale), words.data_ptr(), scale.data_ptr())
     rows = x.detach().reshape(-1, inputs).contiguous()

@@ -80,7 +80,7 @@ class InnerStates(nn.Module):
 
     kept_hidden: the teacher's channels that the student's residual stream was cut to, where their map then starts;
     other maps start random, by the seed. Parameters are float32. stream_scale: how many times the teacher's residual
-    stream the student's is (`correct_norms` scales it where its norms share an eps); it is taken out before states meet.
+    stream the student's is (`correct_norms` scales it where norms share an eps), taken out before states meet.
     """
 
     def __init__(
