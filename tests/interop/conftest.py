@@ -66,6 +66,23 @@ def write_model(tokenizer: Any) -> Callable[[Any, Path], Path]:
     return lambda config, directory: write(config, tokenizer, directory)
 
 
+@pytest.fixture(scope="session")
+def cut_students(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """cut_students(teacher, "--sizes.hidden-size", 64, ...) is a student as `score` and `prune` make it, norms corrected."""
+    from halflap.cli import main
+
+    def cut(teacher: Path, *sizes: object) -> Path:
+        folder = tmp_path_factory.mktemp("cut")
+        (folder / "text.txt").write_text("\n\n".join(TEXT * 20))
+        measured = ("score", teacher, "--data", folder / "text.txt", "--tokens", "1K", "--sequence-length", 32)
+        cutting = ("prune", teacher, "--importance", folder / "scored" / "importance.safetensors", *sizes)
+        for words in ((*measured, "--out", folder / "scored"), (*cutting, "--out", folder / "pruned")):
+            assert main([*map(str, words), "--quiet"]) == 0
+        return folder / "pruned" / "checkpoint"
+
+    return cut
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def stock_dir(request: pytest.FixtureRequest, make_checkpoint: Any) -> Path:
     """A checkpoint in the layout of its family's stock class."""

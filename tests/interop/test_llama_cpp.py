@@ -150,6 +150,15 @@ def test_the_same_greedy_tokens(halflap: Cli, write_uneven: Any, tmp_path: Path,
     compare(halflap, write_uneven(shapes()[name]), tmp_path / "out", PROMPTS)
 
 
+@pytest.mark.parametrize("name", ["nemotron_h", "llama"])
+def test_a_student_that_was_cut(halflap: Cli, write_uneven: Any, cut_students: Any, tmp_path: Path, name: str) -> None:
+    """Where hidden size or Mamba heads are cut, the correction of norms changes gains, eps and the stream's scale."""
+    sizes: list[object] = ["--sizes.hidden-size", 64, "--sizes.intermediate-size", 160]
+    sizes += ["--sizes.mamba-num-heads", 8] if name == "nemotron_h" else []
+    student = cut_students(write_uneven(shapes()[name]), *sizes)
+    compare(halflap, student, tmp_path / "out", PROMPTS)
+
+
 def real_models() -> list[Any]:
     """The demo's teacher, and SmolLM2-135M where a directory is named."""
     given = os.environ.get("HALFLAP_SMOLLM2")

@@ -87,7 +87,20 @@ def student(name: str) -> ModelConfig:
 def test_the_same_greedy_tokens(
     vllm_tokens: Callable[[Path], list[list[int]]], write_model: Any, tmp_path: Path, name: str
 ) -> None:
-    source = write_model(student(name), tmp_path / "model")
+    compare(vllm_tokens, write_model(student(name), tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "nemotron-h-tiny", "nemotron-4-tiny"])
+def test_a_student_that_was_cut(
+    vllm_tokens: Callable[[Path], list[list[int]]], write_model: Any, cut_students: Any, tmp_path: Path, name: str
+) -> None:
+    """Where hidden size or Mamba heads are cut, the correction of norms changes gains, eps and the stream's scale."""
+    sizes: list[object] = ["--sizes.hidden-size", 64, "--sizes.intermediate-size", 160]
+    sizes += ["--sizes.mamba-num-heads", 8] if name == "nemotron-h-tiny" else []
+    compare(vllm_tokens, cut_students(write_model(student(name), tmp_path / "model"), *sizes))
+
+
+def compare(vllm_tokens: Callable[[Path], list[list[int]]], source: Path) -> None:
     model = load_model(source)
     ours = generate(model, PROMPTS, NEW, ignore_eos=True)
     for prompt, mine, theirs in zip(PROMPTS, ours, vllm_tokens(source)):
