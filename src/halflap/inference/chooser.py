@@ -53,35 +53,46 @@ class Chooser:
         self._barred = late[0] if late[1] else 0  # so many tokens more
         self._late = torch.tensor(late[1], dtype=torch.int64, device=device)
         self._seed, self._place = params.seed + choice, 0
-        self._seen = self._counts = self._bias = None
-        if params.repetition_penalty != 1:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._seen[torch.tensor(prompt, device=device)] = True
-        if params.frequency_penalty or params.presence_penalty:
-            self._counts = torch.zeros(vocab_size, device=device)
-        if params.logit_bias:
-            self._bias = torch.zeros(vocab_size, device=device)
-            tokens = torch.tensor(list(params.logit_bias), device=device)
-            self._bias[tokens] = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+        self._prompt, self._said = prompt, list[int]()
+        self._vocab_size, self._device = vocab_size, device
+        self._penalises = bool(params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty)
+        self._seen: Tensor | None = None
+        self._counts: Tensor | None = None
 
     @property
     def adjusts(self) -> bool:
-        return self._barred > 0 or not (self._seen is self._counts is self._bias is self.matcher is None)
+        return self._barred > 0 or self._penalises or bool(self.params.logit_bias) or self.matcher is not None
 
     def adjusted(self, logits: Tensor) -> Tensor:
         """Logits (V,) after penalties, bias, what may not end it yet, and grammar."""
-        if self._seen is not None:
-            logits = penalise(logits, self._seen, self.params.repetition_penalty)
-        if self._counts is not None:
-            logits = logits - self.params.frequency_penalty * self._counts
-            logits = logits - self.params.presence_penalty * (self._counts > 0)
-        if self._bias is not None:
-            logits = logits + self._bias
+        if self._penalises:
+            logits = self._penalised(logits)
+        if self.params.logit_bias:
+            tokens = torch.tensor(list(self.params.logit_bias), device=logits.device)
+            values = torch.tensor(list(self.params.logit_bias.values()), dtype=torch.float32, device=logits.device)
+            logits = logits.index_add(0, tokens, values)
         if self._barred > 0:
             logits = logits.index_fill(0, self._late, -torch.inf)
         if self.matcher is not None:
             logits = logits.masked_fill(~self.matcher.allowed().to(logits.device), -torch.inf)
         return logits
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        params = self.params
+        if self._counts is None:  # or seen, which are made together
+            said = torch.tensor(self._said, dtype=torch.int64, device=self._device)
+            self._counts = torch.bincount(said, minlength=self._vocab_size).float()
+            self._seen = self._counts > 0
+            self._seen[torch.tensor(self._prompt, dtype=torch.int64, device=self._device)] = True
+        assert self._seen is not None
+        if params.repetition_penalty != 1:
+            logits = penalise(logits, self._seen, params.repetition_penalty)
+        logits = logits - params.frequency_penalty * self._counts
+        return logits - params.presence_penalty * (self._counts > 0)
+
+    def rest(self) -> None:
+        """Let go of what is as large as the vocabulary until a token is chosen again: many choices may wait."""
+        self._seen = self._counts = None
 
     def drawing(self, ahead: int = 0) -> Draw:
         """How the token `ahead` of the next is drawn."""
@@ -91,9 +102,10 @@ class Chooser:
         """The token that came."""
         self._barred -= 1
         self._place += 1
-        if self._seen is not None:
+        if self._penalises:
+            self._said.append(token)
+        if self._seen is not None and self._counts is not None:
             self._seen[token] = True
-        if self._counts is not None:
             self._counts[token] += 1
         if self.matcher is not None:
             self.matcher.take(token)

@@ -88,8 +88,10 @@ class Reply:
 
     def flush(self, prompt: tuple[Token, ...] | None = None) -> None:
         """Send what was added."""
-        if self.finish_reason is not None and self._text is not None:
-            self._shown += self._text.finish()
+        if self.finish_reason is not None:
+            self.chooser.rest()
+            if self._text is not None:
+                self._shown += self._text.finish()
         self.stream.put(Piece(self.choice, self._shown, tuple(self._new), self.finish_reason, prompt))
         self._shown, self._new = "", []
 

@@ -249,6 +249,7 @@ class Scheduler:
                 reply.finish("length", job.prompt_tokens)
             if reply.finish_reason is None:
                 assert job.cache is not None
+                reply.chooser.rest()
                 self.parked.append(Parked(reply, job.cache))
             else:
                 self._finished(reply)

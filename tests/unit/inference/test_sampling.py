@@ -65,3 +65,36 @@ def test_penalty_divides_positive_and_multiplies_negative() -> None:
     assert penalise(torch.tensor([[2.0, 2.0, -2.0]]), seen, 2.0).tolist() == [[1.0, 2.0, -4.0]]
     greedy = SamplingParams(repetition_penalty=3.0)
     assert choose_rows(torch.tensor([[2.0, 1.0, -2.0]]), [Chooser(greedy, 0, [0, 2], 3)]) == [1]
+
+
+@given(
+    prompt=st.lists(st.integers(0, 9), max_size=6),
+    said=st.lists(st.integers(0, 9), min_size=1, max_size=8),
+    rests=st.sets(st.integers(0, 7)),
+    penalties=st.tuples(*3 * [st.sampled_from([0.0, 0.5])]),
+)
+def test_a_reply_that_rested_chooses_as_one_that_did_not(
+    prompt: list[int], said: list[int], rests: set[int], penalties: tuple[float, float, float]
+) -> None:
+    """Penalties are those of the definition, whenever what they need was let go of and made again."""
+    repeated, frequency, presence = penalties
+    bias = {2: 1.5, 7: -2.0}
+    params = SamplingParams(
+        repetition_penalty=1 + repeated, frequency_penalty=frequency, presence_penalty=presence, logit_bias=bias
+    )
+    chooser = Chooser(params, 0, prompt, 10)
+    logits = torch.linspace(-2, 2, 10)
+    for place, token in enumerate(said):
+        if place in rests:
+            chooser.rest()
+        expected = logits.clone()
+        for one in {*prompt, *said[:place]}:
+            expected[one] *= 1 + repeated if logits[one] < 0 else 1 / (1 + repeated)
+        for one in said[:place]:
+            expected[one] -= frequency
+        for one in set(said[:place]):
+            expected[one] -= presence
+        for one, more in bias.items():
+            expected[one] += more
+        torch.testing.assert_close(chooser.adjusted(logits), expected)
+        chooser.take(token)
