@@ -68,7 +68,7 @@ def write_model(tokenizer: Any) -> Callable[[Any, Path], Path]:
 
 @pytest.fixture(scope="session")
 def cut_students(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """cut_students(teacher, "--sizes.hidden-size", 64, ...) is a student as `score` and `prune` make it, norms corrected."""
+    """cut_students(teacher, "--sizes.hidden-size", 64, ...) is a student as `score` and `prune` make it."""
     from halflap.cli import main
 
     def cut(teacher: Path, *sizes: object) -> Path:
