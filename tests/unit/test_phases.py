@@ -90,6 +90,12 @@ def test_rates_go_from_start_to_end_and_a_phase_begins_where_the_last_ended(plan
         before = phase.end or 0.0
 
 
+def test_tokens_may_be_amounts_as_in_flags() -> None:
+    said = {"phases": [{"tokens": "1K", "end": "1e-3"}, {"tokens": 2e3, "end": 1e-4}], "ramp": [[0, 1], ["2K", 4]]}
+    plan = read_plan(said, 100, 8, 1)
+    assert [phase.tokens for phase in plan.phases] == [1000, 2000] and plan.ramp == ((0, 1), (2000, 4))
+
+
 def test_the_ramp_of_the_340b() -> None:
     plan = Plan(
         (Phase(8_000_000_000_000, 1e-4, 1e-5, "cosine"),), 4096, ((0, 768), (200 * 10**9, 1536), (400 * 10**9, 2304))
@@ -258,6 +264,8 @@ def test_weak_areas_get_more_up_to_a_cap() -> None:
         ),
         ({"phases": [{"tokens": 5, "end": 1.0}], "ramp": [[1, 2]]}, "ascending from 0"),
         ({"phases": [{"tokens": 5, "end": 1.0}], "ramp": [[0, 2, 3]]}, r"list of \[tokens, rows\]"),
+        ({"phases": [{"tokens": 5, "end": 1.0}], "ramp": [["much", 2]]}, r"list of \[tokens, rows\]"),
+        ({"phases": [{"tokens": 5, "end": 1.0}], "ramp": 4}, r"list of \[tokens, rows\]"),
     ],
 )
 def test_plans_that_are_refused(data: dict[str, Any], said: str) -> None:

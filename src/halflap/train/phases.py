@@ -203,10 +203,13 @@ def read_plan(data: Mapping[str, Any], sequence_length: int, batch_size: int, so
     if not isinstance(phases, list) or not all(isinstance(phase, Mapping) for phase in phases):
         raise HalflapError("a plan of phases holds no list under `phases`; write one mapping a phase, with its tokens")
     ramp = data.get("ramp") or [[0, batch_size]]
-    if not isinstance(ramp, list) or not all(isinstance(p, list) and [type(n) for n in p] == [int, int] for p in ramp):
-        raise HalflapError(
-            f"the batch ramp is {ramp!r}; write a list of [tokens, rows], whole numbers, from 0 tokens on"
-        )
+    wrong = f"the batch ramp is {ramp!r}; write a list of [tokens, rows], whole numbers, from 0 tokens on"
+    try:
+        ramp = [[_whole(tokens), rows] for tokens, rows in ramp]
+    except (TypeError, ValueError):
+        raise HalflapError(wrong) from None
+    if not all([type(number) for number in pair] == [int, int] for pair in ramp):
+        raise HalflapError(wrong)
     made = tuple(_phase(number, phase, sources) for number, phase in enumerate(phases))
     return Plan(made, sequence_length, tuple((tokens, rows) for tokens, rows in ramp), world)
 
@@ -229,8 +232,11 @@ def _phase(number: int, data: Mapping[str, Any], sources: int) -> Phase:
         for name in ("start", "end"):
             if isinstance(values.get(name), str):  # YAML reads 1e-4, which has no point, as text
                 values[name] = float(values[name])
-        if isinstance(values.get("tokens"), str | float):
-            values["tokens"] = round(parse_amount(str(values["tokens"])).value)
-        return Phase(**{"tokens": 0, **values})
+        return Phase(**{**values, "tokens": _whole(values.get("tokens", 0))})
     except ValueError as error:
         raise HalflapError(f"phase {number}: {error}") from None
+
+
+def _whole(tokens: Any) -> Any:
+    """A number of tokens that YAML reads as text (20M) or as a float (2e6)."""
+    return round(parse_amount(str(tokens)).value) if isinstance(tokens, str | float) else tokens
