@@ -80,7 +80,7 @@ class Budgets:
     latency: Duration | None = None
     """Time of one pass in the given phase: 20ms or 50%."""
     throughput: Rate | None = None
-    """At least this many tokens a second in the given phase: 400 or 150%."""
+    """At least this many tokens a second in the given phase: 400, 0.5 or 150%."""
     flops: Count | None = None
     """Floating-point operations a token in the given phase."""
     costs: File | None = None

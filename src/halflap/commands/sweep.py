@@ -22,7 +22,7 @@ from halflap.files import write_json
 from halflap.recipe import FASTEST
 
 SWEEP = "sweep"
-OF_UNIT: dict[str, Unit] = {"memory": "bytes", "latency": "seconds"}
+OF_UNIT: dict[str, Unit] = {"memory": "bytes", "latency": "seconds", "throughput": "rate"}
 """Units of the budgets that are no counts."""
 
 
