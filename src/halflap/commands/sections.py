@@ -126,7 +126,7 @@ class SearchSettings:
     block_tokens: Tokens = 0
     """Method puzzle: tokens on which each variant of a block first learns what its block does; 0 tries them as cut."""
     max_overlap: float = 0.8
-    """Method puzzle: largest share of the blocks in which two candidates may be alike."""
+    """Method puzzle: largest share of the blocks in which two candidates may be alike; of 1, all but one block."""
 
     def __post_init__(self) -> None:
         _require("first_look", self.first_look, self.first_look >= 0, "at least 0")
