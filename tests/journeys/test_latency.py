@@ -244,6 +244,8 @@ def test_a_sweep_of_throughput_takes_more_than_the_teachers(
         (("--sweep", "size", "60%"), "'size' is no budget"),
         (("--sweep", "params"), "it names no value"),
         (("--sweep", "params", "a-lot"), "sweep: 'a-lot' is not an amount"),
+        (("--sweep", "throughput", "0", "150%"), "sweep is 'throughput 0 150%', and a budget is above 0"),
+        (("--sweep", "params", "60%", "--memory", "0MB"), "memory is 0B, and a budget is above 0: correct --memory"),
         (("--sweep", "latency", "20"), "sweep: '20' is not an amount that fits here: write a time with its unit"),
         (
             ("--sweep", "params", "60%", "--params", "50%"),

@@ -33,7 +33,6 @@ from halflap.commands.students import Teacher, budget_of, has_ceiling, open_teac
 from halflap.commands.teaching import Origin, Tutor
 from halflap.compress.axes import Sizes, check_sizes, largest_sizes
 from halflap.compress.cost_table import CostTable
-from halflap.compress.costs import BUDGETS
 from halflap.compress.importance import Importance
 from halflap.compress.local import with_trained
 from halflap.compress.plan import PLAN, PruningPlan, plan_file
@@ -315,9 +314,6 @@ def _origin(student: Path, teacher: Teacher) -> Origin | None:
 
 
 def _require_target(budgets: Budgets, sizes: Sizes) -> None:
-    for name in BUDGETS:
-        if (amount := getattr(budgets, name)) is not None and not amount.value > 0:
-            raise RecipeError(f"{name} is {amount}, and a budget is above 0: correct --{name.replace('_', '-')}")
     if not has_ceiling(budgets) and sizes == Sizes():
         raise RecipeError(
             "nothing says how small the student shall be; give a budget (--params 50%, --memory 4GiB, ...) or sizes "

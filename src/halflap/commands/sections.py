@@ -96,6 +96,11 @@ class Budgets:
     cache_bits: Positive = 16
     """Bits a key or value takes in the memory budget; SSM states take twice as many."""
 
+    def __post_init__(self) -> None:
+        for name, amount in vars(self).items():
+            if isinstance(amount, Amount) and not amount.value > 0:
+                raise RecipeError(f"{name} is {amount}, and a budget is above 0: correct --{name.replace('_', '-')}")
+
 
 @flat(SEARCH)
 @dataclass(frozen=True, kw_only=True)

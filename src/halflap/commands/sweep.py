@@ -49,6 +49,8 @@ def budgets_of(sweep: tuple[str, ...], beside: Budgets, flag: str = SWEEP) -> di
         amounts = [parse_amount(value, OF_UNIT.get(name, "count"), largest_share=most) for value in values]
     except HalflapError as error:
         raise RecipeError(f"{flag}: {error}") from None
+    if any(amount.value <= 0 for amount in amounts):
+        raise RecipeError(f"{flag} is {' '.join(sweep)!r}, and a budget is above 0: leave out the values that are not")
     changes: list[dict[str, Any]] = [{name: amount} for amount in amounts]
     return {str(change[name]): dataclasses.replace(beside, **change) for change in changes}
 
