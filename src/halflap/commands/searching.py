@@ -24,7 +24,7 @@ from halflap.commands.scoring import text_digest
 from halflap.commands.sections import LossSettings
 from halflap.commands.shortlist import Shortlist
 from halflap.commands.students import Teacher
-from halflap.compress.axes import Sizes, check_sizes, resize
+from halflap.compress.axes import Sizes, check_sizes, largest_sizes, resize
 from halflap.compress.costs import BUDGETS, Budget, block_cost
 from halflap.compress.grid import (
     ATTENTION_HEADS,
@@ -212,6 +212,9 @@ def candidates(
     by_type = grid is choices_by_type
     order = drop_order(importance, teacher.config, by_type) if importance.depth or by_type else None
     given = {name: (value,) for name, value in vars(fixed).items() if value and name != "drop_blocks"}
+    whole = largest_sizes(teacher.config)
+    if fixed.num_attention_heads == whole.get("num_attention_heads", 0):  # with a key/value head some of these would go
+        given["num_key_value_heads"] = (whole["num_key_value_heads"],)
     if fixed.drop_blocks:
         rest = [index for index in range(len(teacher.config.blocks)) if index not in fixed.drop_blocks]
         order = (*fixed.drop_blocks, *rest)
