@@ -74,19 +74,19 @@ def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
 
 def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     """Rank the sizes that fit the budgets, and draw them on a page."""
-    teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
-    swept = sweep.budgets_of(recipe.sweep, recipe.budgets)
-    if not swept:
-        _require_target(recipe.budgets, Sizes())
-    corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
-    fit, seed = recipe.fit, recipe.common.seed
-    loader = training_loader(corpora, recipe.text, fit.sequence_length, fit.micro_batch_rows, seed)
-    training = training_loader(corpora, recipe.text, fit.sequence_length, fit.batch_size, seed)
     if recipe.importance is None:
         raise RecipeError(
             "no importance was given; measure it with `halflap score` and name its file with --importance"
         )
-    importance = scoring.read_importance(recipe.importance, teacher)
+    teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
+    swept = sweep.budgets_of(recipe.sweep, recipe.budgets)
+    if not swept:
+        _require_target(recipe.budgets, Sizes())
+    importance = scoring.read_importance(recipe.importance, teacher)  # before text, which takes long, is read
+    corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
+    fit, seed = recipe.fit, recipe.common.seed
+    loader = training_loader(corpora, recipe.text, fit.sequence_length, fit.micro_batch_rows, seed)
+    training = training_loader(corpora, recipe.text, fit.sequence_length, fit.batch_size, seed)
     first = next(iter(swept.values()), recipe.budgets)
     table = timing.table_for(first, teacher, run.path)
     each = {}
@@ -205,6 +205,8 @@ def compress(recipe: CompressRecipe, run: Run, times: CostTable | None = None) -
         )
     chain.check_steps(recipe)
     teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
+    if recipe.importance is not None:
+        scoring.read_importance(recipe.importance, teacher)  # before text and times, which take long
     check_sizes(teacher.config, recipe.sizes)
     memory.check_compress(recipe, run.path, teacher)
     if recipe.eval_context is not None:
