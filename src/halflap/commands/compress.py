@@ -99,8 +99,8 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     found = {value: searching.search(given) for value, given in each.items()}
     if swept:
         ceilings = {value: budget_of(own, teacher.config, table).ceilings for value, own in swept.items()}
-        order = searching.METHODS[recipe.settings.method].order
-        result = sweep.combined(recipe.sweep[0], found, ceilings, order, run.path)
+        order, tolerance = searching.METHODS[recipe.settings.method].order, recipe.settings.loss_tolerance
+        result = sweep.combined(recipe.sweep[0], found, ceilings, order, run.path, tolerance)
     else:
         result = found[""].to_json()
     shown = {name: value for name, value in result.items() if name != "plan"}

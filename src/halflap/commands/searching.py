@@ -273,6 +273,7 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Meas
         shortlist=settings.shortlist,
         look=look,
         order=METHODS[settings.method].order,
+        tolerance=settings.loss_tolerance,
         rounds=rounds,
         refine=refine,
     )

@@ -126,6 +126,9 @@ class SearchSettings:
     better half of that, until two are left (halving); or equal shares."""
     score_tokens: Positive = 16384
     """Tokens on which a candidate's loss is measured."""
+    loss_tolerance: float = 0.001
+    """Losses within this of the lowest are equal, and throughput, then latency decide where a cost table tells them; by
+    default the last digit of the losses that Minitron-SSM prints, whose best two were told apart so."""
     replacement_tokens: Tokens = 32768
     """Method puzzle: tokens on which each variant of each block is tried, at half a pass each."""
     block_tokens: Tokens = 0
@@ -135,6 +138,7 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         _require("first_look", self.first_look, self.first_look >= 0, "at least 0")
+        _require("loss_tolerance", self.loss_tolerance, self.loss_tolerance >= 0, "at least 0")
         _require("max_overlap", self.max_overlap, 0 <= self.max_overlap <= 1, "from 0 to 1")
 
 
