@@ -1,7 +1,8 @@
 """Amounts as people write them: `4.3B`, `12M`, `50%`, `31.7GiB`, `20ms`.
 
-Counts take decimal suffixes (K, M, B, T); bytes and times always need their unit, because a bare number would have
-to be guessed; a share (`50%`) is of the teacher's count of that very thing. Exact: `4.3B` is 4,300,000,000.
+Counts take decimal suffixes (K, M, B, T), and so do rates, such as tokens a second, which need not be whole; bytes and
+times always need their unit, because a bare number would have to be guessed; a share (`50%`) is of the teacher's count
+of that very thing. Exact: `4.3B` is 4,300,000,000.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Literal
 
 from halflap.errors import HalflapError
 
-Unit = Literal["count", "bytes", "seconds"]
+Unit = Literal["count", "bytes", "seconds", "rate"]
 
+_THOUSANDS = {"": Decimal(1), "K": Decimal(10**3), "M": Decimal(10**6), "B": Decimal(10**9), "T": Decimal(10**12)}
 UNITS: dict[Unit, dict[str, Decimal]] = {
-    "count": {"": Decimal(1), "K": Decimal(10**3), "M": Decimal(10**6), "B": Decimal(10**9), "T": Decimal(10**12)},
+    "count": _THOUSANDS,
     "bytes": {"B": Decimal(1)}
     | {f"{prefix}B": Decimal(1000 ** (i + 1)) for i, prefix in enumerate("KMGT")}
     | {f"{prefix}iB": Decimal(1024 ** (i + 1)) for i, prefix in enumerate("KMGT")},
@@ -28,18 +30,22 @@ UNITS: dict[Unit, dict[str, Decimal]] = {
         "min": Decimal(60),
         "h": Decimal(3600),
     },
+    "rate": _THOUSANDS,
 }
+WHOLE: tuple[Unit, ...] = ("count", "bytes")
+"""Units of which there are no parts."""
 EXAMPLES: dict[Unit, str] = {
     "count": "a number such as 4.3e9, 4.3B or 12M",
     "bytes": "bytes with their unit, such as 31.7GiB or 512MB",
     "seconds": "a time with its unit, such as 20ms or 1.5s",
+    "rate": "a number a second such as 5000 or 0.5",
 }
 _NUMBER = re.compile(r"\s*([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\W\d_]*|%)\s*")
 
 
 @dataclass(frozen=True)
 class Amount:
-    """A count, a number of bytes or of seconds; with `share`, `value` is a fraction of the teacher's own."""
+    """A count, bytes, seconds, or a number a second; with `share`, `value` is a fraction of the teacher's own."""
 
     value: float
     unit: Unit = "count"
@@ -86,11 +92,11 @@ def parse_amount(
     if kind is None or number < 0 or abs(number.adjusted()) > 30:
         raise _wrong(value, unit, share, largest_share)
     exact = number * scale
-    if kind != "seconds" and exact != exact.to_integral_value():
+    if kind in WHOLE and exact != exact.to_integral_value():
         if kind == "count" or suffix == "B":
             raise _wrong(value, unit, share, largest_share)
         exact = exact.to_integral_value()  # 31.7GiB ends in a fraction of a byte
-    return Amount(float(exact) if kind == "seconds" else int(exact), kind)
+    return Amount(int(exact) if kind in WHOLE else float(exact), kind)
 
 
 def parse_count(value: str | float) -> int:
@@ -110,11 +116,11 @@ def _scale(suffix: str, unit: Unit | None) -> tuple[Unit | None, Decimal]:
 
 def _plain(number: Decimal) -> str:
     text = f"{number.normalize():f}"
-    return text if len(text) <= 20 else f"{float(number):g}"
+    return text if len(text) <= 20 else repr(float(number))
 
 
 def _wrong(value: object, unit: Unit | None, share: bool, largest_share: float) -> HalflapError:
-    allowed = EXAMPLES[unit] if unit else ", or ".join(EXAMPLES.values())
+    allowed = EXAMPLES[unit] if unit else ", or ".join(EXAMPLES[kind] for kind in UNITS if kind != "rate")
     example = "50%" if largest_share == 1 else "150%"
     percent = f", or a share of the teacher's such as {example}, at most {100 * largest_share:g}%" if share else ""
     return HalflapError(f"{str(value)!r} is not an amount that fits here: write {allowed}{percent}")

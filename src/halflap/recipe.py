@@ -88,7 +88,7 @@ Count = Annotated[Amount, _amount("count")]
 Bytes = Annotated[Amount, _amount("bytes")]
 Duration = Annotated[Amount, _amount("seconds")]
 FASTEST = 100.0  # of the teacher's throughput, as a share
-Rate = Annotated[Amount, _amount("count", FASTEST)]
+Rate = Annotated[Amount, _amount("rate", FASTEST)]
 Tokens = Annotated[int, Parameter(converter=_count, n_tokens=1)]
 LARGEST_SEED = 2**63 - 1
 Seed = Annotated[int, Parameter(converter=_seed, n_tokens=1)]

@@ -356,8 +356,14 @@ def test_what_cannot_be_is_said(
 def test_importance_and_plans_of_another_teacher_are_refused(
     halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path
 ) -> None:
-    outcome = halflap("prune", place / "llama-tiny", "--importance", scored, "--params", "60%", "--out", tmp_path / "a")
-    assert outcome.status == 1 and "score this checkpoint first" in outcome.err
+    text = ("--data", place / "text.jsonl")
+    for verb, more in (("prune", ()), ("search", text), ("compress", text)):
+        other = (verb, place / "llama-tiny", "--importance", scored, "--params", "60%", *more)
+        outcome = halflap(*other, "--out", tmp_path / verb)
+        assert outcome.status == 1 and "score this checkpoint first" in outcome.err
+    outcome = halflap("search", place / "llama-tiny", "--params", "60%", *text, "--out", tmp_path / "none")
+    assert outcome.status == 2 and "no importance was given" in outcome.err
+    assert not list(tmp_path.glob("*/corpus")), "text is read after what makes a run impossible"
     halflap("prune", place / "nemotron-h-tiny", "--importance", scored, "--params", "60%", "--out", tmp_path / "p")
     plan = tmp_path / "p" / "checkpoint" / "pruning_plan.json"
     outcome = halflap("prune", place / "llama-tiny", "--plan", plan, "--out", tmp_path / "b")

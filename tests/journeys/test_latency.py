@@ -218,6 +218,18 @@ def test_a_value_takes_what_a_tighter_one_found_where_that_is_better(tmp_path: P
     assert [row["candidate"] for row in data["sweep"]["values"]] == [0, 1]  # on unequal tokens: no comparison
 
 
+def test_of_equal_losses_a_sweep_takes_the_faster(tmp_path: Path) -> None:
+    found, losses = {}, {"110%": 2.0, "150%": 2.0005, "200%": 2.5}
+    for value, loss in losses.items():
+        seconds = 100 / float(value[:-1])
+        trial = Trial(Sizes(), {"latency": seconds, "throughput": 1 / seconds}, 0.0, 3.0, rounds=(Round(1000, loss),))
+        found[value] = SearchResult({"budgets": {}}, 1, (trial,))
+    ceilings = {value: {"latency": 100 / float(value[:-1])} for value in found}
+    for tolerance, taken in ((0.0, [0, 1, 2]), (0.001, [1, 1, 2])):
+        data = sweep.combined("throughput", found, ceilings, by_loss, tmp_path, tolerance)
+        assert [row["candidate"] for row in data["sweep"]["values"]] == taken
+
+
 def test_the_page_of_a_sweep_of_memory_draws_memory(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
     words = ("search", place / "teacher", "--importance", place / "scored", "--data", place / "text.jsonl", *FIT)
     words = (*words, "--score-tokens", 128, "--shortlist", 2, "--out", tmp_path / "run")
@@ -244,6 +256,8 @@ def test_a_sweep_of_throughput_takes_more_than_the_teachers(
         (("--sweep", "size", "60%"), "'size' is no budget"),
         (("--sweep", "params"), "it names no value"),
         (("--sweep", "params", "a-lot"), "sweep: 'a-lot' is not an amount"),
+        (("--sweep", "throughput", "0", "150%"), "sweep is 'throughput 0 150%', and a budget is above 0"),
+        (("--sweep", "params", "60%", "--memory", "0MB"), "memory is 0B, and a budget is above 0: correct --memory"),
         (("--sweep", "latency", "20"), "sweep: '20' is not an amount that fits here: write a time with its unit"),
         (
             ("--sweep", "params", "60%", "--params", "50%"),

@@ -72,6 +72,11 @@ def test_a_floor_may_be_more_than_the_whole() -> None:
         parse_amount("20000%", "count", largest_share=100.0)
 
 
+@pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("5.25", 5.25), ("1e-3", 0.001), ("1.235e+04", 12350.0)])
+def test_a_rate_need_not_be_whole(text: str, value: float) -> None:
+    assert parse_amount(text, "rate") == Amount(value, "rate")
+
+
 def test_counts_of_tokens_take_no_shares() -> None:
     assert parse_count("2M") == 2_000_000
     with pytest.raises(HalflapError, match=r"12M$"):
@@ -82,6 +87,7 @@ AMOUNTS = st.one_of(
     st.integers(0, 10**15).map(Amount),
     st.integers(0, 10**15).map(lambda value: Amount(value, "bytes")),
     st.floats(1e-9, 1e6).map(lambda value: Amount(value, "seconds")),
+    st.floats(1e-9, 1e9).map(lambda value: Amount(value, "rate")),
     st.integers(1, 10_000).map(lambda value: Amount(value / 10_000, share=True)),
 )
 

@@ -13,6 +13,7 @@ from halflap.checkpoints.checkpoint import Checkpoint, save_model
 from halflap.commands.cards import write_card
 from halflap.commands.students import certify, write_student
 from halflap.commands.students import open_teacher as open_
+from halflap.compress.kinds import Change
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
 from halflap.models.model import HybridModel, initialize
@@ -50,6 +51,18 @@ def test_a_students_card(student: Path) -> None:
     assert "Judged on ten pages." in text and 'AutoModelForCausalLM.from_pretrained("small/checkpoint")' in text
     assert "halflap export small/checkpoint --format gguf" in text and "prune: parameters" in text
     assert Checkpoint.open(student).digest == digest
+
+
+def test_a_card_tells_of_blocks_that_became_something_else(tmp_path: Path) -> None:
+    model = HybridModel(preset("nemotron-h-tiny"))
+    initialize(model, 0)
+    save_model(model, tmp_path / "teacher")
+    teacher = open_(tmp_path / "teacher", Common())
+    plan = PruningPlan(teacher.digest, teacher.config, changes={1: Change(linear=True), 3: Change(2, 32)})
+    write_student(tmp_path / "changed", teacher, plan, apply_plan(plan, teacher.checkpoint.tensors()))
+    text = (tmp_path / "changed" / "README.md").read_text()
+    assert "| linear blocks | none | 1 |" in text and "| window | none | 32 |" in text and "nothing" not in text
+    assert "Changed blocks of the teacher: 1 (linear), 3 (key/value heads averaged by 2, window 32)." in text
 
 
 def test_an_export_keeps_what_a_students_card_says(halflap: Callable[..., Any], student: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from halflap.checkpoints.card import CARD, license_of, model_card, more_of
 from halflap.checkpoints.config import find_directory, read_config, read_json, read_lineage
 from halflap.commands.show_compress import sizes_text, stored_text
 from halflap.compress import elastic
+from halflap.compress.library import Variant
 from halflap.compress.plan import PLAN, PruningPlan
 from halflap.files import atomic_write
 from halflap.models.count import count_parameters
@@ -62,11 +63,13 @@ def carried(source: Path, changed: Sequence[str]) -> str:
 
 
 def _cut(plan: PruningPlan) -> str:
-    """What of which axis is left, and which blocks went."""
+    """What of which axis is left, what else became of which blocks, and which went."""
     before, after = count_parameters(plan.teacher_config), count_parameters(plan.student)
     lines = [
         f"| {name} | {was} | {now} |" for name, was, now in size_rows(plan.teacher_config, plan.student) if was != now
     ]
+    changed = [f"{index} ({Variant(change=change).name})" for index, change in plan.changes.items()]
+    other = f"\nChanged blocks of the teacher: {', '.join(changed)}.\n" if changed else ""
     dropped = [str(i) for i in range(len(plan.teacher_config.blocks)) if i not in plan.keep_blocks]
     gone = f"\nDropped blocks of the teacher: {', '.join(dropped)}.\n" if dropped else ""
     return f"""## What was cut
@@ -75,8 +78,8 @@ def _cut(plan: PruningPlan) -> str:
 
 | | teacher | student |
 |---|---|---|
-{chr(10).join(lines) or "| nothing | | |"}
-{gone}
+{chr(10).join(lines) or ("" if changed else "| nothing | | |")}
+{other}{gone}
 """
 
 

@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from halflap.amounts import Amount
+from halflap.amounts import WHOLE, Amount
 from halflap.commands.config_compress import CompressRecipe
 from halflap.commands.sections import Budgets
 from halflap.commands.students import budget_of, has_ceiling
@@ -74,5 +74,5 @@ def _budgets_at(budgets: Budgets, teacher: ModelConfig, share: float, table: Cos
             continue
         end, start = amount.of(whole.get(name, 0.0)), whole.get(name)
         value = end if start is None or start <= 0 else start ** (1 - share) * end**share
-        found[name] = Amount(round(value) if amount.unit != "seconds" else value, amount.unit)
+        found[name] = Amount(round(value) if amount.unit in WHOLE else value, amount.unit)
     return dataclasses.replace(budgets, **found)

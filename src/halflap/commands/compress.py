@@ -33,7 +33,6 @@ from halflap.commands.students import Teacher, budget_of, has_ceiling, open_teac
 from halflap.commands.teaching import Origin, Tutor
 from halflap.compress.axes import Sizes, check_sizes, largest_sizes
 from halflap.compress.cost_table import CostTable
-from halflap.compress.costs import BUDGETS
 from halflap.compress.importance import Importance
 from halflap.compress.local import with_trained
 from halflap.compress.plan import PLAN, PruningPlan, plan_file
@@ -75,19 +74,19 @@ def score(recipe: ScoreRecipe, run: Run) -> dict[str, Any]:
 
 def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     """Rank the sizes that fit the budgets, and draw them on a page."""
-    teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
-    swept = sweep.budgets_of(recipe.sweep, recipe.budgets)
-    if not swept:
-        _require_target(recipe.budgets, Sizes())
-    corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
-    fit, seed = recipe.fit, recipe.common.seed
-    loader = training_loader(corpora, recipe.text, fit.sequence_length, fit.micro_batch_rows, seed)
-    training = training_loader(corpora, recipe.text, fit.sequence_length, fit.batch_size, seed)
     if recipe.importance is None:
         raise RecipeError(
             "no importance was given; measure it with `halflap score` and name its file with --importance"
         )
-    importance = scoring.read_importance(recipe.importance, teacher)
+    teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
+    swept = sweep.budgets_of(recipe.sweep, recipe.budgets)
+    if not swept:
+        _require_target(recipe.budgets, Sizes())
+    importance = scoring.read_importance(recipe.importance, teacher)  # before text, which takes long, is read
+    corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
+    fit, seed = recipe.fit, recipe.common.seed
+    loader = training_loader(corpora, recipe.text, fit.sequence_length, fit.micro_batch_rows, seed)
+    training = training_loader(corpora, recipe.text, fit.sequence_length, fit.batch_size, seed)
     first = next(iter(swept.values()), recipe.budgets)
     table = timing.table_for(first, teacher, run.path)
     each = {}
@@ -100,8 +99,8 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     found = {value: searching.search(given) for value, given in each.items()}
     if swept:
         ceilings = {value: budget_of(own, teacher.config, table).ceilings for value, own in swept.items()}
-        order = searching.METHODS[recipe.settings.method].order
-        result = sweep.combined(recipe.sweep[0], found, ceilings, order, run.path)
+        order, tolerance = searching.METHODS[recipe.settings.method].order, recipe.settings.loss_tolerance
+        result = sweep.combined(recipe.sweep[0], found, ceilings, order, run.path, tolerance)
     else:
         result = found[""].to_json()
     shown = {name: value for name, value in result.items() if name != "plan"}
@@ -206,6 +205,8 @@ def compress(recipe: CompressRecipe, run: Run, times: CostTable | None = None) -
         )
     chain.check_steps(recipe)
     teacher = open_teacher(recipe.model, recipe.common, recipe.text.data)
+    if recipe.importance is not None:
+        scoring.read_importance(recipe.importance, teacher)  # before text and times, which take long
     check_sizes(teacher.config, recipe.sizes)
     memory.check_compress(recipe, run.path, teacher)
     if recipe.eval_context is not None:
@@ -315,9 +316,6 @@ def _origin(student: Path, teacher: Teacher) -> Origin | None:
 
 
 def _require_target(budgets: Budgets, sizes: Sizes) -> None:
-    for name in BUDGETS:
-        if (amount := getattr(budgets, name)) is not None and not amount.value > 0:
-            raise RecipeError(f"{name} is {amount}, and a budget is above 0: correct --{name.replace('_', '-')}")
     if not has_ceiling(budgets) and sizes == Sizes():
         raise RecipeError(
             "nothing says how small the student shall be; give a budget (--params 50%, --memory 4GiB, ...) or sizes "

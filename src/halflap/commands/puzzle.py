@@ -21,6 +21,7 @@ from halflap.compress.plan import PruningPlan
 from halflap.compress.programme import Programme
 from halflap.compress.replace import Replacement, Scores, replacement, replacement_scores
 from halflap.compress.replace_streamed import replacement_scores_streamed
+from halflap.compress.search import SearchResult
 from halflap.compress.space import Candidate, Fitting
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError
@@ -60,32 +61,39 @@ def propose(given: Given, model: AnyModel, programme: Programme) -> Fitting:
         Candidate(Sizes(), choice.costs, choice.score, tuple(v.name for v in library.variants(choice.options)))
         for choice in choices
     )
-    return Fitting(candidates, len(library.options), _remark(given, programme, candidates))
+    return Fitting(candidates, len(library.options))
 
 
-def _remark(given: Given, programme: Programme, candidates: tuple[Candidate, ...]) -> str | None:
-    """What a user must know of candidates: none cut, few, below all that was allowed, or judged by too short a text."""
-    best, budget, wanted = candidates[0], given.budget, given.recipe.settings.shortlist
+def remark(given: Given, programme: Programme, result: SearchResult) -> str | None:
+    """What a user must know of what was found: nothing cut, few candidates, below all that was allowed, or judged by
+    too short a text."""
+    best, budget, settings = result.chosen, given.budget, given.recipe.settings
     if set(best.variants) == {WHOLE.name}:
         return "the teacher itself is within the budget: nothing is cut"
     remarks = []
-    if len(candidates) < wanted:
+    if len(result.trials) < settings.shortlist:
         remarks.append(
-            f"only {len(candidates)} of {wanted} candidates differ enough under the budget; raise --max-overlap for "
-            "more alike"
+            f"only {len(result.trials)} of {settings.shortlist} candidates differ enough under the budget; raise "
+            "--max-overlap for more alike"
         )
     if short := budget.short(best.costs):
         remarks.append(
             f"the best choice stays more than 5 % below the budget: it has {short}; give finer lists, such as "
             "--space.intermediate-size, to use all of it"
         )
-    chosen = {variant.change.window for row in candidates for variant in programme.library.named(row.variants)}
+    chosen = {variant.change.window for row in result.trials for variant in programme.library.named(row.variants)}
     if hidden := sorted(window for window in chosen if window and window + 1 >= given.scoring.sequence_length):
         remarks.append(
             f"windows of {', '.join(map(str, hidden))} hide nothing in rows of {given.scoring.sequence_length} tokens, "
             "so what they do was not measured; raise --fit.sequence-length, or give shorter ones with --space.window"
         )
-    return "; ".join(remarks) or None
+    before = {"importance was measured": given.importance.tokens, "variants learnt": settings.block_tokens}
+    tokens = settings.replacement_tokens
+    texts = (
+        students.learning_remark(given.scoring, "variants", settings.block_tokens),
+        students.choosing_remark(given.scoring, "variants", "--replacement-tokens", tokens, before),
+    )
+    return "; ".join([*remarks, *(text for text in texts if text)]) or None
 
 
 def _measured(given: Given, model: AnyModel, library: Library) -> Scores:

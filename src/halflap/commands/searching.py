@@ -24,7 +24,7 @@ from halflap.commands.scoring import text_digest
 from halflap.commands.sections import LossSettings
 from halflap.commands.shortlist import Shortlist
 from halflap.commands.students import Teacher
-from halflap.compress.axes import Sizes, check_sizes, resize
+from halflap.compress.axes import Sizes, check_sizes, largest_sizes, resize
 from halflap.compress.costs import BUDGETS, Budget, block_cost
 from halflap.compress.grid import (
     ATTENTION_HEADS,
@@ -133,7 +133,11 @@ def _puzzle(given: Given, programme: Programme) -> SearchResult:
     """A variant for each block, by how its score in the teacher's place adds up, ranked by loss."""
     model = _teacher(given)
     found = puzzle.propose(given, model or given.teacher.stream(), programme)
-    return _rank(given, model, found, students.next_token_loss)
+    result = _rank(given, model, found, students.next_token_loss)
+    remarks = (puzzle.remark(given, programme, result), result.remark)
+    result = dataclasses.replace(result, remark="; ".join(part for part in remarks if part) or None)
+    result.save(given.place / SEARCH)
+    return result
 
 
 def _teacher(given: Given) -> HybridModel | None:
@@ -208,6 +212,9 @@ def candidates(
     by_type = grid is choices_by_type
     order = drop_order(importance, teacher.config, by_type) if importance.depth or by_type else None
     given = {name: (value,) for name, value in vars(fixed).items() if value and name != "drop_blocks"}
+    whole = largest_sizes(teacher.config)
+    if fixed.num_attention_heads == whole.get("num_attention_heads", 0):  # with a key/value head some of these would go
+        given["num_key_value_heads"] = (whole["num_key_value_heads"],)
     if fixed.drop_blocks:
         rest = [index for index in range(len(teacher.config.blocks)) if index not in fixed.drop_blocks]
         order = (*fixed.drop_blocks, *rest)
@@ -219,8 +226,6 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Meas
     """Measure the likeliest as cut and, if tokens are given, the best of them after rounds of distillation."""
     recipe, settings = given.recipe, given.recipe.settings
     batches = students.choosing(given.scoring, settings.score_tokens)
-    remark = students.choosing_remark(given.scoring, settings.score_tokens, given.importance.tokens)
-    found = dataclasses.replace(found, remark="; ".join(part for part in (found.remark, remark) if part) or None)
     look = None
     if min(settings.first_look, len(found.candidates)) > settings.shortlist:
         few = students.choosing(given.scoring, settings.score_tokens // FIRST_LOOK_SHARE)
@@ -229,6 +234,13 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Meas
     rounds = stages(refined, settings.shortlist_tokens, settings.rounds == "halving")
     if not settings.shortlist_tokens:
         rounds = ()
+    before = {
+        "importance was measured": given.importance.tokens,
+        "variants learnt": settings.block_tokens if settings.method == "puzzle" else 0,
+        "candidates were distilled": rounds[-1].tokens if rounds else 0,
+    }
+    remark = students.choosing_remark(given.scoring, "candidates", "--score-tokens", settings.score_tokens, before)
+    found = dataclasses.replace(found, remark="; ".join(part for part in (found.remark, remark) if part) or None)
     shared = (
         None
         if model is None
@@ -261,6 +273,7 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Meas
         shortlist=settings.shortlist,
         look=look,
         order=METHODS[settings.method].order,
+        tolerance=settings.loss_tolerance,
         rounds=rounds,
         refine=refine,
     )

@@ -80,7 +80,7 @@ class Budgets:
     latency: Duration | None = None
     """Time of one pass in the given phase: 20ms or 50%."""
     throughput: Rate | None = None
-    """At least this many tokens a second in the given phase: 400 or 150%."""
+    """At least this many tokens a second in the given phase: 400, 0.5 or 150%."""
     flops: Count | None = None
     """Floating-point operations a token in the given phase."""
     costs: File | None = None
@@ -95,6 +95,11 @@ class Budgets:
     """Bits a weight takes in the memory budget."""
     cache_bits: Positive = 16
     """Bits a key or value takes in the memory budget; SSM states take twice as many."""
+
+    def __post_init__(self) -> None:
+        for name, amount in vars(self).items():
+            if isinstance(amount, Amount) and not amount.value > 0:
+                raise RecipeError(f"{name} is {amount}, and a budget is above 0: correct --{name.replace('_', '-')}")
 
 
 @flat(SEARCH)
@@ -121,15 +126,19 @@ class SearchSettings:
     better half of that, until two are left (halving); or equal shares."""
     score_tokens: Positive = 16384
     """Tokens on which a candidate's loss is measured."""
+    loss_tolerance: float = 0.001
+    """Losses within this of the lowest are equal, and throughput, then latency decide where a cost table tells them; by
+    default the last digit of the losses that Minitron-SSM prints, whose best two were told apart so."""
     replacement_tokens: Tokens = 32768
     """Method puzzle: tokens on which each variant of each block is tried, at half a pass each."""
     block_tokens: Tokens = 0
     """Method puzzle: tokens on which each variant of a block first learns what its block does; 0 tries them as cut."""
     max_overlap: float = 0.8
-    """Method puzzle: largest share of the blocks in which two candidates may be alike."""
+    """Method puzzle: largest share of the blocks in which two candidates may be alike; of 1, all but one block."""
 
     def __post_init__(self) -> None:
         _require("first_look", self.first_look, self.first_look >= 0, "at least 0")
+        _require("loss_tolerance", self.loss_tolerance, self.loss_tolerance >= 0, "at least 0")
         _require("max_overlap", self.max_overlap, 0 <= self.max_overlap <= 1, "from 0 to 1")
 
 

@@ -161,17 +161,30 @@ def choosing(loader: Loader, tokens: int) -> list[Batch]:
     return [loader.batch(most - 1 - index) for index in range(count)]
 
 
-def choosing_remark(loader: Loader, tokens: int, calibrated_on: int) -> str | None:
-    """Says where there was less text to choose by than was asked for, or where importance was measured on it too."""
-    there = sum(loader.rows) * loader.sequence_length
+def choosing_remark(loader: Loader, what: str, flag: str, tokens: int, before: Mapping[str, int]) -> str | None:
+    """Says where there was less text to choose by than was asked for, or where it was measured or learnt on too.
+
+    before: what was done on the first tokens of the text, in words, to how many those were.
+    """
+    there, remarks = sum(loader.rows) * loader.sequence_length, []
     if there < tokens:
-        return f"candidates were to be scored on {tokens:,} tokens, and there were {there:,}: all were read"
-    if there < tokens + calibrated_on:
-        return (
-            f"importance was measured on {calibrated_on:,} of the {there:,} tokens of text, so that candidates are "
-            f"scored on {tokens + calibrated_on - there:,} of these again; give more text, or lower --score-tokens"
+        remarks.append(f"{what} were to be scored on {tokens:,} tokens, and there were {there:,}: all were read")
+    free = there - min(tokens, there)
+    if seen := {done: min(read, there) for done, read in before.items() if read > free}:
+        said = ", ".join(f"{done} on {read:,}" for done, read in seen.items())
+        remarks.append(
+            f"{said} of the {there:,} tokens of text, so that {what} are scored on {max(seen.values()) - free:,} of "
+            f"these again; give more text, or lower {flag}"
         )
-    return None
+    return "; ".join(remarks) or None
+
+
+def learning_remark(loader: Loader, what: str, tokens: int) -> str | None:
+    """Says where there was less text to learn from than was asked for."""
+    there = sum(loader.rows) * loader.sequence_length
+    if there >= tokens:
+        return None
+    return f"{what} were to learn on {tokens:,} tokens, and there were {there:,}, which were read more than once"
 
 
 def judge(

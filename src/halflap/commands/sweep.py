@@ -16,13 +16,13 @@ from halflap.checkpoints.config import read_json
 from halflap.commands.sections import Budgets
 from halflap.commands.students import BLOCKS
 from halflap.compress.costs import BUDGETS
-from halflap.compress.search import Order, SearchResult
+from halflap.compress.search import Order, SearchResult, lowest_first
 from halflap.errors import HalflapError, RecipeError
 from halflap.files import write_json
 from halflap.recipe import FASTEST
 
 SWEEP = "sweep"
-OF_UNIT: dict[str, Unit] = {"memory": "bytes", "latency": "seconds"}
+OF_UNIT: dict[str, Unit] = {"memory": "bytes", "latency": "seconds", "throughput": "rate"}
 """Units of the budgets that are no counts."""
 
 
@@ -49,6 +49,8 @@ def budgets_of(sweep: tuple[str, ...], beside: Budgets, flag: str = SWEEP) -> di
         amounts = [parse_amount(value, OF_UNIT.get(name, "count"), largest_share=most) for value in values]
     except HalflapError as error:
         raise RecipeError(f"{flag}: {error}") from None
+    if any(amount.value <= 0 for amount in amounts):
+        raise RecipeError(f"{flag} is {' '.join(sweep)!r}, and a budget is above 0: leave out the values that are not")
     changes: list[dict[str, Any]] = [{name: amount} for amount in amounts]
     return {str(change[name]): dataclasses.replace(beside, **change) for change in changes}
 
@@ -86,10 +88,12 @@ def combined(
     ceilings: Mapping[str, Mapping[str, float]],
     order: Order,
     directory: Path,
+    tolerance: float = 0.0,
 ) -> dict[str, Any]:
     """All scored candidates, each value's best marked as chosen, and those bests by value; kept as search.json.
 
-    ceilings: of each value, cost name to limit; order: the method's. A best's `path` is the search that found it.
+    ceilings: of each value, cost name to limit; order: the method's; tolerance: of losses that are equal. A best's
+    `path` is the search that found it.
     """
     rows: list[dict[str, Any]] = []
     places: dict[str, int] = {}  # of each value's own best
@@ -99,7 +103,7 @@ def combined(
         rows += [row | {"value": value, "chosen": False} for row in scored]
     best = []
     for value, result in found.items():
-        winner = _best_within(value, found, ceilings[value], order)
+        winner = _best_within(value, found, ceilings[value], order, tolerance)
         rows[places[winner]]["chosen"] = True
         remark = result.remark if winner == value else f"its own best is behind that of {winner}"
         path = str(place_of(directory, winner) / "search.json")
@@ -118,7 +122,9 @@ def combined(
     return data
 
 
-def _best_within(value: str, found: Mapping[str, SearchResult], limits: Mapping[str, float], order: Order) -> str:
+def _best_within(
+    value: str, found: Mapping[str, SearchResult], limits: Mapping[str, float], order: Order, tolerance: float
+) -> str:
     """The value whose search chose the best student within the limits of `value`.
 
     Only students that were distilled alike are compared, or as cut those that were not distilled.
@@ -132,5 +138,5 @@ def _best_within(value: str, found: Mapping[str, SearchResult], limits: Mapping[
 
     rivals = [value, *(other for other in found if other != value and may_take(other))]
     trials = [found[other].chosen for other in rivals]
-    best = min(trials, key=lambda trial: trial.last_loss) if own.rounds else order(trials)[0]
-    return rivals[next(place for place, trial in enumerate(trials) if trial is best)]
+    ranked = lowest_first(trials, lambda trial: trial.last_loss, tolerance) if own.rounds else order(trials, tolerance)
+    return rivals[next(place for place, trial in enumerate(trials) if trial is ranked[0])]

@@ -45,7 +45,7 @@ class Sizes:
     num_attention_heads: int | None = None
     """Query heads of each attention or hybrid block, a multiple of its key/value heads."""
     num_key_value_heads: int | None = None
-    """Key/value heads of each attention or hybrid block."""
+    """Key/value heads of each attention or hybrid block; with one go the query heads that read it."""
     mamba_intermediate_size: int | None = None
     """Channels of each Mamba-1 block."""
     num_blocks: int | None = None
@@ -177,13 +177,13 @@ def check_sizes(config: ModelConfig, sizes: Sizes) -> None:
 def _check_heads(block: BlockConfig, sizes: Sizes) -> None:
     """Fewer key/value heads leave fewer query heads; a number above those that are left would not be had."""
     attention, wanted, kept = block.attention, sizes.num_attention_heads, sizes.num_key_value_heads
-    if attention is None or wanted is None or kept is None or wanted >= attention.num_attention_heads:
+    if attention is None or wanted is None or kept is None:
         return
     left = min(kept, attention.num_key_value_heads) * attention.queries_per_key_value_head
-    if wanted > left:
+    if min(wanted, attention.num_attention_heads) > left:
         raise HalflapError(
             f"sizes.num_attention_heads is {wanted}, and {kept} key/value heads leave {left}: choose at most {left}, "
-            "or more key/value heads"
+            "or more key/value heads; left out, it is all that are left"
         )
 
 

@@ -76,17 +76,19 @@ class Programme:
         self._check_reachable()
 
     def choices(self, scores: np.ndarray, count: int = 1, overlap: float = 0.8, gap: float = GAP) -> list[Choice]:
-        """Up to `count` choices, the best first, no two alike in more than a share `overlap` of the blocks.
+        """Up to `count` choices, the best first, no two alike in more than a share `overlap` of the blocks nor in all.
 
         scores (C,): what each option does to the model, lower is better.
         """
         found: list[Choice] = []
         cuts: list[LinearConstraint] = []
+        blocks = len(self.covers)
+        most_alike = min(np.floor(overlap * blocks + 1e-9), blocks - 1)
         while len(found) < count and (choice := self._best(scores, cuts, gap)) is not None:
             found.append(choice)
             alike = np.zeros(len(scores))
             alike[list(choice.options)] = self.covers.sum(0)[list(choice.options)]
-            cuts.append(LinearConstraint(alike[None], -np.inf, np.floor(overlap * len(self.covers) + 1e-9)))
+            cuts.append(LinearConstraint(alike[None], -np.inf, most_alike))
         if not found:
             raise HalflapError(self._together())
         return found

@@ -67,25 +67,46 @@ class Trial:
         return math.inf if found is None else found
 
 
-Order = Callable[[Iterable[Trial]], list[Trial]]
-"""Of trials measured as cut, the best first."""
+Order = Callable[[Iterable[Trial], float], list[Trial]]
+"""Of trials measured as cut, and the difference up to which losses are equal, the best first."""
 
 
-def by_loss(trials: Iterable[Trial]) -> list[Trial]:
-    return sorted(trials, key=lambda trial: (math.inf if trial.loss is None else trial.loss, *_spent(trial)))
+def lowest_first(trials: Iterable[Trial], loss: Callable[[Trial], float], tolerance: float) -> list[Trial]:
+    """By loss; of equal losses by the higher throughput, then the lower latency where these are known, then by what the
+    losses are and by parameters.
+
+    Equal are those within `tolerance` of the lowest, then those of the rest within it of the lowest of the rest, and so
+    on: measured from neighbour to neighbour a chain of small differences would make all equal.
+    """
+    left = sorted(trials, key=lambda trial: (loss(trial), trial.costs.get("params", 0.0)))
+    found: list[Trial] = []
+    while left:
+        most = loss(left[0]) + tolerance
+        count = next((place for place, trial in enumerate(left) if loss(trial) > most), len(left))
+        found += sorted(left[:count], key=_speed)
+        left = left[count:]
+    return found
 
 
-def _spent(trial: Trial) -> tuple[float, float]:
-    """What decides between equal losses: the time of a pass where it is known, then the parameters."""
-    return trial.costs.get("latency", 0.0), trial.costs.get("params", 0.0)
+def _loss_after(number: int, trial: Trial) -> float:
+    return trial.rounds[number].loss
 
 
-def by_agreement(trials: Iterable[Trial]) -> list[Trial]:
+def _speed(trial: Trial) -> tuple[float, float]:
+    """Lower is faster; all alike where no times are known."""
+    return -trial.costs.get("throughput", 0.0), trial.costs.get("latency", 0.0)
+
+
+def by_loss(trials: Iterable[Trial], tolerance: float = 0.0) -> list[Trial]:
+    return lowest_first(trials, lambda trial: math.inf if trial.loss is None else trial.loss, tolerance)
+
+
+def by_agreement(trials: Iterable[Trial], tolerance: float = 0.0) -> list[Trial]:
     """The rankings by accuracy and by agreement merged: taken from both in turn, ties by the lower loss.
 
     So the first n hold the best of either (Nemotron-H, section 5, keeps 130 of 400).
     """
-    trials = by_loss(trials)
+    trials = by_loss(trials, tolerance)
     places = []
     for name in ("accuracy", "agreement"):
         values = sorted((getattr(trial, name) or 0.0 for trial in trials), reverse=True)
@@ -187,26 +208,30 @@ def ranked_search(
     shortlist: int = 8,
     look: Look | None = None,
     order: Order = by_loss,
+    tolerance: float = 0.0,
     rounds: Sequence[Stage] = (),
     refine: Refine | None = None,
 ) -> SearchResult:
     """Score a `shortlist` of candidates, refine the best of those in `rounds`, and write `path`.
 
-    The shortlist is the best of a first look, without one the likeliest. What `path` already holds for the same
-    `made_from` is taken from there.
+    The shortlist is the best of a first look, without one the likeliest. Losses that differ by no more than `tolerance`
+    are equal (`lowest_first`). What `path` already holds for the same `made_from` is taken from there.
     """
     known = _known(path, made_from)
     count = shortlist if look is None else max(shortlist, look.candidates)
     trials = [known.get((c.sizes, c.variants), _untried(c)) for c in fitting.candidates[:count]]
     beyond = [_untried(candidate) for candidate in fitting.candidates[count:]]
 
+    def ordered(trials: Iterable[Trial]) -> list[Trial]:
+        return order(trials, tolerance)
+
     def save(trials: Sequence[Trial], others: Sequence[Trial]) -> None:
-        _result(made_from, fitting, _ranked(trials, order), others).save(path)
+        _result(made_from, fitting, _ranked(trials, ordered), others).save(path)
 
     if look is not None and len(trials) > shortlist:
-        trials = _by_glance(_measured(trials, _glanced_at, look.score, plan_for, partial(save, others=beyond)), order)
+        trials = _by_glance(_measured(trials, _glanced_at, look.score, plan_for, partial(save, others=beyond)), ordered)
     trials, unseen = trials[:shortlist], [*trials[shortlist:], *beyond]
-    trials = order(_measured(trials, _scored, score, plan_for, partial(save, others=unseen)))
+    trials = ordered(_measured(trials, _scored, score, plan_for, partial(save, others=unseen)))
     for number, stage in enumerate(rounds if refine is not None else ()):
         best, rest = trials[: stage.candidates], trials[stage.candidates :]
         if refine is not None and any(len(trial.rounds) <= number for trial in best):
@@ -215,7 +240,7 @@ def ranked_search(
                 dataclasses.replace(trial, rounds=(*trial.rounds[:number], done))
                 for trial, done in zip(best, found, strict=True)
             ]
-        trials = [*sorted(best, key=lambda trial: (trial.rounds[number].loss, *_spent(trial))), *rest]
+        trials = [*lowest_first(best, partial(_loss_after, number), tolerance), *rest]
         _result(made_from, fitting, trials, unseen).save(path)
     result = _result(made_from, fitting, trials, unseen)
     result = dataclasses.replace(result, plan=plan_for(result.chosen).to_json())
@@ -263,7 +288,7 @@ def _measured(
     return trials
 
 
-def _by_glance(trials: Sequence[Trial], order: Order) -> list[Trial]:
+def _by_glance(trials: Sequence[Trial], order: Callable[[Iterable[Trial]], list[Trial]]) -> list[Trial]:
     """In the order that what was seen at the first look gives."""
     seen = [dataclasses.replace(trial, **dict(trial.glance or {})) for trial in trials]
     places = {id(one): place for place, one in enumerate(seen)}
@@ -274,7 +299,7 @@ def _untried(candidate: Candidate) -> Trial:
     return Trial(candidate.sizes, candidate.costs, candidate.hurt, variants=candidate.variants)
 
 
-def _ranked(trials: Iterable[Trial], order: Order) -> list[Trial]:
+def _ranked(trials: Iterable[Trial], order: Callable[[Iterable[Trial]], list[Trial]]) -> list[Trial]:
     """Those already measured first."""
     trials = list(trials)
     measured = [trial for trial in trials if trial.loss is not None]

@@ -54,8 +54,10 @@ def verify(
 
     scratch: a directory where streams are kept between blocks, so that a killed comparison goes on.
 
-    Raises HalflapError when plan, teacher and student do not belong together, or when the student was trained since.
+    Raises HalflapError when plan, teacher and student do not belong together, or when the plan was edited or the
+    student trained since.
     """
+    _check_plan(student, teacher, plan)
     plan.check_teacher(teacher.digest, teacher.config)
     if student.config != plan.student:
         raise HalflapError(
@@ -104,6 +106,19 @@ def verify(
         "student": student.digest,
         "plan": plan.digest,
     }
+
+
+def _check_plan(student: Checkpoint, teacher: Checkpoint, plan: PruningPlan) -> None:
+    """Raise CheckFailed when the student's lineage, if it has one, says that another plan made it."""
+    made_by = next((step["inputs"]["plan"] for step in reversed(student.lineage) if "plan" in step["inputs"]), None)
+    if made_by not in (None, plan.digest):
+        raise CheckFailed(
+            f"the plan beside the student is {plan.digest[:12]}, and its lineage says that {made_by[:12]} made it, so "
+            "the plan was edited since: put back the one it was cut by, or make the edited plan's own student with "
+            "`halflap prune --plan`",
+            {"passed": False, "plan": plan.digest, "made_by": made_by, "teacher": teacher.digest}
+            | {"student": student.digest},
+        )
 
 
 REFERENCE = {

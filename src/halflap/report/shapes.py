@@ -160,12 +160,12 @@ def _describe_attention(block: AttentionConfig) -> str:
 
 
 def size_rows(teacher: ModelConfig, student: ModelConfig | None) -> list[tuple[str, str, str]]:
-    """Name, before and after of every size, as ranges where blocks differ."""
+    """Name, before and after of every size that either has, as ranges where blocks differ."""
     before = _sizes(teacher)
     after = _sizes(student) if student is not None else {}
     return [
-        (name, _range(values), _range(after.get(name, [])) if student is not None else "")
-        for name, values in before.items()
+        (name, _range(before.get(name, [])), _range(after.get(name, [])) if student is not None else "")
+        for name in before | after
     ]
 
 
@@ -174,6 +174,8 @@ def _sizes(config: ModelConfig) -> dict[str, list[int]]:
     for block in config.blocks:
         for name, value in _block_sizes(block):
             sizes.setdefault(name, []).append(value)
+    if linear := sum(isinstance(block, LinearConfig) for block in config.blocks):
+        sizes["linear blocks"] = [linear]
     return sizes
 
 
@@ -192,6 +194,8 @@ def _block_sizes(block: BlockConfig) -> list[tuple[str, int]]:
             ("query heads", block.attention.num_attention_heads),
             ("key/value heads", block.attention.num_key_value_heads),
         ]
+        if block.attention.window is not None:
+            sizes += [("window", block.attention.window)]
     return sizes
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from halflap.commands import scoring, sweep
+from halflap.commands import scoring, searching, sweep
 from halflap.compress.axes import Sizes, check_sizes
 from halflap.compress.costs import Budget, costs
 from halflap.compress.grid import SearchSpace, choices_by_type
@@ -45,10 +46,21 @@ def test_budgets_that_fail_only_together_say_what_each_could_be() -> None:
 
 
 def test_query_heads_that_fewer_key_value_heads_do_not_leave() -> None:
-    with pytest.raises(HalflapError, match="num_attention_heads is 4, and 1 key/value heads leave 3"):
-        check_sizes(TINY, Sizes(num_attention_heads=4, num_key_value_heads=1))
-    check_sizes(TINY, Sizes(num_attention_heads=6, num_key_value_heads=1))  # the whole of what is left
+    for heads in (4, 6):  # 6 are the teacher's
+        with pytest.raises(HalflapError, match=f"num_attention_heads is {heads}, and 1 key/value heads leave 3"):
+            check_sizes(TINY, Sizes(num_attention_heads=heads, num_key_value_heads=1))
     check_sizes(TINY, Sizes(num_attention_heads=3, num_key_value_heads=1))
+    check_sizes(TINY, Sizes(num_key_value_heads=1))
+
+
+def test_a_search_keeps_the_query_heads_that_are_asked_for() -> None:
+    """Under a budget that only fewer key/value heads can meet, which leave fewer query heads."""
+    teacher: Any = SimpleNamespace(config=TINY)
+    budget, space = Budget(memory=8e5, context=4096), SearchSpace(max_width_cut=0.5, max_depth_cut=0)
+    found = searching.candidates(teacher, random_of(TINY, 0), budget, Sizes(), space).candidates
+    assert all(candidate.sizes.num_key_value_heads == 1 for candidate in found)
+    with pytest.raises(HalflapError, match="cannot be met"):
+        searching.candidates(teacher, random_of(TINY, 0), budget, Sizes(num_attention_heads=6), space)
 
 
 def test_plans_that_were_edited_by_hand() -> None:

@@ -24,6 +24,7 @@ from halflap.compress.search import (
     Stage,
     Trial,
     by_agreement,
+    by_loss,
     ranked_search,
     stages,
 )
@@ -186,6 +187,37 @@ def test_what_is_no_search_result_is_refused(tmp_path: Path) -> None:
 def test_trials_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         FITTING.candidates[0].hurt = 0  # type: ignore[misc]
+
+
+# ---- equal losses
+
+
+def timed(loss: float, seconds: float | None, params: float = 0.0) -> Trial:
+    times = {} if seconds is None else {"throughput": 1 / seconds, "latency": seconds}
+    return Trial(Sizes(), {"params": params, **times}, 0.0, loss)
+
+
+def test_the_faster_of_equal_losses_comes_first() -> None:
+    """As Minitron-SSM chose between two of 1.380; what is equal does not depend on the order of trials."""
+    trials = [timed(1.3800, 0.5), timed(1.3806, 0.4), timed(1.3809, 0.3), timed(1.3815, 0.1), timed(1.3822, 0.2)]
+    for given_as in itertools.permutations(trials):
+        assert [one.costs["latency"] for one in by_loss(given_as, 0.001)] == [0.3, 0.4, 0.5, 0.1, 0.2]
+        assert by_loss(given_as) == trials
+    untimed = [timed(1.3800, None, 9), timed(1.3800, None, 10), timed(1.3801, None, 1)]
+    assert by_loss(reversed(untimed), 0.001) == untimed
+    broken = [timed(1.0, 0.5), timed(float("nan"), 0.1)]
+    assert len(by_loss(broken, 0.001)) == 2
+
+
+def test_equal_losses_after_a_round_go_by_speed(tmp_path: Path) -> None:
+    """The wider a candidate, the longer its pass; all end within the tolerance."""
+    candidates = [dataclasses.replace(c, costs={"latency": c.sizes.hidden_size or 96}) for c in FITTING.candidates]
+    known = dataclasses.replace(FITTING, candidates=tuple(candidates))
+    more: dict[str, Any] = {"rounds": (Stage(4, 100),), "refine": Training(), "made_from": {}, "shortlist": 4}
+    slow = ranked_search(known, plan_for, Losses(), path=tmp_path / "slow.json", **more)
+    fast = ranked_search(known, plan_for, Losses(), path=tmp_path / "fast.json", tolerance=1.0, **more)
+    assert slow.chosen.costs["latency"] == max(one.costs["latency"] for one in slow.trials[:4])
+    assert fast.chosen.costs["latency"] == min(one.costs["latency"] for one in slow.trials[:4])
 
 
 # ---- rankings merged

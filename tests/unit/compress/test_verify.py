@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model, write_checkpoint
+from halflap.checkpoints.config import lineage_step
 from halflap.compress import candidates
 from halflap.compress import verify as verify_module
 from halflap.compress.axes import Sizes
@@ -20,7 +21,7 @@ from halflap.compress.prune import apply_plan
 from halflap.compress.ranking import plan_for
 from halflap.compress.verify import verify
 from halflap.data.batch import Batch
-from halflap.errors import HalflapError
+from halflap.errors import CheckFailed, HalflapError
 from halflap.models.count import count_parameters
 from halflap.models.model import HybridModel, initialize
 from halflap.models.presets import preset
@@ -106,6 +107,21 @@ def test_a_trained_student_is_told_apart(tmp_path: Path) -> None:
     student = write_checkpoint(tmp_path / "student", plan.student, tensors.items())
     with pytest.raises(HalflapError, match="trained or changed after pruning"):
         verify(student, teacher, plan, TOKENS)
+
+
+def test_an_edited_plan_is_told_from_training(tmp_path: Path) -> None:
+    """Its student has the same shape and other weights, so only the lineage tells the two apart."""
+    teacher = make_teacher(tmp_path / "teacher", "nemotron-h-tiny")
+    plan = make_plan(teacher, "nemotron-h-tiny", sizes=Sizes(hidden_size=64))
+    lineage = [lineage_step("prune", {"teacher": teacher.digest, "plan": plan.digest}), lineage_step("distill", {})]
+    tensors = apply_plan(plan, teacher.tensors())
+    student = write_checkpoint(tmp_path / "student", plan.student, tensors, lineage=lineage)
+    assert verify(student, teacher, plan, TOKENS)["passed"]
+    other = next(index for index in range(96) if index not in plan.keep["hidden"])
+    edited = dataclasses.replace(plan, keep={"hidden": tuple(sorted((*plan.keep["hidden"][1:], other)))})
+    with pytest.raises(CheckFailed, match="the plan was edited since") as refused:
+        verify(student, teacher, edited, TOKENS)
+    assert refused.value.result["made_by"] == plan.digest
 
 
 def test_strangers_are_refused(tmp_path: Path) -> None:
