@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -116,6 +117,45 @@ def test_windows_and_channels_of_the_carried_teacher(halflap: Callable[..., Any]
     assert float((one - other).abs().max()) <= 1e-5 * float(one.abs().max())
     refused = halflap("export", student, "--pad-to-stock", "--out", tmp_path / "stock")
     assert refused.status == 1 and "window" in refused.err
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "nemotron-4-tiny"])
+def test_an_mlp_and_an_attention_go_out_of_layers_that_stay(
+    halflap: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    """Chosen by made-up scores: certified, counted, on the card and the page, and opened by the Auto classes."""
+    config = dataclasses.replace(preset(name), vocab_size=512)
+    model = HybridModel(config)
+    initialize(model, 0)
+    teacher = save_model(model, tmp_path / "teacher")
+    blocks = tuple(block for index, block in enumerate(config.blocks) if index not in (1, 4))
+    budget = Budget(params=count_parameters(dataclasses.replace(config, blocks=blocks)))
+    library = library_of(config).saving(budget)
+    gone = [o.variant.dropped and o.blocks in ((1,), (4,)) for o in library.options]
+    scores = np.array([0.0 if o.variant == WHOLE else 0.01 if g else 1.0 for o, g in zip(library.options, gone)])
+    (choice,) = Programme(library, budget).choices(scores)
+    widths = {part: torch.rand(size) for part, size in score_shapes(config).items()}
+    variants = library.variants(choice.options)
+    plan_of_variants(Importance("random", widths), teacher.digest, config, variants, "masked").save(tmp_path / "plan")
+    cut = halflap("prune", teacher.path, "--plan", tmp_path / "plan", "--out", tmp_path / "run", "--json").json
+    assert cut["verified"] and cut["parameters"] == budget.params == choice.costs["params"]
+    assert halflap("verify", tmp_path / "run", "--tokens", 64, "--json").json["passed"]
+    student, tokens = tmp_path / "run" / "checkpoint", torch.randint(0, 512, (2, 40))
+    assert load_model(student).config.pattern() == "**--*-"
+    opened = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    assert type(opened) is HalflapForCausalLM
+    with torch.no_grad():
+        one, other = opened(tokens).logits, load_model(student)(tokens)
+        written = opened.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+        again = load_model(student)(written[:, :-1])[:, 39:].argmax(-1)  # each pass as if there were no cache
+    assert float((one - other).abs().max()) <= 1e-5 * float(one.abs().max()) and torch.equal(written[:, 40:], again)
+    card = (student / "README.md").read_text()
+    assert "Dropped blocks of the teacher: 1, 4." in card and "its blocks are not pairs of attention and MLP" in card
+    assert halflap("report", tmp_path / "run", "--out", tmp_path / "page.html").status == 0
+    assert "</i>dropped 2</span>" in (tmp_path / "page.html").read_text()
+    for form, words in (("hf", "not pairs"), ("gguf", "no MLP follows" if "llama" in name else "GGUF is written of")):
+        refused = halflap("export", student, "--format", form, "--out", tmp_path / form)
+        assert refused.status == 1 and words in refused.err
 
 
 def test_an_unequal_student_is_distilled_and_exported(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:

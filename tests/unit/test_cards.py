@@ -87,7 +87,7 @@ def test_a_padded_export_says_that_its_widths_are(halflap: Callable[..., Any], s
     words = ("export", tmp_path / "uneven", "--pad-to-stock", "--out", tmp_path / "padded", "--json")
     assert halflap(*words).json["padded"]
     text = (tmp_path / "padded" / "README.md").read_text()
-    assert "## What was cut" in text and "before widths that were unequal were padded with zeros" in text
+    assert "## What was cut" in text and "before what made its layers unequal was padded with zeros" in text
     assert PruningPlan.load(tmp_path / "padded") == plan
 
 

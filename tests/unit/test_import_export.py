@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model
+from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model, write_checkpoint
 from halflap.checkpoints.config import family_of
-from halflap.checkpoints.padding import pad_tensors, padded_config
+from halflap.checkpoints.padding import padded_config, padded_reader
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.model import HybridModel, initialize
@@ -67,7 +67,8 @@ def test_padding_changes_no_logit_in_float64(tiny_config: ModelConfig, uneven_ch
     # With the eps of each padded norm scaled alike, the equality is exact up to rounding.
     exact = dataclasses.replace(padded, blocks=tuple(map(scaled_eps, small.config.blocks, padded.blocks)))
     large = HybridModel(exact).double().eval()
-    large.load_state_dict(dict(pad_tensors(small.config, padded, small.state_dict().items())))
+    read = padded_reader(small.config, padded, small.state_dict().__getitem__)
+    large.load_state_dict({name: read(name) for name in large.state_dict()})
     tokens = torch.randint(tiny_config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(large(tokens), small(tokens), atol=1e-6, rtol=1e-6)  # logits are float32
@@ -124,6 +125,47 @@ def test_what_pads_exactly_has_equal_logits(halflap: Cli, tmp_path: Path, case: 
     result = halflap("export", tmp_path / "model", "--out", "stock", "--pad-to-stock", "--json").json
     assert result["padded"] and result["remark"] is None and result["max_abs_error"] < 1e-5
     assert json.loads(Path("stock/config.json").read_text())["model_type"] == model.config.family
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "nemotron-4-tiny"])
+@pytest.mark.parametrize(
+    ("gone", "zeros", "pattern"),
+    [
+        ((1, 4), (1, 4), "*-*-*-*-"),
+        ((0,), (0,), "*-*-*-*-"),
+        ((7,), (7,), "*-*-*-*-"),
+        ((0, 3, 5, 6), (0, 3), "*-*-*-"),  # what is left of the last two layers is one
+    ],
+)
+def test_layers_without_a_part_are_padded_whole(
+    halflap: Cli, tmp_path: Path, name: str, gone: tuple[int, ...], zeros: tuple[int, ...], pattern: str
+) -> None:
+    """With a block of zeros; what is further on keeps the type it is stored in."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    whole = uneven(dataclasses.replace(preset(name), vocab_size=256))
+    blocks = tuple(block for index, block in enumerate(whole.blocks) if index not in gone)
+    model = HybridModel(dataclasses.replace(whole, blocks=blocks))
+    initialize(model, seed=1)
+    dtypes = {key: "float32" if "norm" in key else "bfloat16" for key in model.state_dict()}
+    write_checkpoint(tmp_path / "model", model.config, model.state_dict().items(), dtype=dtypes)
+    assert "--pad-to-stock" in halflap("export", tmp_path / "model", "--out", "stock").err
+    result = halflap("export", tmp_path / "model", "--out", "stock", "--pad-to-stock", "--json").json
+    assert result["padded"] and result["remark"] is None and result["max_abs_error"] < 1e-5
+    padded = Checkpoint.open("stock")
+    assert padded.config.pattern() == pattern
+    added = tuple(f"blocks.{index}." for index in zeros)
+    assert all(not tensor.any() for key, tensor in padded.tensors() if key.startswith(added))
+    kinds = {key: kind for key, kind in padded.dtypes.items() if not key.startswith(added)}
+    assert all(kind == ("float32" if "norm" in key else "bfloat16") for key, kind in kinds.items())
+    tokens, opened = torch.arange(17)[None], transformers.AutoModelForCausalLM.from_pretrained
+    with torch.inference_mode():
+        logits = opened("stock", dtype=torch.float32).eval()(tokens).logits
+        torch.testing.assert_close(
+            logits, load_model(tmp_path / "model", dtype="float32")(tokens), atol=1e-5, rtol=1e-4
+        )
+    form = "gguf" if name == "llama-tiny" else "megatron"
+    words = ("export", tmp_path / "model", "--format", form, "--pad-to-stock", "--out", form, "--json")
+    assert halflap(*words).json["max_abs_error"] < 1e-5
 
 
 def test_heads_are_padded_to_a_number_that_divides_the_hidden_size() -> None:

@@ -1,7 +1,8 @@
 """Unequal blocks padded with zeros to equal widths, so that the stock classes, which have one width a kind, load them.
 
-A padded neuron, query head, key/value head, Mamba head, group, channel or state has zero weights and adds nothing. Only
-a Mamba block's gated norm notices when a group grows: its mean runs over more channels, so with `kept` of `total` in a
+Where a layer of a stock class is attention and MLP and one of them is gone, a block of zeros stands in its place. A
+padded neuron, query head, key/value head, Mamba head, group, channel or state has zero weights and adds nothing. Only a
+Mamba block's gated norm notices when a group grows: its mean runs over more channels, so with `kept` of `total` in a
 group its gain times sqrt(kept / total) and its eps times kept / total give the same output. The stock class has one eps
 for all norms, and nothing else can stand in for it: what the norm reads has passed SiLUs, so no weight scales it. There
 the common eps is kept, and the difference, of the order of eps, is measured by `halflap export`.
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from halflap.checkpoints.config import family_of
 from halflap.errors import HalflapError
 from halflap.models.config import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, ModelConfig
 from halflap.models.layout import Dim, dim_size, layout, shape
@@ -31,11 +33,16 @@ GROUPED: dict[type, tuple[str, str]] = {
     AttentionConfig: ("num_key_value_heads", "num_attention_heads"),
     Mamba2Config: ("num_groups", "num_heads"),
 }
+LAYER = AttentionConfig, MLPConfig
+"""What a layer of a stock Transformer is made of, in this order."""
 SEARCHED = 4  # how many times the fewest heads are tried for a number that divides the hidden size
 
 
 def padded_config(config: ModelConfig) -> ModelConfig:
-    """The config with every kind's widths at their largest. Raises HalflapError for what zeros cannot make equal."""
+    """The config with every kind's widths at their largest and all layers whole.
+
+    Raises HalflapError for what zeros cannot make equal.
+    """
     blocks: list[BlockConfig] = []
     for block in config.blocks:
         kind = [other for other in config.blocks if type(other) is type(block)]
@@ -51,8 +58,21 @@ def padded_config(config: ModelConfig) -> ModelConfig:
                 "equal; keep the checkpoint as it is and run it in halflap"
             )
     eps = config.norm_eps
-    alike = (dataclasses.replace(b, norm_eps=eps) if isinstance(b, Mamba2Config) else b for b in blocks)
-    return dataclasses.replace(config, blocks=tuple(alike))
+    alike = [dataclasses.replace(b, norm_eps=eps) if isinstance(b, Mamba2Config) else b for b in blocks]
+    of_kind = {type(block): block for block in alike}
+    whole = (of_kind[LAYER[at % 2]] if i is None else alike[i] for at, i in enumerate(_in_layers(config)))
+    return dataclasses.replace(config, blocks=tuple(whole))
+
+
+def _in_layers(config: ModelConfig) -> list[int | None]:
+    """The blocks by index, with None where one is missing from a layer of attention and MLP."""
+    indices: list[int | None] = []
+    pairs = family_of(config).depth_unit == len(LAYER) and {type(block) for block in config.blocks} == {*LAYER}
+    for index, block in enumerate(config.blocks):
+        if pairs and not isinstance(block, LAYER[len(indices) % 2]):
+            indices.append(None)
+        indices.append(index)
+    return indices + [None] * (pairs and len(indices) % 2)
 
 
 def _heads(config: ModelConfig, kind: list[BlockConfig]) -> dict[str, int]:
@@ -78,23 +98,26 @@ def _without_eps(block: BlockConfig) -> BlockConfig:
     return dataclasses.replace(block, norm_eps=0.0) if isinstance(block, Mamba2Config) else block
 
 
-def padder(config: ModelConfig, padded: ModelConfig) -> Callable[[str, Tensor], Tensor]:
-    """pad(name, tensor) is the tensor of `padded` for one of `config`; what is equal in size passes through."""
+def own_name(config: ModelConfig, padded: ModelConfig, name: str) -> str | None:
+    """What a parameter of the padded model, or of the model itself, is in the model; None in a block of zeros."""
+    if len(padded.blocks) == len(config.blocks) or not name.startswith("blocks."):
+        return name
+    _, at, rest = name.split(".", 2)
+    index = _in_layers(config)[int(at)]
+    return None if index is None else f"blocks.{index}.{rest}"
+
+
+def padded_reader(config: ModelConfig, padded: ModelConfig, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """Gives a parameter of `padded` by its name there, from those of `config` that `read` gives by theirs."""
     small, large = layout(config), layout(padded)
 
-    def pad_one(name: str, tensor: Tensor) -> Tensor:
-        return pad(tensor, small[name], large[name]) * _gain(config, padded, name)
+    def read_padded(name: str) -> Tensor:
+        own = own_name(config, padded, name)
+        if own is None:
+            return torch.zeros(shape(large[name]))
+        return pad(read(own), small[own], large[name]) * _gain(config, padded, own)
 
-    return pad_one
-
-
-def pad_tensors(
-    config: ModelConfig, padded: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `padded` from those of `config`, one at a time."""
-    pad_one = padder(config, padded)
-    for name, tensor in tensors:
-        yield name, pad_one(name, tensor)
+    return read_padded
 
 
 def pad(tensor: Tensor, small: tuple[Dim, ...], large: tuple[Dim, ...]) -> Tensor:

@@ -82,7 +82,7 @@ class ExportRecipe:
     format: Literal["hf", "gguf", "megatron"] = "hf"
     """Target form: stock classes of transformers; a file for llama.cpp; Megatron's names and fused QKV (Nemotron-4)."""
     pad_to_stock: Annotated[bool, SWITCH] = False
-    """Pad unequal blocks with zeros to equal widths, so that stock classes load them with the same logits."""
+    """Pad with zeros what makes layers unequal, missing parts too, so that stock classes load them, logits equal."""
     quantize: Literal["int8", "int4", "fp8", "off"] | None = None
     """Pack linear maps to 8 or 4 bits (hf), or write packed ones plain; as they are when not given."""
     group_size: Literal[32, 64, 128] | None = None

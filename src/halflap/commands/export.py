@@ -18,7 +18,7 @@ from halflap.checkpoints.config import Lineage, family_of, lineage_step, read_en
 from halflap.checkpoints.gguf_export import TYPES, write_gguf
 from halflap.checkpoints.gguf_import import open_gguf
 from halflap.checkpoints.gguf_tokenizer import ENDS
-from halflap.checkpoints.padding import padded_config, padder, widened_norms
+from halflap.checkpoints.padding import own_name, padded_config, padded_reader, widened_norms
 from halflap.checkpoints.passes import hidden_states_of
 from halflap.checkpoints.streamed import StreamedModel
 from halflap.commands.cards import CERTIFICATE, carried
@@ -63,8 +63,9 @@ class Source:
         """Our names to the types they are written in; a matrix that was packed has that of most others."""
         if self.dtype != "auto":
             return dict.fromkeys(layout(self.config), self.dtype)
-        stored = self.checkpoint.dtypes
-        return stored | {name: self.checkpoint.dtype for name in layout(self.config) if name not in stored}
+        stored, common, before = self.checkpoint.dtypes, self.checkpoint.dtype, self.checkpoint.config
+        named = {name: own_name(before, self.config, name) for name in layout(self.config)}
+        return stored | {name: common if own is None else stored.get(own, common) for name, own in named.items()}
 
 
 def export(recipe: ExportRecipe, run: Run) -> dict[str, Any]:
@@ -114,15 +115,14 @@ def _source(recipe: ExportRecipe) -> Source:
     reason = form.cannot_write(config)
     if reason and (recipe.pad_to_stock or not repacked):
         if not recipe.pad_to_stock:
-            help = "--pad-to-stock pads unequal widths with zeros, and " if _padding_helps(config, form) else ""
+            help = "--pad-to-stock makes its layers equal with zeros, and " if _padding_helps(config, form) else ""
             raise HalflapError(
                 f"{form.what} cannot hold this model, because {reason}; {help}halflap runs the model as it is"
             )
         config = padded_config(opened.config)
         if reason := form.cannot_write(config):
             raise HalflapError(f"{form.what} cannot hold this model even padded, because {reason}; run it in halflap")
-        pad = padder(opened.config, config)
-        read = lambda name: pad(name, opened.read_plain(name))
+        read = padded_reader(opened.config, config, opened.read_plain)
     packed = {"weights": quantization.said()} if quantization else {}
     step = lineage_step("export", {opened.path.name: opened.digest}, format=recipe.format, **packed)
     return Source(opened, config, read, recipe.common.dtype, [*opened.lineage, step], quantization)
@@ -160,7 +160,7 @@ def _padding_helps(config: ModelConfig, form: Form) -> bool:
 
 def _write_hf(source: Source, directory: Path) -> tuple[Path, Any]:
     opened, config, packed = source.checkpoint, source.config, source.quantization
-    changed = ["widths that were unequal were padded with zeros"] if config != opened.config else []
+    changed = ["what made its layers unequal was padded with zeros"] if config != opened.config else []
     changed += [f"its weights were packed ({packed.said()})"] if packed and not opened.quantization else []
     beside = {
         file.name: file.read_text("utf-8") for name in (PLAN, CERTIFICATE) if (file := opened.path / name).exists()
@@ -189,7 +189,8 @@ def _write_megatron(source: Source, directory: Path) -> tuple[Path, Any]:
 
 def _write_gguf(source: Source, directory: Path) -> tuple[Path, Any]:
     opened = source.checkpoint
-    matrices = {source.dtypes[name] for name, dims in layout(opened.config).items() if len(dims) == 2}
+    dtypes = source.dtypes
+    matrices = {dtypes[name] for name, dims in layout(source.config).items() if len(dims) == 2}
     common = next(iter(matrices)) if len(matrices) == 1 else "float32"
     write_gguf(
         directory / GGUF_FILE,

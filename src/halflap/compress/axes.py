@@ -8,7 +8,7 @@ of block says `kinds.py`. Pure data: no torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from halflap.compress.kinds import (
     resize_block,
 )
 from halflap.errors import HalflapError
-from halflap.models.config import BlockConfig, ModelConfig
+from halflap.models.config import BlockConfig, LinearConfig, MLPConfig, ModelConfig
 from halflap.models.layout import Axis, layout
 from halflap.models.sharing import keep_blocks as left_blocks
 
@@ -78,7 +78,7 @@ def _axes_by_size() -> dict[str, tuple[str, ...]]:
 AXES: dict[str, tuple[str, ...]] = _axes_by_size()
 """Short names of the axes that a size cuts, by the names of `Sizes`."""
 
-# Blocks that leave together, for families whose stock classes count several of our blocks as one layer.
+# For families whose stock classes count several of our blocks as one layer, how many.
 DEPTH_UNITS: dict[str, int] = {"llama": 2, "nemotron": 2, "hymba": 2}
 
 # Families whose stock class opens only what has a hidden size that is a multiple of its query heads.
@@ -108,10 +108,34 @@ def axes_of(config: ModelConfig) -> dict[str, Axis]:
 
 
 def depth_units(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
-    """Runs of blocks that are kept or dropped together."""
+    """Runs of blocks that are counted, ranked and dropped together: the layers of a stock class, or single blocks.
+
+    Single ones too where a layer lacks a part (`droppable_units`): no stock class opens that model in any case.
+    """
     step = DEPTH_UNITS.get(config.family, 1)
-    count = len(config.blocks)
-    return tuple(tuple(range(start, min(start + step, count))) for start in range(0, count, step))
+    return _runs(config, step if _in_layers(config.blocks) else 1)
+
+
+def droppable_units(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
+    """Runs of blocks that a plan keeps or drops together, as finely as can be: single blocks, of a Hymba layers.
+
+    A released Hymba has no layer without one of its parts.
+    """
+    return depth_units(config) if config.family == "hymba" else _runs(config, 1)
+
+
+def _runs(config: ModelConfig, step: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(range(start, start + step)) for start in range(0, len(config.blocks), step))
+
+
+def _in_layers(blocks: Sequence[BlockConfig]) -> bool:
+    """Whether they are pairs of attention, or of what is in its place, and MLP."""
+    first, second = blocks[::2], blocks[1::2]
+    return (
+        len(first) == len(second)
+        and not any(isinstance(block, MLPConfig) for block in first)
+        and all(isinstance(block, MLPConfig | LinearConfig) for block in second)
+    )
 
 
 def block_types(config: ModelConfig) -> dict[str, tuple[int, ...]]:

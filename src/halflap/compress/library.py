@@ -1,10 +1,10 @@
 """What may become of each block, and what each of these variants costs (Puzzle: Bercovich et al. 2024). No torch.
 
 A block stays whole, is cut along its own axes, has neighbouring key/value heads averaged, sees a (shorter) window,
-becomes one linear map, or is dropped; the hidden size stays. Blocks that leave together (`depth_units`) are dropped by
-one option that covers them all. A choice is one option for each block; the rules say which choices are students: what
-reads another's keys and values goes with it and has its window, a block of each kind stays, and no more are dropped
-than the search space allows.
+becomes one linear map, or is dropped; the hidden size stays. Blocks that leave together (`droppable_units`) are dropped
+by one option that covers them all. A choice is one option for each block; the rules say which choices are students:
+what reads another's keys and values goes with it and has its window, a block of each kind stays, and no more are
+dropped than the search space allows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from halflap.compress.axes import Sizes, depth_units, readers_of, target_counts
+from halflap.compress.axes import Sizes, droppable_units, readers_of, target_counts
 from halflap.compress.costs import Budget, block_cost, rest_cost
 from halflap.compress.grid import SearchSpace, go_together
 from halflap.compress.kinds import (
@@ -141,9 +141,9 @@ class Library:
         windows = self._windows()
         for source, readers in readers_of(self.teacher).items():
             for reader in readers:
-                if source in going and going[source] != going[reader]:
-                    rules.append(Rule(of({going[source]: 1, going[reader]: -1}), 0))
                 gone = {going[reader]: -1.0} if reader in going else {}
+                if source in going and going[source] not in gone:
+                    rules.append(Rule(of({going[source]: 1, **gone}), 0))
                 for window in sorted(windows[source].keys() | windows[reader].keys()):  # of both, or of none
                     ours, theirs = windows[reader].get(window, ()), windows[source].get(window, ())
                     rules.append(Rule(of(dict.fromkeys(ours, 1) | dict.fromkeys(theirs, -1)), 0))
@@ -237,7 +237,7 @@ def library_of(teacher: ModelConfig, space: SearchSpace | None = None, length: i
     shared = sharing_blocks(teacher)
     known: dict[tuple[BlockConfig, bool], tuple[Variant, ...]] = {}
     options: list[Option] = []
-    for unit in depth_units(teacher):
+    for unit in droppable_units(teacher):
         for index in unit:
             key = with_source(teacher.blocks[index], 0), index in shared
             if key not in known:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halflap.compress.axes import axes_of, block_of, depth_units, short_name
+from halflap.compress.axes import axes_of, block_of, droppable_units, short_name
 from halflap.compress.correction import Dropped, Scales, correct_norms
 from halflap.compress.kinds import Change, axis_name, block_counts, changed_block, owner, resize_block
 from halflap.errors import HalflapError
@@ -285,7 +285,7 @@ def _check_blocks(config: ModelConfig, keep_blocks: Row) -> None:
             f"a pruning plan keeps blocks {list(keep_blocks)}; they must be different, ascending and among 0 to "
             f"{allowed[-1]}: correct keep_blocks"
         )
-    for unit in depth_units(config):
+    for unit in droppable_units(config):
         if 0 < len(set(unit) & set(keep_blocks)) < len(unit):
             raise HalflapError(
                 f"a pruning plan keeps a part of blocks {', '.join(map(str, unit))}, which are one layer of a "

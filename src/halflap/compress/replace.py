@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halflap.compress.axes import depth_units
+from halflap.compress.axes import droppable_units
 from halflap.compress.depth import finish, full_pass
 from halflap.compress.library import WHOLE, Library, Option
 from halflap.compress.plan import PruningPlan
@@ -85,12 +85,12 @@ def replacement_scores(
     count = count_targets(batches)
     scores = dict(known or {})
     todo = [option for option in library.options if option.variant != WHOLE]
-    if len(scores) == len(todo):
+    if not (left := [option for option in todo if option.name not in scores]):
         return scores
     with torch.inference_mode(), Progress("replace blocks", len(todo), unit="variants") as progress:
-        progress.start_at(len(scores))
+        progress.start_at(len(todo) - len(left))
         passes = _Passes(model, batches)
-        for unit in depth_units(model.config):
+        for unit in droppable_units(model.config):
             entry = passes.streams
             for index in unit:
                 for option in _missing(todo, (index,), scores):

@@ -15,6 +15,7 @@ from halflap.compress.grid import SearchSpace, choices
 from halflap.compress.library import WHOLE, Library, Option, library_of
 from halflap.compress.programme import Programme, student_of
 from halflap.errors import HalflapError
+from halflap.models.config import ModelConfig
 from halflap.models.presets import hymba, preset
 
 TEACHER = read_config(Path(__file__).parents[3] / "demo" / "teacher")
@@ -39,6 +40,13 @@ def test_every_kind_of_variant_is_in_the_library_of_the_carried_teacher() -> Non
         *("whole", "num_attention_heads 4", "key/value heads averaged by 2", "linear", "dropped"),
         *("window 256", "window 128", "window 64"),
     }
+
+
+@pytest.mark.parametrize("teacher", [preset("llama-tiny"), preset("nemotron-4-tiny"), HYMBA], ids=lambda t: t.family)
+def test_each_block_may_go_by_itself_but_those_of_a_hymbas_layer(teacher: ModelConfig) -> None:
+    step = 2 if teacher.family == "hymba" else 1
+    units = [tuple(range(start, start + step)) for start in range(0, len(teacher.blocks), step)]
+    assert [option.blocks for option in library_of(teacher).options if option.variant.dropped] == units
 
 
 def test_an_eight_billions_variants_are_some_hundreds() -> None:

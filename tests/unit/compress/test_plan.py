@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from halflap.checkpoints.config import FAMILIES
-from halflap.compress.axes import DEPTH_UNITS, Sizes, check_sizes
+from halflap.compress.axes import DEPTH_UNITS, Sizes, check_sizes, depth_units
 from halflap.compress.compose import compose
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
@@ -67,11 +67,23 @@ def test_an_axis_of_a_dropped_block_cannot_be_cut() -> None:
         plan({"blocks.0.channel": (0,)}, blocks=(1, 2))
 
 
-def test_layers_of_llama_go_whole() -> None:
-    config = preset("llama-tiny")
-    with pytest.raises(HalflapError, match="one layer of a llama"):
-        plan(blocks=(0, 1, 2), config=config)
+@pytest.mark.parametrize("name", ["llama-tiny", "nemotron-4-tiny"])
+def test_a_plan_takes_layers_apart_and_named_blocks_go_by_layers(name: str) -> None:
+    config = preset(name)
     assert plan(blocks=(0, 1, 6, 7), config=config).student.pattern() == "*-*-"
+    apart = plan(blocks=(0, 1, 2), config=config)
+    assert apart.student.pattern() == "*-*" and PruningPlan.from_json(apart.to_json()) == apart
+    with pytest.raises(HalflapError, match=r"drop_blocks splits blocks 0, 1, .* drop all of them or none"):
+        check_sizes(config, Sizes(drop_blocks=(1,)))
+    assert depth_units(config)[0] == (0, 1)
+    assert depth_units(apart.student) == ((0,), (1,), (2,)), "of what no stock class opens any block may be named"
+    check_sizes(apart.student, Sizes(drop_blocks=(1,), num_blocks=2))
+
+
+def test_layers_of_hymba_go_whole() -> None:
+    config = preset("hymba-tiny")
+    with pytest.raises(HalflapError, match="a part of blocks 2, 3, which are one layer of a hymba model; keep all"):
+        plan(blocks=(0, 1, 2), config=config)
 
 
 def test_depth_units_are_those_of_the_families() -> None:

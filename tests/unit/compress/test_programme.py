@@ -76,9 +76,14 @@ def cases(draw: st.DrawFn) -> tuple[Library, Budget, np.ndarray]:
     """Up to 6 blocks of 3 variants, one of which may be to go, under 1 to 3 budgets somewhere within what there is.
 
     Of a Hymba two blocks go together, or none, and what reads keys and values goes, or is windowed, with their source.
+    Of a Llama's layers each block goes by itself.
     """
-    if draw(st.booleans()):
+    family = draw(st.sampled_from(["nemotron_h", "llama", "hymba"]))
+    if family == "nemotron_h":
         teacher = model(*draw(st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=6)))
+    elif family == "llama":
+        pair = (AttentionConfig(4, 2, 8), MLPConfig(16, "silu", gated=True))
+        teacher = dataclasses.replace(model(*pair * draw(st.integers(1, 3))), family="llama")
     else:
         teacher = layers(draw(st.tuples(*[st.booleans()] * draw(st.integers(1, 3)))))
     whole = library_of(teacher, SearchSpace(max_depth_cut=draw(st.sampled_from([0.0, 0.5, 0.8]))), 16)
@@ -215,12 +220,13 @@ def test_what_reads_keys_and_values_goes_with_them() -> None:
         assert any(v != DROPPED for v in variants)
 
 
-def test_one_block_of_each_kind_stays() -> None:
-    library = library_of(TINY, SearchSpace(max_depth_cut=0.9))
+@pytest.mark.parametrize("teacher", [TINY, preset("llama-tiny")], ids=lambda t: t.family)
+def test_one_block_of_each_kind_stays(teacher: ModelConfig) -> None:
+    library = library_of(teacher, SearchSpace(max_depth_cut=0.9))
     scores = np.array([-1.0 if o.variant == DROPPED else 0.0 for o in library.options])
     (choice,) = Programme(library, Budget(params=1e15)).choices(scores)
-    student = student_of(TINY, library.variants(choice.options))
-    assert {type(b) for b in student.blocks} == {type(b) for b in TINY.blocks} and len(student.blocks) == 3
+    student, kinds = student_of(teacher, library.variants(choice.options)), {type(b) for b in teacher.blocks}
+    assert {type(b) for b in student.blocks} == kinds and len(student.blocks) == len(kinds)
 
 
 def test_lists_are_combined_and_of_automatic_sizes_heads_and_channels() -> None:

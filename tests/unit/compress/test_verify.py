@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, save_model, write_checkpoint
-from halflap.checkpoints.config import lineage_step
+from halflap.checkpoints.config import lineage_step, not_stock_because
 from halflap.compress import candidates
 from halflap.compress import verify as verify_module
 from halflap.compress.axes import Sizes
+from halflap.compress.importance import Importance
 from halflap.compress.metrics import collect
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
-from halflap.compress.ranking import plan_for
+from halflap.compress.ranking import plan_by_block, plan_for
 from halflap.compress.verify import verify
 from halflap.data.batch import Batch
 from halflap.errors import CheckFailed, HalflapError
@@ -60,10 +61,13 @@ def student_types(teacher: Checkpoint, plan: PruningPlan) -> Any:
             yield student, dtype
 
 
-def make_plan(teacher: Checkpoint, name: str, correction: str = "masked", sizes: Sizes | None = None) -> PruningPlan:
+def make_importance(teacher: Checkpoint) -> Importance:
     batch = Batch(TOKENS, TOKENS, torch.ones(TOKENS.shape))
-    scores = collect(load_model(teacher.path), [batch], teacher=teacher.digest)
-    return plan_for(scores, teacher.digest, teacher.config, sizes or SIZES[name], correction)
+    return collect(load_model(teacher.path), [batch], teacher=teacher.digest)
+
+
+def make_plan(teacher: Checkpoint, name: str, correction: str = "masked", sizes: Sizes | None = None) -> PruningPlan:
+    return plan_for(make_importance(teacher), teacher.digest, teacher.config, sizes or SIZES[name], correction)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -83,6 +87,27 @@ def test_every_axis_of_every_family_passes(tmp_path: Path, name: str, correction
     assert certificate["exact_max_abs_error"] < 1e-9 * certificate["logit_scale"]
     assert certificate["max_abs_error"] < (1e-4 if dtype == "float32" else 0.05) * certificate["logit_scale"]
     assert (certificate["teacher"], certificate["student"]) == (teacher.digest, student.digest)
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "nemotron-4-tiny"])
+@pytest.mark.parametrize("correction", ["masked", "none", "calibrated"])
+def test_layers_that_lack_a_part_pass_and_open_again(tmp_path: Path, name: str, correction: str) -> None:
+    """An MLP of one and the attention of another gone, the rest cut; the stock class opens what is left in pairs."""
+    teacher = make_teacher(tmp_path / "teacher", name)
+    sizes = dataclasses.replace(SIZES[name], num_blocks=None)
+    for kept, pattern, stock in (((0, 2, 3, 5, 6), "**--*", False), ((0, 3, 4, 5), "*-*-", True)):
+        plan = plan_by_block(
+            *(make_importance(teacher), teacher.digest, teacher.config, dict.fromkeys(kept, sizes), correction),
+            hidden_size=sizes.hidden_size,
+        )
+        student = make_student(teacher, tmp_path / pattern, plan)
+        certificate = verify(student, teacher, plan, TOKENS)
+        assert certificate["passed"] and plan.student.pattern() == pattern, certificate
+        assert (not_stock_because(student.config) is None) == stock
+        again, tensors = load_model(tmp_path / pattern), dict(student.tensors())
+        model = HybridModel(plan.student).eval()
+        model.load_state_dict(tensors)
+        assert again.config == plan.student and torch.equal(again(TOKENS), model(TOKENS))
 
 
 def test_kept_and_total_count_indices_of_all_blocks(tmp_path: Path) -> None:
