@@ -62,6 +62,15 @@ def test_chat_keeps_the_conversation(
     assert [message["role"] for message in halflap(*words).json["messages"]] == ["user", "assistant"]
 
 
+def test_a_kept_conversation_can_be_held_again(
+    halflap: Cli, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("chat", directory, "--max-new-tokens", "2", "--json", "--out", tmp_path / "talk")
+    for line in ("the cat", "sat on"):
+        typed(monkeypatch, line)
+        assert halflap(*words).json["messages"][0]["content"] == line
+
+
 def test_ctrl_c_ends_the_reply_and_not_the_conversation(
     halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
