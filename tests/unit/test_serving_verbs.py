@@ -277,6 +277,17 @@ def test_a_model_that_does_not_fit_is_refused_with_numbers() -> None:
         check_memory(preset("nemotron-4-340b"), "float32", torch.device("cpu"), {"a reply": 2 << 30})
 
 
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_what_does_not_fit_is_said_before_it_is_loaded(
+    halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr("halflap.commands.device.free_memory", lambda _: 1 << 10)
+    for module in ("generate", "engines"):
+        monkeypatch.setattr(f"halflap.commands.{module}.load_model", lambda *_: pytest.fail("loaded"))
+    result = halflap(verb, directory, *(("--prompt", "the cat") if verb == "generate" else ()))
+    assert result.status == 1 and "the weights take 0.0 GiB as float32" in result.err and "free; take" in result.err
+
+
 def test_serve_listens_and_stops_when_told(halflap: Cli, directory: Path) -> None:
     """SIGTERM reaches the main thread, which serves; another asks and then sends it."""
     pytest.importorskip("uvicorn")
