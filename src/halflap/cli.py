@@ -37,6 +37,8 @@ class Verb(NamedTuple):
     """Whether there is a run directory when --out is not given."""
     artifact: str = ""
     """--out may name a file like this one instead of a directory."""
+    anew: bool = False
+    """Whether the same command does its work once more, where others find their finished run."""
 
     @property
     def recipe(self) -> type:
@@ -61,8 +63,8 @@ VERBS: dict[str, Verb] = {
     "analyze": Verb("config:AnalyzeRecipe", "analyze:analyze"),
     "bench": Verb("config:BenchRecipe", "evaluate:bench", keeps=False),
     "generate": Verb("config:GenerateRecipe", "generate:generate", keeps=False),
-    "chat": Verb("config:ChatRecipe", "chat:chat", keeps=False),
-    "serve": Verb("config:ServeRecipe", "serve:serve", keeps=False),
+    "chat": Verb("config:ChatRecipe", "chat:chat", keeps=False, anew=True),
+    "serve": Verb("config:ServeRecipe", "serve:serve", keeps=False, anew=True),
     "report": Verb("config:ReportRecipe", "report:report", keeps=False, artifact="report.html"),
     "study": Verb("config:StudyRecipe", "study:study"),
     "doctor": Verb("config:DoctorRecipe", "doctor:doctor", keeps=False),
@@ -103,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     from halflap.binding import bind
     from halflap.progress import set_quiet
-    from halflap.recipe import settings_of, to_yaml
+    from halflap.recipe import SECRETS, settings_of, to_yaml, without_secrets
 
     warnings.showwarning = _warn
     call = bind({verb: row.recipe for verb, row in VERBS.items()}, words)
@@ -115,6 +117,10 @@ def _main(words: list[str]) -> int:
     set_quiet(common.quiet)
     if call.control.show:
         settings = settings_of(call.recipe)
+        for name in SECRETS:
+            if settings.get(name):
+                say(f"{name} is a secret and left out here; give it again beside --config")
+        settings = without_secrets(settings)
         print(json.dumps(settings) if common.json else to_yaml(call.verb, settings), end="\n" if common.json else "")
         return 0
     try:
@@ -151,7 +157,7 @@ def execute(call: Call) -> dict[str, Any]:
         return Run(verb).finish(function(recipe, Run(verb)))
     if file is not None:
         settings["out"] = None
-    with open_run(verb, settings, inputs_of(recipe), overwrite=recipe.common.overwrite) as run:
+    with open_run(verb, settings, inputs_of(recipe), overwrite=recipe.common.overwrite, anew=row.anew) as run:
         if run.result is not None:
             say(f"this run is finished: {run.path} holds its result (--overwrite starts it again)")
         else:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import halflap
+from halflap.recipe import SECRETS
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "lm-eval", "gguf", "pyarrow")
 
@@ -61,9 +63,22 @@ def last_level_cache() -> int:
 
 def describe() -> dict[str, Any]:
     """What environment.json holds; kernels and device are there once a verb has loaded torch."""
-    described: dict[str, Any] = {"versions": versions(), "machine": machine(), "command": sys.argv}
+    described: dict[str, Any] = {"versions": versions(), "machine": machine(), "command": _shown(sys.argv)}
     if torch := sys.modules.get("torch"):
         described["torch"] = {"threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
     if select := sys.modules.get("halflap.ops.select"):
         described["kernels"] = select.describe()
     return described
+
+
+def _shown(words: Sequence[str]) -> list[str]:
+    """A command line without the values of secrets."""
+    shown, secret = [], False
+    for word in words:
+        if word.startswith("--"):
+            name, equals, _ = word.partition("=")
+            secret = name[2:].replace("-", "_") in SECRETS
+            shown.append(f"{name}=***" if secret and equals else word)
+        else:
+            shown.append("***" if secret else word)
+    return shown

@@ -125,7 +125,10 @@ class Common:
 PATHS = "paths"
 """In YAML a list with fields beside it is nested: `data: {paths: [a], field: b}` is `--data a --data.field b`."""
 
-NOT_CONTENT = ("out", "json", "quiet", "overwrite", "stream", "top_k_in", "workers", "ray", "ray_cpus")
+SECRETS = ("api_key",)
+"""Names whose values are neither kept nor shown."""
+
+NOT_CONTENT = ("out", "json", "quiet", "overwrite", "stream", "top_k_in", "workers", "ray", "ray_cpus", *SECRETS)
 """Names that change where a run goes or how it talks, and not what it is."""
 
 # What NVIDIA's tools call it, and what we call it; the scale turns a bare number into an amount with its unit.
@@ -366,6 +369,10 @@ def from_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             settings[f"{prefix}{name}".removesuffix(f".{PATHS}")] = value
     return settings
+
+
+def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in SECRETS}
 
 
 def content_of(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from halflap import environment
 from halflap.errors import HalflapError
 from halflap.files import atomic_write, write_json
 from halflap.inputs import Inputs, checkpoint_of, content_of_inputs, digest_inputs, is_checkpoint
-from halflap.recipe import content_of, digest_of, from_tree, plain_text, read_yaml, to_yaml
+from halflap.recipe import content_of, digest_of, from_tree, plain_text, read_yaml, to_yaml, without_secrets
 
 RECIPE, INPUTS, STATUS, METRICS, LOCK = "recipe.yaml", "inputs.json", "status.json", "metrics.jsonl", ".lock"
 ENVIRONMENT = "environment.json"
@@ -121,9 +121,16 @@ class Run:
 
 
 def open_run(
-    verb: str, settings: Mapping[str, Any], named_inputs: Mapping[str, list[str]], *, overwrite: bool = False
+    verb: str,
+    settings: Mapping[str, Any],
+    named_inputs: Mapping[str, list[str]],
+    *,
+    overwrite: bool = False,
+    anew: bool = False,
 ) -> Run:
     """The run of these settings on these inputs: new, to be gone on with (`resumed`), or finished (`result`).
+
+    `anew`: what was done here before is never the result; the same recipe is followed once more.
 
     `settings` is a recipe's flat mapping (recipe.settings_of); its `out` names the directory, runs/VERB-DIGEST when
     None. Raises HalflapError when the directory belongs to something else or another process works in it.
@@ -142,8 +149,10 @@ def open_run(
             _empty(directory)
         elif _has_work(directory):
             _refuse_other(directory, verb, settings, inputs)
+            if anew:
+                (directory / STATUS).unlink(missing_ok=True)
             run.result = finished_result(directory)
-            run.resumed = run.result is None
+            run.resumed = run.result is None and not anew
         if run.result is None:
             _begin(run, settings, inputs)
     except BaseException:
@@ -203,7 +212,7 @@ def _begin(run: Run, settings: Mapping[str, Any], inputs: Inputs) -> None:
     run.save_json(INPUTS, inputs)
     run.save_json(ENVIRONMENT, environment.describe())
     with atomic_write(directory / RECIPE, "w") as file:
-        file.write(to_yaml(run.verb, settings))
+        file.write(to_yaml(run.verb, without_secrets(settings)))
 
 
 def _has_work(directory: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -48,6 +49,15 @@ def say(page: Any, text: str) -> None:
     page.press("#text", "Enter")
 
 
+def stream(text: str, usage: dict[str, int] | None) -> str:
+    """The events of a reply."""
+    events = [
+        {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}]},
+        {"choices": [], "usage": usage},
+    ]
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+
+
 def test_a_talk(page: Any, url: str) -> None:
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -74,6 +84,44 @@ def test_a_talk(page: Any, url: str) -> None:
     page.wait_for_function("Number(document.getElementById('rate').textContent) > 0")
     expect(page.locator("#send")).to_have_text("Send")
     assert not wrong
+
+
+def test_a_usage_without_details(page: Any, url: str) -> None:
+    """vLLM leaves out prompt_tokens_details; the page goes on, and says what it was told."""
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream("Hello", usage)))
+    page.goto(url)
+    say(page, "A state")
+    api.expect(page.locator("#send")).to_have_text("Send")
+    api.expect(page.locator(".turn.assistant small")).to_have_text(re.compile(r"2 tokens, .* 7 prompt tokens$"))
+    say(page, "A second one")
+    api.expect(page.locator(".turn.assistant p")).to_have_count(2)
+    assert not wrong
+
+
+def test_a_turn_without_an_answer_is_not_asked_again(page: Any, url: str) -> None:
+    asked: list[list[dict[str, str]]] = []
+
+    def answer(route: Any) -> None:
+        asked.append(route.request.post_data_json["messages"])
+        if len(asked) == 1:
+            route.fulfill(status=503, json={"error": {"message": "the replica is lost"}})
+        else:
+            route.fulfill(body=stream("Hello", None))
+
+    page.route("**/v1/chat/completions", answer)
+    page.goto(url)
+    say(page, "first")
+    api.expect(page.locator(".turn.error p")).to_have_text("the replica is lost")
+    say(page, "second")
+    api.expect(page.locator(".turn.assistant p")).to_have_text("Hello")
+    api.expect(page.locator("#send")).to_have_text("Send")
+    say(page, "third")
+    api.expect(page.locator(".turn.assistant p")).to_have_count(2)
+    second, reply = {"role": "user", "content": "second"}, {"role": "assistant", "content": "Hello"}
+    assert asked[1:] == [[second], [second, reply, {"role": "user", "content": "third"}]]
 
 
 def test_what_goes_wrong_is_shown_and_a_talk_begins_anew(page: Any, url: str) -> None:

@@ -279,6 +279,31 @@ def test_show_as_json_is_one_object(halflap: Cli) -> None:
     assert json.loads(halflap("doctor", "--show", "--json").out)["seed"] == 0
 
 
+def test_a_server_serves_again_and_its_keys_are_kept_nowhere(
+    halflap: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(cli, "_resolve", lambda _: lambda recipe, run: {"keys": asked.append(recipe.listening.api_key)})
+    out = tmp_path / "served"
+    for number, key in enumerate(("hunter1", "hunter2", "hunter2")):
+        words = ("serve", tiny_checkpoint, "--out", out, "--api-key", key, "--port", "0")
+        monkeypatch.setattr(sys, "argv", ["halflap", *map(str, words), f"--api-key={key}"])
+        outcome = halflap(*words)
+        assert outcome.status == 0 and len(asked) == number + 1 and asked[-1] == (key,), outcome.err
+        assert "going on" not in outcome.err and "finished" not in outcome.err
+    files = [file.read_text() for file in out.rglob("*") if file.is_file()]
+    assert len(files) >= 4 and not any("hunter" in text for text in files)
+    assert halflap("serve", tiny_checkpoint, "--out", out, "--port", "1").err.count("port is 0 there and 1 here") == 1
+
+
+def test_a_secret_is_not_shown(halflap: Cli) -> None:
+    for form in ((), ("--json",)):
+        outcome = halflap("serve", "somewhere", "--api-key", "hunter2", "--show", *form)
+        assert "hunter2" not in outcome.out and "api_key" not in outcome.out
+        assert "api_key is a secret and left out here" in outcome.err
+    assert not halflap("serve", "somewhere", "--show").err
+
+
 def _needs_a_word(recipe: type) -> bool:
     return any(not field.kw_only and field.default is dataclasses.MISSING for field in dataclasses.fields(recipe))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -299,6 +301,17 @@ def test_dry_run_tells_the_cost_and_runs_nothing(halflap: Cli, tiny_checkpoint: 
     assert not Path("x").exists()
     assert "flops" in halflap(*words, "--dry-run").out
     assert halflap("distill", "nowhere", "--dry-run").status == 1
+
+
+@pytest.mark.parametrize("extra", ["eval", "gguf", "cluster", "data", "serve"])
+def test_doctor_knows_every_package_of_an_extra(extra: str, halflap: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    wanted = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["optional-dependencies"][extra]
+    packages = {re.split("[>=<[]", package)[0].replace("-", "_") for package in wanted}
+    monkeypatch.setattr("halflap.commands.doctor.find_spec", lambda _: None)
+    missing = halflap("doctor", "--json").json["missing"]
+    said = {line.partition(",")[0] for line in missing if line.endswith(f"pip install 'halflap[{extra}]'")}
+    assert said == packages
 
 
 def test_doctor_tells_versions_kernels_and_device(halflap: Cli) -> None:

@@ -364,6 +364,67 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     assert [file.name for file in target.parent.iterdir()] == ["answer.so"]
 
 
+FAKE = """#!/bin/sh
+case "$1" in --version) echo fake; exit;; esac
+for word; do
+  case "$before" in -c) source="$word";; -o) target="$word";; esac
+  before="$word"
+done
+if [ -n "$source" ]; then
+  {work}
+  echo "$source" > "$target"
+else
+  {real} -shared -fPIC -x c++ /dev/null -o "$target"
+fi
+"""
+
+
+def fake_compiler(folder: Path, work: str = ":") -> str:
+    """A compiler that does `work` with $source and makes nothing of it."""
+    real = build.find_compiler()
+    assert real is not None
+    place = folder / "c++"
+    place.write_text(FAKE.format(work=work, real=real))
+    place.chmod(0o755)
+    return str(place)
+
+
+def test_a_build_is_announced_and_its_result_found_again(tmp_path: Path) -> None:
+    code = "from halflap.ops.native import build\nassert build.load().library, build.load()"
+    environment = {**os.environ, "CXX": fake_compiler(tmp_path), "HALFLAP_CACHE": str(tmp_path)}
+    for announced in (True, False):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == "" and done.stderr.count("building the C++ kernels") == announced
+
+
+def test_sources_are_compiled_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for the other; a third comes when one is done."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    work = f'touch "$source.begun"; n=0; while [ $(ls {tmp_path} | grep -c begun) -lt 2 ]; do sleep 0.05; '
+    work += "n=$((n + 1)); [ $n -gt 200 ] && exit 1; done"
+    sources = [tmp_path / f"{name}.cpp" for name in "abc"]
+    for source in sources:
+        source.write_text("")
+    build.compile_library(fake_compiler(tmp_path, work), sources, tmp_path / "made" / "answer.so")
+    assert [file.name for file in (tmp_path / "made").iterdir()] == ["answer.so"]
+
+
+def test_nothing_is_left_of_a_build_that_fails_or_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [tmp_path / f"{name}.cpp" for name in "abc"]
+    for source in sources:
+        source.write_text("")
+    target, work = tmp_path / "made" / "answer.so", 'case "$source" in */b.cpp) echo "no good" >&2; exit 3;; esac'
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        build.compile_library(fake_compiler(tmp_path, work), sources, target)
+    assert failed.value.stderr == "no good\n" and not list(target.parent.iterdir())
+    monkeypatch.setattr(build, "TIMEOUT_SECONDS", 0.1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        build.compile_library(fake_compiler(tmp_path, "exec sleep 60"), sources, target)
+    assert not list(target.parent.iterdir())
+
+
 def test_a_broken_compiler_is_a_reason_not_a_crash(tmp_path: Path) -> None:
     fake = tmp_path / "c++"
     fake.write_text("#!/bin/sh\necho 'cannot compile' >&2\nexit 1\n")

@@ -61,6 +61,16 @@ def test_the_same_recipe_on_the_same_inputs_finds_its_finished_run() -> None:
     assert Path("runs/a/status.json").stat().st_mtime_ns == before
 
 
+def test_work_that_is_done_anew_is_never_found_finished() -> None:
+    with begin() as run:
+        (run.path / "talk.json").write_text("{}")
+        run.finish({"turns": 1})
+    with open_run("prune", SETTINGS | {"out": "runs/a"}, {"data": SETTINGS["data"]}, anew=True) as again:
+        assert again.result is None and not again.resumed
+        assert not (again.path / "status.json").exists() and (again.path / "talk.json").exists()
+        assert again.finish({"turns": 2}) == {"turns": 2}
+
+
 def test_an_interrupted_run_goes_on() -> None:
     work(begin())
     with begin() as again:

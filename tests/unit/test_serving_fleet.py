@@ -281,7 +281,10 @@ def test_replicas_share_what_memory_is_free(directory: Path, tmp_path: Path, mon
     monkeypatch.setattr(device, "free_memory", lambda _: 1 << 28)
     decoding, listening = Decoding(prefix_cache="1MiB", max_context=200), Listening(replicas=3)
     recipe = ServeRecipe(model=str(directory), decoding=decoding, listening=listening, common=Common(device="cpu"))
+    built: list[bool] = []
+    monkeypatch.setattr("halflap.ops.select.native_is_on", lambda: built.append(True))
     fleet(recipe, tmp_path)
+    assert built == [True]  # before any replica is there to build the kernels, too
     told = [re.search(r"cache_memory: '?(\w+)", (tmp_path / f"{i}.yaml").read_text()) for i in range(3)]
     sizes = [parse_amount(found[1], "bytes", share=False).value for found in told if found]
     assert len(sizes) == 3 and 0.7 * (1 << 28) < sum(sizes) < 1 << 28

@@ -62,6 +62,15 @@ def test_chat_keeps_the_conversation(
     assert [message["role"] for message in halflap(*words).json["messages"]] == ["user", "assistant"]
 
 
+def test_a_kept_conversation_can_be_held_again(
+    halflap: Cli, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("chat", directory, "--max-new-tokens", "2", "--json", "--out", tmp_path / "talk")
+    for line in ("the cat", "sat on"):
+        typed(monkeypatch, line)
+        assert halflap(*words).json["messages"][0]["content"] == line
+
+
 def test_ctrl_c_ends_the_reply_and_not_the_conversation(
     halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +275,17 @@ def test_a_model_that_does_not_fit_is_refused_with_numbers() -> None:
         HalflapError, match=r"the weights take \d+\.\d GiB as float32, a reply 2.0 GiB, and \d+\.\d GiB"
     ):
         check_memory(preset("nemotron-4-340b"), "float32", torch.device("cpu"), {"a reply": 2 << 30})
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_what_does_not_fit_is_said_before_it_is_loaded(
+    halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr("halflap.commands.device.free_memory", lambda _: 1 << 10)
+    for module in ("generate", "engines"):
+        monkeypatch.setattr(f"halflap.commands.{module}.load_model", lambda *_: pytest.fail("loaded"))
+    result = halflap(verb, directory, *(("--prompt", "the cat") if verb == "generate" else ()))
+    assert result.status == 1 and "the weights take 0.0 GiB as float32" in result.err and "free; take" in result.err
 
 
 def test_serve_listens_and_stops_when_told(halflap: Cli, directory: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 
 from halflap.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_tokenizer
 from halflap.errors import HalflapError
@@ -45,6 +46,20 @@ def test_special_tokens_in_text_are_parsed_or_taken_literally(tokenizer):
 
 def test_decode_skips_ids_past_the_vocabulary(tokenizer):
     assert tokenizer.decode([*tokenizer.encode("cat"), 5000]) == "cat"
+
+
+def test_bytes_of_tokens_are_those_of_the_text(tokenizer):
+    text = "naïve 東京 🙂 \\ <eos>"
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+    assert tokenizer.token_bytes(5000) == b""
+
+
+def test_bytes_of_tokens_as_sentencepiece_spells_them():
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"<unk>": 0, "▁a": 1, "<0xF0>": 2, "<0x0A>": 3}, []))
+    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    backend.add_special_tokens(["<0x41>"])
+    found = Tokenizer(backend.to_str(), {}, {})
+    assert [found.token_bytes(i) for i in range(1, 5)] == [b" a", b"\xf0", b"\n", b"<0x41>"]
 
 
 def test_saved_files_are_the_loaded_ones(tokenizer, tmp_path):

@@ -14,6 +14,7 @@ from halflap.commands.config import DoctorRecipe
 from halflap.ops import select
 from halflap.run import Run
 
+SERVE = "pip install 'halflap[serve]'"
 # An optional package, what it is for, and how to get it.
 OPTIONAL: dict[str, tuple[str, str]] = {
     "transformers": ("comparing with the stock classes", "pip install 'halflap[hf]'"),
@@ -21,6 +22,10 @@ OPTIONAL: dict[str, tuple[str, str]] = {
     "gguf": ("import of GGUF files", "pip install 'halflap[gguf]'"),
     "pyarrow": ("--data of .parquet files", "pip install 'halflap[data]'"),
     "zstandard": ("--data of .zst files", "pip install 'halflap[data]'"),
+    **dict.fromkeys(("starlette", "uvicorn", "pydantic", "prometheus_client"), ("serve", SERVE)),
+    "httpx2": ("serve --replicas and --engine vllm", SERVE),
+    "llguidance": ("replies that match a schema, a regular expression or a grammar", SERVE),
+    "ray": ("study --ray", "pip install 'halflap[cluster]'"),
 }
 
 

@@ -22,6 +22,7 @@ from halflap.data.tokenizer import Tokenizer
 from halflap.errors import HalflapError, RecipeError
 from halflap.inference.front import vllm
 from halflap.inference.front.replica import Launch
+from halflap.ops import select
 from halflap.processes import python_command
 from halflap.recipe import settings_of, to_yaml
 
@@ -56,6 +57,7 @@ def _ours(recipe: ServeRecipe, folder: Path) -> Fleet:
     """Each replica is `halflap serve` on a Unix socket, with a share of the cores."""
     listening, count = recipe.listening, recipe.listening.replicas
     plan = plan_engine(recipe.model, recipe.decoding, recipe.common, count)
+    select.native_is_on()  # builds the kernels where they are missing, once and not in every replica
     alone = dataclasses.replace(
         listening,
         replicas=1,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from halflap.checkpoints.checkpoint import load_model
-from halflap.checkpoints.config import find_directory
+from halflap.checkpoints.config import find_directory, read_config, read_quantization
 from halflap.commands.config import GenerateRecipe
-from halflap.commands.device import choose_device, choose_dtype
+from halflap.commands.device import check_memory, choose_device, choose_dtype
 from halflap.data.tokenizer import Tokenizer
 from halflap.errors import RecipeError
 from halflap.inference.generate import generate as continue_prompts
@@ -25,7 +25,9 @@ def generate(recipe: GenerateRecipe, run: Run) -> dict[str, Any]:
     directory = find_directory(recipe.model)
     tokenizer = Tokenizer.load(directory)
     device = choose_device(recipe.common.device)
-    model = load_model(directory, choose_dtype(recipe.common.dtype, device), device)
+    dtype, config = choose_dtype(recipe.common.dtype, device), read_config(directory)
+    check_memory(config, dtype, device, quantization=read_quantization(directory, config))
+    model = load_model(directory, dtype, device)
     terminal = _terminal() if len(prompts) == 1 and run.directory is None and not recipe.common.json else None
     try:
         completions = continue_prompts(

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,10 @@ SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # every byte is a token of its 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # bytes that a byte-level alphabet leaves
+OTHERS = (byte for byte in range(256) if byte not in PRINTABLE)
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(OTHERS)}
+BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how vocabularies of SentencePiece spell one
 
 
 def _is_unicode(text: str) -> bool:
@@ -108,6 +113,28 @@ class Tokenizer:
     def token(self, identity: int) -> str | None:
         """A token as the vocabulary spells it, or None past the vocabulary."""
         return self._parsing.id_to_token(identity)
+
+    def token_bytes(self, identity: int) -> bytes:
+        """What a token stands for in UTF-8, a part of a character too; nothing past the vocabulary.
+
+        By its spelling: byte-level alphabets, `▁` for a space, `<0x0A>`; added tokens are spelt as they read.
+        """
+        token = self.token(identity) or ""
+        if identity in self._added:
+            return token.encode()
+        if self._is_byte_level and all(letter in BYTES for letter in token):
+            return bytes(BYTES[letter] for letter in token)
+        if found := BYTE.fullmatch(token):
+            return bytes.fromhex(found[1])
+        return token.encode() if self._is_byte_level else token.replace("▁", " ").encode()
+
+    @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        return '"ByteLevel"' in json.dumps(json.loads(self.content).get("decoder"))
+
+    @functools.cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._parsing.get_added_tokens_decoder())
 
     @functools.cached_property
     def vocab_size(self) -> int:

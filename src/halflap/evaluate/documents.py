@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,17 +108,8 @@ def corpus_documents(corpus: Corpus, tokenizer: Tokenizer, *, limit: int | None 
 
 
 def byte_lengths(tokenizer: Tokenizer) -> Floats:
-    """UTF-8 bytes of each token's text (V,), from its spelling: byte-level alphabets, `▁` for a space, `<0x0A>`."""
-    byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.content).get("decoder"))
-    return np.array([_spelt_bytes(tokenizer.token(i) or "", byte_level) for i in range(tokenizer.vocab_size)], float)
-
-
-def _spelt_bytes(token: str, byte_level: bool) -> int:
-    if byte_level:
-        return len(token)
-    if len(token) == 6 and token.startswith("<0x"):
-        return 1
-    return len(token.replace("▁", " ").encode())
+    """UTF-8 bytes of each token's text (V,)."""
+    return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)], float)
 
 
 def _parts(texts: Iterable[str], size: int) -> Iterator[list[str]]:

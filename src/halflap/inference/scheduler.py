@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import time
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
 
 
 AHEAD = 32  # tokens that a reply must have room for beside others, so that it is not put aside again at once
+NO_GUESSES = (
+    "replies are written without guesses (speculate): in bfloat16 and without the C++ kernels a pass over several "
+    "tokens rounds otherwise than single ones, so guesses would change texts; install g++ or clang++, or take --dtype "
+    "float32"
+)
 
 
 class Scheduler:
@@ -50,8 +56,12 @@ class Scheduler:
     def __init__(self, model: HybridModel, tokenizer: Tokenizer | None, settings: EngineSettings) -> None:
         self.model, self.settings, self.device = model, settings, model.device
         self.decode = Decoder(model)
+        self.guesser = settings.speculate
+        if self.guesser is not None and self.device.type == "cpu" and self.decode.depends_on_width:
+            warnings.warn(NO_GUESSES, stacklevel=2)
+            self.guesser = None
         self.texts, self.ends = Texts(tokenizer), end_tokens(model, tokenizer)
-        draft = settings.speculate if isinstance(settings.speculate, HybridModel) else None
+        draft = self.guesser if isinstance(self.guesser, HybridModel) else None
         configs = [model.config] if draft is None else [model.config, draft.config]
         self.ssm_dtype = torch.bfloat16 if settings.ssm_dtype == "bfloat16" else None
         self.budget = Budget(configs, model.dtype, settings.memory, self.ssm_dtype)
@@ -118,10 +128,9 @@ class Scheduler:
         self.speculator = self._new_speculator()
 
     def _new_speculator(self) -> Speculator | None:
-        guesser = self.settings.speculate
-        if isinstance(guesser, HybridModel):
-            return Draft(guesser, self.model.config, self.settings.prefill_chunk, self.budget, self.remembered)
-        return Lookup() if guesser == "lookup" else None
+        if isinstance(self.guesser, HybridModel):
+            return Draft(self.guesser, self.model.config, self.settings.prefill_chunk, self.budget, self.remembered)
+        return Lookup() if self.guesser == "lookup" else None
 
     # ---- ends
 

@@ -3,10 +3,11 @@
 decode = Decoder(model)
 logits = decode(tokens, cache=cache)  # what model(tokens, cache=cache) gives, sooner
 
-A token comes to the same bits whether it is read alone, in a batch, or with others of its row, held or not. The program
-is made once, of the weights that the model has then; what it cannot run (many tokens a row, gradients, other types and
-devices, modules that are not this package's) the model itself runs. Between blocks it keeps float32, so with bfloat16
-weights it rounds less often than the model does. On a GPU a CUDA graph can take its place (graphs.py).
+In the program a token comes to the same bits whether it is read alone, in a batch, or with others of its row, held or
+not. It is made once, of the weights that the model has then; what it cannot run (many tokens a row, gradients, other
+types and devices, modules that are not this package's) the model itself runs, where the company of a token shows in
+its last bits. Between blocks the program keeps float32, so with bfloat16 weights it rounds less often than the model
+does. On a GPU a CUDA graph can take its place (graphs.py).
 """
 
 from __future__ import annotations
@@ -53,6 +54,14 @@ class Decoder:
     def is_native(self, tokens: Tensor, caches: Sequence[Cache]) -> bool:
         """Whether native code makes this pass."""
         return self._program is not None and _runs(tokens, caches)
+
+    @property
+    def depends_on_width(self) -> bool:
+        """Whether a token's numbers are, by more than float32's rounding, others among several tokens than alone.
+
+        Native code rounds nothing narrower between blocks; PyTorch's products of several rows do, each in its order.
+        """
+        return self._program is None and torch.finfo(self.model.dtype).bits < 32
 
     def _read(self, program: Program, tokens: Tensor, caches: Sequence[Cache], lengths: Tensor | None) -> Tensor:
         """So many rows at a time as the program takes: reading the weights once more for others costs little then."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from halflap.inference.stream import Stream
 from halflap.models.model import HybridModel
 from halflap.models.quantization import Quantization
 from halflap.models.quantized import pack_tensors, prepare
+from halflap.ops import select
 
 PROMPTS = [(5, 6, 7, 5, 6, 7, 5, 6), tuple(range(7, 25)), (200, 3, 17, 250), (299, 0), (50, 51, 52, 50, 51)]
 
@@ -47,6 +48,13 @@ REQUESTS = [
 ]
 
 
+@pytest.fixture(params=["auto", "plain"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    with select.using(request.param):
+        yield request.param
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("guesser", ["lookup", "itself", "another"])
 def test_speculative_equals_plain(model: HybridModel, guesser: str, make: Callable[..., HybridModel]) -> None:
     speculate: object = "lookup"
@@ -83,6 +91,17 @@ def test_whatever_the_numbers_are_in(model: HybridModel, guesser: str, form: str
     for reach in (1, 3, 7):
         got, counts = replies(model, requests, "lookup" if guesser == "lookup" else model, reach)
         assert got == expected and (counts["guessed"] or guesser == "lookup")
+
+
+def test_where_guesses_would_change_texts_there_are_none_and_that_is_said(model: HybridModel) -> None:
+    narrow = copy.deepcopy(model).bfloat16()
+    with select.using("plain"):
+        for prompt in PROMPTS:
+            request = [Request(prompt, 24, ignore_eos=True)]
+            expected, _ = replies(narrow, request, None)
+            with pytest.warns(UserWarning, match=r"without guesses .* take --dtype float32"):
+                got, counts = replies(narrow, request, model)
+            assert got == expected and not counts["guessed"]
 
 
 def test_what_followed_earlier_is_guessed(make: Callable[..., HybridModel]) -> None:

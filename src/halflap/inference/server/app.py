@@ -20,15 +20,15 @@ from halflap.inference.server.site import site
 
 def application(service: Service) -> Starlette:
     """The ASGI application of a service."""
-    name = service.settings.name
+    name, spell = service.settings.name, service.prompts.tokenizer.token_bytes
 
     async def completions(request: Request) -> Response:
         wanted = await service.prepared(asked.completion, await service.body(request, CompletionBody))
-        return await service.answer(request, wanted, CompletionReply(wanted, name))
+        return await service.answer(request, wanted, CompletionReply(wanted, name, spell))
 
     async def chat(request: Request) -> Response:
         wanted = await service.prepared(asked.chat, await service.body(request, ChatBody))
-        return await service.answer(request, wanted, ChatReply(wanted, name))
+        return await service.answer(request, wanted, ChatReply(wanted, name, spell))
 
     async def score(request: Request) -> Response:
         body = await service.body(request, ScoreBody)

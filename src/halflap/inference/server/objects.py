@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from halflap.inference.detokenize import REPLACEMENT
-from halflap.inference.requests import Piece, Token, Usage
+from halflap.inference.requests import Piece, Token, TopToken, Usage
 from halflap.inference.server.asked import Asked
 from halflap.inference.server.tools import ToolCall, ToolParser
+
+READABLE = set(range(0x20, 0x7F)) - {ord("\\")}  # bytes that stand as they are among escaped ones
 
 
 class Replies(Protocol):
@@ -24,12 +26,13 @@ class Replies(Protocol):
 
 
 class _Reply:
-    """What the objects of one reply share."""
+    """What the objects of one reply share. `spell` gives the bytes of a token, which its text lacks of a part of a
+    character."""
 
     kind, prefix, chunk_kind = "", "", ""
 
-    def __init__(self, asked: Asked, model: str) -> None:
-        self.asked = asked
+    def __init__(self, asked: Asked, model: str, spell: Callable[[int], bytes]) -> None:
+        self.asked, self._spell = asked, spell
         self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.count = asked.n * len(asked.requests)
         self._written = [0] * self.count  # tokens
@@ -61,8 +64,8 @@ class CompletionReply(_Reply):
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, asked: Asked, model: str) -> None:
-        super().__init__(asked, model)
+    def __init__(self, asked: Asked, model: str, spell: Callable[[int], bytes]) -> None:
+        super().__init__(asked, model, spell)
         self._choices = [{"text": "", "index": i, "logprobs": None, "finish_reason": None} for i in range(self.count)]
         self._begun: set[int] = set()
 
@@ -95,21 +98,27 @@ class CompletionReply(_Reply):
         offsets += [begin + token.offset for token in reply]
         tokens = [*prompt, *reply]
         return {
-            "tokens": [token.text for token in tokens],
+            "tokens": [self._name(token) for token in tokens],
             "token_logprobs": [token.log_prob for token in tokens],
-            "top_logprobs": [_top(token) for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens],
             "text_offset": offsets,
         }
 
+    def _name(self, token: Token | TopToken) -> str:
+        """Its text, or `bytes:\\xf0\\x9f` where that is a part of a character, as OpenAI writes it."""
+        if REPLACEMENT not in token.text:
+            return token.text
+        letters = (chr(byte) if byte in READABLE else f"\\x{byte:02x}" for byte in self._spell(token.id))
+        return f"bytes:{''.join(letters)}"
 
-def _top(token: Token) -> dict[str, float] | None:
-    """The likeliest tokens and the chosen one, by text; of tokens that read the same the likelier one counts."""
-    if token.log_prob is None:
-        return None
-    found: dict[str, float] = {}
-    for text, value in [(t.text, t.log_prob) for t in token.top] + [(token.text, token.log_prob)]:
-        found[text] = max(value, found.get(text, value))
-    return found
+    def _top(self, token: Token) -> dict[str, float] | None:
+        """The likeliest tokens and the chosen one, by name; of others that read the same the likelier one counts."""
+        if token.log_prob is None:
+            return None
+        found: dict[str, float] = {}
+        for other in token.top:  # the likelier before
+            found.setdefault(self._name(other), other.log_prob)
+        return found | {self._name(token): token.log_prob}
 
 
 def _joined(before: dict[str, list[Any]] | None, new: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
@@ -123,8 +132,8 @@ class ChatReply(_Reply):
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, asked: Asked, model: str) -> None:
-        super().__init__(asked, model)
+    def __init__(self, asked: Asked, model: str, spell: Callable[[int], bytes]) -> None:
+        super().__init__(asked, model, spell)
         form = asked.tool_format
         self._parsers = (
             None
@@ -139,7 +148,7 @@ class ChatReply(_Reply):
 
     def _added(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
         parts = self._parts(choice, piece)
-        content = [_chat_token(token) for token in piece.tokens] if self.asked.logprobs else None
+        content = [self._chat_token(token) for token in piece.tokens] if self.asked.logprobs else None
         deltas = [self._delta(choice, part) for part in parts]
         if content is not None:
             self._content[choice] += content
@@ -176,6 +185,13 @@ class ChatReply(_Reply):
         self._calls[choice].append(part)
         return {"tool_calls": [{"index": len(self._calls[choice]) - 1, **_call(part)}]}
 
+    def _chat_token(self, token: Token) -> dict[str, Any]:
+        return {**self._scored(token), "top_logprobs": [self._scored(other) for other in token.top]}
+
+    def _scored(self, token: Token | TopToken) -> dict[str, Any]:
+        spelt = self._spell(token.id) if REPLACEMENT in token.text else token.text.encode()
+        return {"token": token.text, "logprob": token.log_prob, "bytes": list(spelt)}
+
     def _choice(self, index: int) -> dict[str, Any]:
         calls = [_call(call) for call in self._calls[index]]
         message: dict[str, Any] = {"role": "assistant", "content": self._text[index], "refusal": None}
@@ -193,16 +209,6 @@ def _change(index: int, delta: dict[str, Any], reason: str | None = None) -> dic
 
 def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-
-
-def _chat_token(token: Token) -> dict[str, Any]:
-    top = [{"token": t.text, "logprob": t.log_prob, "bytes": _bytes(t.text)} for t in token.top]
-    return {"token": token.text, "logprob": token.log_prob, "bytes": _bytes(token.text), "top_logprobs": top}
-
-
-def _bytes(text: str) -> list[int] | None:
-    """UTF-8 of a token's text; None for a part of a character, whose text does not say which."""
-    return None if REPLACEMENT in text else list(text.encode())
 
 
 def _reason(piece: Piece) -> str:

@@ -1,13 +1,14 @@
-"""Builds the C++ kernels once per machine and loads them: no install step, no PyTorch headers, a few seconds.
+"""Builds the C++ kernels once per machine and loads them: no install step, no PyTorch headers.
 
-The library's name is the digest of its sources, the compiler, the flags and the processor's features, so a changed
-source or another machine on the same home directory builds its own. Two processes may build at once: each compiles
-to a name of its own and moves it into place whole. HALFLAP_CACHE (default ~/.cache/halflap) says where; CXX names a
-compiler.
+Compiling takes over a minute of one core, which all cores share, and is announced. The library's name is the digest of
+its sources, the compiler, the flags and the processor's features, so a changed source or another machine on the same
+home directory builds its own. Two processes may build at once: each compiles to a name of its own and moves it into
+place whole. HALFLAP_CACHE (default ~/.cache/halflap) says where; CXX names a compiler.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -15,18 +16,23 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import torch
+
+from halflap.progress import say
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
-    "-fvisibility=hidden", "-fPIC", "-shared", "-w",
+    "-fvisibility=hidden", "-fPIC", "-w",
 )  # fmt: skip
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 1800  # a machine may have much else to do
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ def load() -> Build:
     try:
         path = cache_directory() / f"kernels-{_digest(compiler)}.so"
         if not path.exists():
+            say("halflap: building the C++ kernels for this processor, once; about a minute ...")
             compile_library(compiler, _sources("*.cpp"), path)
         _load_openmp()
         return Build(ctypes.CDLL(str(path)), path, compiler)
@@ -68,18 +75,41 @@ def cache_directory() -> Path:
 
 
 def compile_library(compiler: str, sources: list[Path], path: Path) -> None:
-    """Compile the sources into one shared library; `path` appears whole or not at all."""
+    """Compile the sources, at once, into one shared library; `path` appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
-        unfinished = Path(scratch) / path.name
-        subprocess.run(
-            [compiler, *_flags(), *map(str, sources), "-o", str(unfinished)],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-        )
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+        scratch = Path(folder)
+        largest_first = sorted(sources, key=lambda source: -source.stat().st_size)  # else one may be left at the end
+        objects = {source: scratch / f"{source.stem}.o" for source in largest_first}
+        _run([compiler, *_flags(), "-c", str(source), "-o", str(made)] for source, made in objects.items())
+        unfinished = scratch / path.name
+        _run([[compiler, *_flags(), "-shared", *map(str, objects.values()), "-o", str(unfinished)]])
         os.replace(unfinished, path)
+
+
+def _run(commands: Iterable[Sequence[str]]) -> None:
+    """Run all, as many at once as there are CPUs. Raises SubprocessError when one fails or they take too long."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting, deadline = list(commands), time.monotonic() + TIMEOUT_SECONDS
+    running: dict[subprocess.Popen[str], IO[str]] = {}
+    with contextlib.ExitStack() as files:
+        try:
+            while waiting or running:
+                while waiting and len(running) < cpus:
+                    said = files.enter_context(tempfile.TemporaryFile("w+"))  # a pipe may fill, and hold a compiler up
+                    running[subprocess.Popen(waiting.pop(0), stdout=said, stderr=said, text=True)] = said
+                time.sleep(0.02)
+                for process in [process for process in running if process.poll() is not None]:
+                    said = running.pop(process)
+                    if process.returncode:
+                        said.seek(0)
+                        raise subprocess.CalledProcessError(process.returncode, process.args, stderr=said.read())
+                if running and time.monotonic() > deadline:
+                    raise subprocess.TimeoutExpired(next(iter(running)).args, TIMEOUT_SECONDS)
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
 
 
 def _sources(pattern: str) -> list[Path]:

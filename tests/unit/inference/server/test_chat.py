@@ -52,6 +52,13 @@ def test_reply_is_what_the_template_leads_to(client: Any, model: Any, tokenizer:
     assert found["usage"]["prompt_tokens"] == len(tokenizer.encode(text))
 
 
+def test_bytes_of_tokens_make_up_the_text(client: Any) -> None:
+    found = post(client, logprobs=True, top_logprobs=2, structured_outputs={"choice": ["a 🙃"]})["choices"][0]
+    tokens = [token for token in found["logprobs"]["content"] if token["token"] != "<eos>"]
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == found["message"]["content"] == "a 🙃"
+    assert any("\ufffd" in token["token"] for token in tokens)
+
+
 def test_stream_begins_with_the_role_and_ends_with_usage(client: Any, events: Any) -> None:
     body = {"max_tokens": 12, "seed": 5, "n": 2, "logprobs": True, "top_logprobs": 2}
     whole = post(client, **body)

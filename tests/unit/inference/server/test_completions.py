@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from halflap.inference.generate import generate
+from halflap.inference.requests import Piece, Request, Token, TopToken
+from halflap.inference.server.asked import Asked
+from halflap.inference.server.objects import CompletionReply
 
 
 def post(client: Any, path: str = "/v1/completions", **body: Any) -> Any:
@@ -90,13 +93,32 @@ def test_offsets_of_tokens_that_are_parts_of_a_character(client: Any, tokenizer:
     found = post(client, prompt=text, max_tokens=30, temperature=2, seed=3, logprobs=0, echo=True)["choices"][0]
     scores, whole = found["logprobs"], found["text"]
     places = list(zip(scores["text_offset"], scores["tokens"], strict=True))
-    assert any("\ufffd" in token for _, token in places)
-    plain = [(offset, token) for offset, token in places if "\ufffd" not in token and token != "<eos>"]
+    assert any(token.startswith("bytes:\\x") for _, token in places)
+    plain = [(offset, token) for offset, token in places if not token.startswith("bytes:") and token != "<eos>"]
     assert all(whole[offset:].startswith(token) for offset, token in plain) and len(plain) > 12
     assert scores["text_offset"] == sorted(scores["text_offset"])
     asked = len(tokenizer.encode(text))
     alone = post(client, prompt=text, max_tokens=30, temperature=2, seed=3, logprobs=0)["choices"][0]
     assert alone["logprobs"]["text_offset"] == [o - len(text) for o in scores["text_offset"][asked:]]
+
+
+def test_parts_of_a_character_are_told_apart(client: Any, tokenizer: Any) -> None:
+    """Each has its own bytes, its own place among the likeliest, and its own value."""
+    parts = [tokenizer.token_bytes(token) for token in tokenizer.encode("🙃")]
+    assert len(parts) > 1 and all("\ufffd" in part.decode(errors="replace") for part in parts)
+    body = {"prompt": "the", "structured_outputs": {"choice": ["🙃"]}, "temperature": 0}
+    scores = post(client, **body, logprobs=20)["choices"][0]["logprobs"]
+    names = ["bytes:" + "".join(f"\\x{byte:02x}" for byte in part) for part in parts]
+    assert scores["tokens"][: len(parts)] == names
+    for token, value, top in zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True):
+        assert top[token] == value and 20 <= len(top) <= 21
+
+
+def test_a_token_is_never_given_the_value_of_another_that_reads_the_same() -> None:
+    top = tuple(TopToken(i, text, value) for i, text, value in [(5, "a", -0.5), (6, "a", -1.0), (7, "b", -2.0)])
+    reply = CompletionReply(Asked((Request((1,)),), 1, False, False, logprobs=True), "tiny", lambda token: b"")
+    reply.add(0, Piece(0, "ab", (Token(6, "a", -1.0, top), Token(7, "b", -2.0, top)), "stop"))
+    assert reply.whole({})["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -1.0, "b": -2.0}, {"a": -0.5, "b": -2.0}]
 
 
 def test_stop_and_bias(client: Any, tokenizer: Any) -> None:
