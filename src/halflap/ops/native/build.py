@@ -8,7 +8,6 @@ place whole. HALFLAP_CACHE (default ~/.cache/halflap) says where; CXX names a co
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
@@ -16,12 +15,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -88,28 +86,14 @@ def compile_library(compiler: str, sources: list[Path], path: Path) -> None:
 
 
 def _run(commands: Iterable[Sequence[str]]) -> None:
-    """Run all, as many at once as there are CPUs. Raises SubprocessError when one fails or they take too long."""
+    """Run all, as many at once as there are CPUs. Raises SubprocessError when one fails or takes too long."""
+
+    def run(command: Sequence[str]) -> None:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    waiting, deadline = list(commands), time.monotonic() + TIMEOUT_SECONDS
-    running: dict[subprocess.Popen[str], IO[str]] = {}
-    with contextlib.ExitStack() as files:
-        try:
-            while waiting or running:
-                while waiting and len(running) < cpus:
-                    said = files.enter_context(tempfile.TemporaryFile("w+"))  # a pipe may fill, and hold a compiler up
-                    running[subprocess.Popen(waiting.pop(0), stdout=said, stderr=said, text=True)] = said
-                time.sleep(0.02)
-                for process in [process for process in running if process.poll() is not None]:
-                    said = running.pop(process)
-                    if process.returncode:
-                        said.seek(0)
-                        raise subprocess.CalledProcessError(process.returncode, process.args, stderr=said.read())
-                if running and time.monotonic() > deadline:
-                    raise subprocess.TimeoutExpired(next(iter(running)).args, TIMEOUT_SECONDS)
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
+    with ThreadPoolExecutor(cpus) as pool:
+        list(pool.map(run, commands))
 
 
 def _sources(pattern: str) -> list[Path]:
