@@ -46,11 +46,7 @@ class Service(Gate):
 
     async def body(self, request: Request, kind: type[B]) -> B:
         """The checked body. Raises ApiError."""
-        raw = await self.raw_body(request)
-        try:
-            body = await run_in_threadpool(kind.model_validate_json, raw)
-        except ValidationError as error:
-            raise invalid(error) from None
+        body = await run_in_threadpool(_checked, kind, await self.raw_body(request))
         self.check_model(getattr(body, "model", None))
         return body
 
@@ -122,6 +118,13 @@ class Service(Gate):
                 yield chunk
         if asked.include_usage:
             yield replies.chunk([], _usage(streams))
+
+
+def _checked(kind: type[B], raw: bytes) -> B:
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise invalid(error) from None
 
 
 async def _drained(events: AsyncIterator[dict[str, Any]]) -> None:
