@@ -61,7 +61,7 @@ class Service(Gate):
 
     async def answer(self, request: Request, asked: Asked, replies: Replies) -> Response:
         """Run what was asked; a whole object, or a stream of events."""
-        began, choices = time.monotonic(), asked.n * len(asked.requests)
+        began, choices = time.monotonic(), sum(each.n for each in asked.requests)
         self.enter(choices)
         try:
             streams = await run_in_threadpool(self._submit, asked)  # a grammar takes time to compile
