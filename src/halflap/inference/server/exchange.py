@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -51,7 +51,7 @@ async def read_body(request: Request, most: int) -> bytes:
     return b"".join(parts)
 
 
-async def until_hang_up(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def until_hang_up(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, unless the client goes first: then it is cancelled and HungUp raised."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_hang_up(receive))
