@@ -22,6 +22,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from halflap.data import chat
+from halflap.data.token_bytes import longest_token
 from halflap.errors import HalflapError
 from halflap.files import atomic_write, write_json
 from halflap.progress import track
@@ -148,6 +149,11 @@ class Tokenizer:
                 f"the tokenizer has {self.vocab_size} tokens and the model's vocab_size is {config_vocab_size}; "
                 "it must be at least as large: use the model's own tokenizer or a larger vocab_size"
             )
+
+    @functools.cached_property
+    def longest_token(self) -> int | None:
+        """Bytes of a text that one token stands for at most, or None where there is no bound."""
+        return longest_token(self.content)
 
     # ---- special tokens
 

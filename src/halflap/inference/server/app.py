@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -9,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from halflap.inference.server import asked, scores
+from halflap.inference.server.asked import Asked
 from halflap.inference.server.bodies import CompletionBody, ScoreBody
 from halflap.inference.server.bodies_chat import ChatBody
-from halflap.inference.server.objects import ChatReply, CompletionReply
+from halflap.inference.server.objects import ChatReply, CompletionReply, Replies
 from halflap.inference.server.openapi import document
 from halflap.inference.server.scores import ScoreReply
 from halflap.inference.server.service import Service
@@ -23,17 +25,31 @@ def application(service: Service) -> Starlette:
     name, spell = service.settings.name, service.prompts.tokenizer.token_bytes
 
     async def completions(request: Request) -> Response:
-        wanted = await service.prepared(asked.completion, await service.body(request, CompletionBody))
-        return await service.answer(request, wanted, CompletionReply(wanted, name, spell))
+        body = await service.body(request, CompletionBody)
+
+        def prepare(go_on: Callable[[], None]) -> tuple[Asked, Replies]:
+            wanted = asked.completion(body, service.prompts, service.settings)
+            return wanted, CompletionReply(wanted, name, spell)
+
+        return await service.answer(request, asked.choices(body), prepare)
 
     async def chat(request: Request) -> Response:
-        wanted = await service.prepared(asked.chat, await service.body(request, ChatBody))
-        return await service.answer(request, wanted, ChatReply(wanted, name, spell))
+        body = await service.body(request, ChatBody)
+
+        def prepare(go_on: Callable[[], None]) -> tuple[Asked, Replies]:
+            wanted = asked.chat(body, service.prompts, service.settings)
+            return wanted, ChatReply(wanted, name, spell)
+
+        return await service.answer(request, body.n or 1, prepare)
 
     async def score(request: Request) -> Response:
         body = await service.body(request, ScoreBody)
-        wanted, order = await service.prepared(scores.score, body)
-        return await service.answer(request, wanted, ScoreReply(order, name, bool(body.token_log_probs)))
+
+        def prepare(go_on: Callable[[], None]) -> tuple[Asked, Replies]:
+            wanted, order = scores.score(body, service.prompts, service.settings, go_on)
+            return wanted, ScoreReply(order, name, bool(body.token_log_probs))
+
+        return await service.answer(request, len(body.continuations), prepare)
 
     def health() -> dict[str, Any]:
         return {"status": "stopping" if service.stopping else "ok"}

@@ -38,6 +38,14 @@ class Asked:
     trimmed: bool = False  # space before the reply is the template's own
 
 
+def choices(body: CompletionBody) -> int:
+    """Of all prompts together. Raises ApiError for more than may be."""
+    prompts, n = len(_prompts(body.prompt)), body.n or 1
+    if prompts * n > MOST_CHOICES:
+        raise wrong("n", f"{prompts} prompts times n {n} are more than {MOST_CHOICES} choices; ask for fewer")
+    return prompts * n
+
+
 def completion(body: CompletionBody, prompts: Prompts, settings: ServerSettings) -> Asked:
     """`/v1/completions`. Raises ApiError and HalflapError."""
     n, echo = body.n or 1, bool(body.echo)
@@ -46,10 +54,10 @@ def completion(body: CompletionBody, prompts: Prompts, settings: ServerSettings)
     most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     if most == 0 and not echo:
         raise wrong("max_tokens", "max_tokens is 0; it must be at least 1 without echo: ask for a token or more")
-    given = _prompts(body.prompt)
-    if len(given) * n > MOST_CHOICES:
-        raise wrong("n", f"{len(given)} prompts times n {n} are more than {MOST_CHOICES} choices; ask for fewer")
-    encoded = [prompts.text(prompt) for prompt in given]
+    given, encoded, new = _prompts(body.prompt), [], []
+    for prompt in given:
+        encoded.append(prompts.text(prompt, settings.max_context))
+        new.append(_fitting(len(encoded[-1]), most, settings, "max_tokens"))
     common: dict[str, Any] = {
         "sampling": sampling(body),
         "stop": stops(body),
@@ -64,7 +72,7 @@ def completion(body: CompletionBody, prompts: Prompts, settings: ServerSettings)
     texts = tuple(p if isinstance(p, str) else prompts.decode(p) for p in given) if echo else ()
     scored = body.logprobs is not None
     return Asked(
-        tuple(Request(ids, _fitting(len(ids), most, settings, "max_tokens"), **common) for ids in encoded),
+        tuple(Request(ids, room, **common) for ids, room in zip(encoded, new, strict=True)),
         n,
         bool(body.stream),
         *usage_wanted(body),
@@ -79,7 +87,7 @@ def chat(body: ChatBody, prompts: Prompts, settings: ServerSettings) -> Asked:
     tools = list(body.tools or ()) if body.tool_choice != "none" else []
     grammar, form = answer_form(body, prompts.tool_format)
     described = [tool.model_dump(exclude_none=True) for tool in tools]
-    ids = prompts.conversation([message.plain() for message in body.messages], described)
+    ids = prompts.conversation([message.plain() for message in body.messages], described, settings.max_context)
     most = body.max_completion_tokens or body.max_tokens
     called = "max_tokens" if body.max_tokens and not body.max_completion_tokens else "max_completion_tokens"
     if body.top_logprobs and not body.logprobs:

@@ -7,29 +7,54 @@ send back with whatever other servers put there; those that only OpenAI's own se
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
 
 MOST_CHOICES = 128
 MOST_PROMPTS = 256
 MOST_STOPS = 16
 MOST_TOP = 20
 MOST_WORDS = 4096  # to choose one of
+
+
+class FirstWrong:
+    """A list or dict whose check ends at the first that is wrong: a body could have a million of them."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return handler(source) | {"fail_fast": True}  # pyright: ignore[reportReturnType]
+
+
+FIRST = FirstWrong()
 Text = Annotated[str, Field(max_length=8 << 20)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+Ids = Annotated[list[TokenId], Field(min_length=1), FIRST]
 Stop = Annotated[str, Field(max_length=1024)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Schema = dict[str, Any]
 Rules = Annotated[str, Field(min_length=1, max_length=1 << 18)]
-Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_WORDS)]
+Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_WORDS), FIRST]
 BiasedId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    # Names that are not known are refused below, by the first of them: pydantic would list all.
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        allow_inf_nan=False,
+        frozen=True,
+        json_schema_extra={"additionalProperties": False},
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.__pydantic_extra__:
+            name = next(iter(self.__pydantic_extra__))
+            raise PydanticCustomError("extra_forbidden", "no such name", {"name": name})
+        return self
 
 
 class StreamOptions(Body):
@@ -84,11 +109,11 @@ class SamplingBody(Body):
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="1 changes nothing. Ours.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[BiasedId, Bias] | None = Field(
+    logit_bias: Annotated[dict[BiasedId, Bias], FIRST] | None = Field(
         None, description="Token id, as text, to what is added to its logit."
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same reply.")
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS), FIRST] | None = None
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     structured_outputs: StructuredOutputs | None = Field(None, description="What the reply must match. vLLM's.")
     guided_json: Schema | str | None = Field(None, description="`structured_outputs.json`; vLLM's older name.")
@@ -96,7 +121,7 @@ class SamplingBody(Body):
     guided_choice: Words | None = Field(None, description="`structured_outputs.choice`, likewise.")
     guided_grammar: Rules | None = Field(None, description="`structured_outputs.grammar`, likewise.")
     ignore_eos: bool | None = Field(None, description="Go on after the end token. vLLM's.")
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MOST_STOPS)] | None = Field(
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MOST_STOPS), FIRST] | None = Field(
         None, description="Tokens that end a reply, beside the end tokens. vLLM's."
     )
     min_tokens: int | None = Field(None, ge=0, lt=2**31, description="New tokens before one may end the reply. vLLM's.")
@@ -108,9 +133,9 @@ class CompletionBody(SamplingBody):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS), FIRST]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS), FIRST]
     ) = Field(description="A text, several, token ids, or several lists of those.")
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="New tokens at most; 16 when not given.")
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP, description="How many of the likeliest tokens to report.")
@@ -123,7 +148,7 @@ class ScoreBody(Body):
     """`POST /v1/score`: how likely continuations of a context are."""
 
     model: str | None = Field(None, description="The served model's id.")
-    context: Text | list[TokenId] = Field(description="A text, or token ids; may be empty.")
-    continuations: Annotated[list[Text | Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    context: Text | Annotated[list[TokenId], FIRST] = Field(description="A text, or token ids; may be empty.")
+    continuations: Annotated[list[Text | Ids], Field(min_length=1, max_length=MOST_PROMPTS), FIRST]
     token_log_probs: bool | None = Field(None, description="Report every token's log-probability, too.")
     user: str | None = Field(None, description="Accepted; changes nothing.")

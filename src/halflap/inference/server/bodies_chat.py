@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from halflap.inference.server.bodies import MOST_TOP, Body, Name, SamplingBody, Schema, Text
+from halflap.inference.server.bodies import FIRST, MOST_TOP, Body, Name, SamplingBody, Schema, Text
 
 MOST_MESSAGES = 10_000
 MOST_TOOLS = 128
@@ -16,7 +16,7 @@ MOST_TOOLS = 128
 class SentBack(Body):
     """What clients send back as they got it, here or elsewhere: names that are not known change nothing."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", json_schema_extra=None)
 
 
 class TextPart(SentBack):
@@ -56,9 +56,9 @@ class MessageBody(SentBack):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
+    content: Text | Annotated[list[Part], FIRST] | None = None
     name: str | None = None
-    tool_calls: list[ToolCallBody] | None = None
+    tool_calls: Annotated[list[ToolCallBody], FIRST] | None = None
     tool_call_id: str | None = None
     audio: None = None  # it and the next would be missed
     function_call: None = None
@@ -112,16 +112,16 @@ class NamedTool(Body):
 class ChatBody(SamplingBody):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MOST_MESSAGES), FIRST]
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="The older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="All that fit when not given.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
-    tools: Annotated[list[ToolBody], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=MOST_TOOLS), FIRST] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="false keeps the first call only.")
     store: bool | None = Field(None, description="Accepted; changes nothing.")
-    metadata: dict[str, str] | None = Field(None, description="Accepted; changes nothing.")
+    metadata: Annotated[dict[str, str], FIRST] | None = Field(None, description="Accepted; changes nothing.")
     service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = Field(
         None, description="Accepted; changes nothing."
     )

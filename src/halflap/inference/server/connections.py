@@ -18,6 +18,7 @@ from typing import Any
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from halflap.inference.server.errors import ApiError
+from halflap.inference.server.exchange import DROP
 
 LOG = logging.getLogger(__name__)
 SILENCE = 30.0  # seconds that a connection may be open without a whole request, whatever trickles in
@@ -57,10 +58,13 @@ def _open_files() -> int:
 
 
 class Connections:
-    """Those of one server: at most `most`, those that wait for a request longest first."""
+    """Those of one server: at most `most`, those that wait for a request longest first.
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    patience: seconds that a connection may stay with more written to it than is read.
+    """
+
+    def __init__(self, most: int, patience: float) -> None:
+        self.most, self.patience = most, patience
         self._open: set[Connection] = set()
         self._waiting: dict[Connection, asyncio.TimerHandle] = {}
 
@@ -100,6 +104,8 @@ class Connection(Protocol):
     def __init__(self, *args: Any, connections: Connections, **named: Any) -> None:
         super().__init__(*args, **named)
         self._places = connections
+        self._unread: asyncio.TimerHandle | None = None
+        self.app_state = {**self.app_state, DROP: lambda: self.transport.abort()}  # of each request's scope
 
     @property
     def waits(self) -> bool:
@@ -121,11 +127,24 @@ class Connection(Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._places.went(self)
+        self._read()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._places.changed(self)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = asyncio.get_running_loop().call_later(self._places.patience, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._read()
+        super().resume_writing()
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ MEANINGS = {
     504: "The reply was not finished in time.",
 }
 _TYPE_NAMES = ("str", "int", "float", "bool", "none")  # as pydantic calls members of unions
-_TELLING = {"literal_error": 0, "union_tag_invalid": 0, "union_tag_not_found": 0, "extra_forbidden": 1}
+_TELLING = {"literal_error": 0, "union_tag_invalid": 0, "union_tag_not_found": 0, "extra_forbidden": 1, "too_long": 1}
 
 
 class ApiError(Exception):
@@ -75,13 +76,9 @@ class HungUp(Exception):
 def invalid(error: ValidationError) -> ApiError:
     """What pydantic found, as one sentence about the field that tells most."""
     found = error.errors(include_url=False)
-    # A field of several types fails once for each: a wrong word, a name too much, then the type that was missed least,
-    # and of that what is deepest and furthest, say most.
-    missed = Counter(_type_of(e["loc"]) for e in found) | {(): 0}
-    first = min(
-        found,
-        key=lambda e: (_TELLING.get(e["type"], 2), missed[_type_of(e["loc"])], -len(e["loc"]), *_furthest(e["loc"])),
-    )
+    # A field of several types fails once for each, at its first wrong element: a wrong word, a name or an element too
+    # much, then what is deepest and furthest, say most.
+    first = min(found, key=lambda e: (_TELLING.get(e["type"], 2), -len(e["loc"]), *_furthest(e["loc"])))
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON ({_said(first)}); send one JSON object", code="invalid_json")
     place = _place(first["loc"])
@@ -92,27 +89,32 @@ def invalid(error: ValidationError) -> ApiError:
     if first["type"] == "union_tag_not_found":
         return ApiError(400, f"{place}.type is missing; add it", param=f"{place}.type", code="missing_parameter")
     if first["type"] == "extra_forbidden":
-        place = _place(first["loc"][:-1], str(first["loc"][-1]))
+        place = _place(first["loc"], first.get("ctx", {})["name"])
         message = f"unrecognized request argument: {place}; remove it"
         return ApiError(400, message, param=place, code="unknown_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"{place} is missing; add it", param=place, code="missing_parameter")
     reasons = dict.fromkeys(_said(e) for e in found if _place(e["loc"]) == place)
-    value = repr(first["input"])
+    value = _SHORT.repr(first["input"])
     shown = value if len(value) <= 60 else value[:57] + "..."
     message = f"{place or 'the body'} is {shown}; allowed: {' or '.join(list(reasons)[:4])}; change it"
     return ApiError(400, message, param=place or None, code="invalid_value")
 
 
+class _Short(reprlib.Repr):
+    """The beginning of a value, which may be as large as the body."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        return super().repr_dict(dict(itertools.islice(x.items(), self.maxdict + 1)), level)  # it would sort all
+
+
+_SHORT = _Short()
+_SHORT.maxstring = 200
+
+
 def _said(error: Any) -> str:
     text = error["msg"].removeprefix("Invalid JSON: ").removeprefix("Value error, ").removeprefix("Input should be ")
     return " ".join(text.split())
-
-
-def _type_of(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """The place up to the first of what pydantic calls the members of unions; nothing where there is none."""
-    ends = (end for end, part in enumerate(loc, 1) if isinstance(part, str) and not _is_field(part))
-    return loc[: next(ends, 0)]
 
 
 def _furthest(loc: tuple[int | str, ...]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -23,6 +23,7 @@ from halflap.inference.stream import Stream
 T = TypeVar("T")
 PATIENCE = 10.0  # seconds for the last events to be read
 PAUSE = 30.0  # seconds that a body may stand still
+DROP = "halflap.drop"  # in the state of a scope: ends the connection without waiting for what is still to be read
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -51,7 +52,7 @@ async def read_body(request: Request, most: int) -> bytes:
     return b"".join(parts)
 
 
-async def until_hang_up(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def until_hang_up(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, unless the client goes first: then it is cancelled and HungUp raised."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_hang_up(receive))
@@ -106,7 +107,8 @@ async def encoded(events: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[str, 
 class EventStream(Response):
     """Server-sent events, each the JSON of an object, then `[DONE]`; `ended` hears the status, 499 for a hang-up.
 
-    An ApiError on the way, or of `limit`, in which all is sent, is an event of its own, as the status has gone out.
+    An ApiError on the way, or of `limit`, in which all is sent, is an event of its own, as the status has gone out. Who
+    does not read that either loses the connection: closing it would wait for the reader.
     """
 
     def __init__(
@@ -121,12 +123,15 @@ class EventStream(Response):
         self.init_headers({"content-type": "text/event-stream", "cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Some servers raise in `send` once the client has gone. One that does not even read the error is left.
+        # Some servers raise in `send` once the client has gone.
         try:
             with contextlib.suppress(HungUp, OSError, TimeoutError):
                 await until_hang_up(receive, self._send(send))
         finally:
             self._ended(self._status)
+            if self._status == 499 and (drop := scope.get("state", {}).get(DROP)):
+                drop()
+                await _hang_up(receive)  # or the server would call the reply incomplete
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

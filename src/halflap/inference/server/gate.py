@@ -1,6 +1,7 @@
 """The way in and out of a server, whatever answers behind it: keys, bodies, the queue, counts.
 
-Checks come in the order of their cost: stopping, key, type and size of the body, its content, the queue, the engine.
+Checks come in the order of their cost: stopping, key, type and size of the body, its fields, the queue, its texts, the
+engine.
 """
 
 from __future__ import annotations

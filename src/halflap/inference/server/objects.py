@@ -66,7 +66,7 @@ class CompletionReply(_Reply):
 
     def __init__(self, asked: Asked, model: str, spell: Callable[[int], bytes]) -> None:
         super().__init__(asked, model, spell)
-        self._choices = [{"text": "", "index": i, "logprobs": None, "finish_reason": None} for i in range(self.count)]
+        self._choices = [{"text": [], "index": i, "logprobs": None, "finish_reason": None} for i in range(self.count)]
         self._begun: set[int] = set()
 
     def _added(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
@@ -78,17 +78,27 @@ class CompletionReply(_Reply):
                 prompt = piece.prompt or ()
         probabilities = self._log_probs(choice, prompt, tokens) if self.asked.logprobs else None
         reason = None if piece.finish_reason is None else _reason(piece)
-        whole = self._choices[choice]
-        whole["text"] += text
-        whole["finish_reason"] = reason or whole["finish_reason"]
-        whole["logprobs"] = _joined(whole["logprobs"], probabilities)
+        if not self.asked.stream:
+            self._keep(self._choices[choice], text, probabilities, reason)
+            return []
         if not text and reason is None and not prompt and not tokens:
             return []
         change = {"text": text, "index": choice, "logprobs": probabilities, "finish_reason": reason}
         return [self.chunk([change])]
 
     def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
-        return self._object(self._choices, usage)
+        return self._object([choice | {"text": "".join(choice["text"])} for choice in self._choices], usage)
+
+    def _keep(
+        self, whole: dict[str, Any], text: str, probabilities: dict[str, list[Any]] | None, reason: str | None
+    ) -> None:
+        whole["text"].append(text)
+        whole["finish_reason"] = reason or whole["finish_reason"]
+        if whole["logprobs"] is None:
+            whole["logprobs"] = probabilities
+        elif probabilities is not None:
+            for name, values in whole["logprobs"].items():  # in place: a reply has as many pieces as tokens
+                values += probabilities[name]
 
     def _log_probs(self, choice: int, prompt: Sequence[Token], reply: Sequence[Token]) -> dict[str, list[Any]]:
         """Lists over tokens; an offset counts the characters of the choice's text before a token."""
@@ -121,12 +131,6 @@ class CompletionReply(_Reply):
         return found | {self._name(token): token.log_prob}
 
 
-def _joined(before: dict[str, list[Any]] | None, new: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
-    if before is None or new is None:
-        return new or before
-    return {name: before[name] + new[name] for name in before}
-
-
 class ChatReply(_Reply):
     """`chat.completion` and `chat.completion.chunk`."""
 
@@ -140,7 +144,7 @@ class ChatReply(_Reply):
             if form is None
             else [ToolParser(form, asked.tool_names, most=asked.most_calls) for _ in range(self.count)]
         )
-        self._text = [""] * self.count
+        self._text: list[list[str]] = [[] for _ in range(self.count)]  # of a stream its beginning alone
         self._calls: list[list[ToolCall]] = [[] for _ in range(self.count)]
         self._content: list[list[dict[str, Any]]] = [[] for _ in range(self.count)]
         self._reasons: list[str | None] = [None] * self.count
@@ -151,7 +155,8 @@ class ChatReply(_Reply):
         content = [self._chat_token(token) for token in piece.tokens] if self.asked.logprobs else None
         deltas = [self._delta(choice, part) for part in parts]
         if content is not None:
-            self._content[choice] += content
+            if not self.asked.stream:
+                self._content[choice] += content
             deltas = deltas or ([{"content": ""}] if content else [])
         chunks = []
         if choice not in self._begun:  # not before there is a token, as clients take this chunk's time for its
@@ -180,7 +185,8 @@ class ChatReply(_Reply):
 
     def _delta(self, choice: int, part: str | ToolCall) -> dict[str, Any]:
         if isinstance(part, str):
-            self._text[choice] += part
+            if not (self.asked.stream and self._text[choice]):
+                self._text[choice].append(part)
             return {"content": part}
         self._calls[choice].append(part)
         return {"tool_calls": [{"index": len(self._calls[choice]) - 1, **_call(part)}]}
@@ -194,9 +200,10 @@ class ChatReply(_Reply):
 
     def _choice(self, index: int) -> dict[str, Any]:
         calls = [_call(call) for call in self._calls[index]]
-        message: dict[str, Any] = {"role": "assistant", "content": self._text[index], "refusal": None}
+        text = "".join(self._text[index])
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
-            message |= {"content": self._text[index].strip() or None, "tool_calls": calls}
+            message |= {"content": text.strip() or None, "tool_calls": calls}
         found = {"index": index, "message": message, "logprobs": None, "finish_reason": self._reasons[index]}
         if self.asked.logprobs:
             found["logprobs"] = {"content": self._content[index], "refusal": None}

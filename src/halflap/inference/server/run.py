@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from halflap.errors import HalflapError
 from halflap.inference.server.app import application
 from halflap.inference.server.connections import AT_ONCE, SILENCE, Connection, Connections, affordable, complaints
+from halflap.inference.server.exchange import PATIENCE
 from halflap.inference.server.gate import Gate
 from halflap.inference.server.service import Service
 
@@ -33,7 +34,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Starlette, gate: Gate, descriptors: int = 1) -> None:
-        connections = Connections(affordable(descriptors))
+        connections = Connections(affordable(descriptors), gate.settings.seconds + PATIENCE)
         config = uvicorn.Config(
             app,
             http=functools.partial(Connection, connections=connections),  # pyright: ignore[reportArgumentType]

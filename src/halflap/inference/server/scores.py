@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from halflap.inference.requests import Piece, Request
@@ -14,14 +14,18 @@ from halflap.inference.server.errors import ApiError
 from halflap.inference.server.prompts import Prompts
 
 
-def score(body: ScoreBody, prompts: Prompts, settings: ServerSettings) -> tuple[Asked, dict[int, int]]:
+def score(
+    body: ScoreBody, prompts: Prompts, settings: ServerSettings, go_on: Callable[[], None]
+) -> tuple[Asked, dict[int, int]]:
     """One request for all continuations of the same context, and which of them each choice is.
 
-    Contexts differ where the first token of a text that follows takes in their end. Raises ApiError and HalflapError.
+    Contexts differ where the first token of a text that follows takes in their end. A context is encoded as often as it
+    is continued; go_on() between them may raise. Raises ApiError and HalflapError.
     """
     found: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
     for index, continuation in enumerate(body.continuations):
-        ids, start = prompts.continuation(body.context, continuation)
+        go_on()
+        ids, start = prompts.continuation(body.context, continuation, settings.max_context)
         if len(ids) > settings.max_context:
             message = (
                 f"the context and continuation {index} have {len(ids)} tokens together, and the context of the model "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -15,9 +17,10 @@ from starlette.responses import JSONResponse, Response
 
 from halflap.errors import HalflapError
 from halflap.inference import requests as engine_requests
+from halflap.inference.requests import Usage
 from halflap.inference.server.asked import Asked
 from halflap.inference.server.config import ServerSettings
-from halflap.inference.server.errors import ApiError, invalid
+from halflap.inference.server.errors import ApiError, HungUp, invalid
 from halflap.inference.server.exchange import EventStream, encoded, pieces, until_hang_up
 from halflap.inference.server.gate import STOPPED, Gate
 from halflap.inference.server.metrics import Metrics
@@ -26,6 +29,8 @@ from halflap.inference.server.prompts import Prompts
 from halflap.inference.stream import Stream
 
 B = TypeVar("B", bound=BaseModel)
+Prepare = Callable[[Callable[[], None]], tuple[Asked, Replies]]
+THREADS = 4  # that encode texts at once; each may hold a hundred times the bytes of its text
 
 
 class Answers(Protocol):
@@ -42,67 +47,62 @@ class Service(Gate):
     def __init__(self, engine: Answers, prompts: Prompts, settings: ServerSettings) -> None:
         self.engine, self.prompts = engine, prompts
         self.metrics = Metrics(engine.stats)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prompts")
         super().__init__(settings, self.metrics.requests, self.metrics.active)
 
     async def body(self, request: Request, kind: type[B]) -> B:
         """The checked body. Raises ApiError."""
-        raw = await self.raw_body(request)
-        try:
-            body = await run_in_threadpool(kind.model_validate_json, raw)
-        except ValidationError as error:
-            raise invalid(error) from None
+        body = await run_in_threadpool(_checked, kind, await self.raw_body(request))
         self.check_model(getattr(body, "model", None))
         return body
 
-    async def prepared(self, prepare: Callable[..., Any], body: BaseModel) -> Any:
-        """`prepare(body, prompts, settings)` in a worker thread, what it refuses as status 400."""
-        try:
-            return await run_in_threadpool(prepare, body, self.prompts, self.settings)
-        except HalflapError as error:
-            raise ApiError(400, str(error), code="invalid_value") from None
-
     # ---- the answer
 
-    async def answer(self, request: Request, asked: Asked, replies: Replies) -> Response:
-        """Run what was asked; a whole object, or a stream of events."""
-        began, choices = time.monotonic(), asked.n * len(asked.requests)
+    async def answer(self, request: Request, choices: int, prepare: Prepare) -> Response:
+        """Run what `prepare` makes of a body that asks for so many choices; a whole object, or a stream of events.
+
+        `prepare` runs in a worker thread, and what it refuses is status 400. What it is given raises HungUp once nobody
+        waits any more.
+        """
+        began, starting = time.monotonic(), _Starting()
         self.enter(choices)
-        try:
-            streams = await run_in_threadpool(self._submit, asked)  # a grammar takes time to compile
-        except BaseException:
-            self.leave(choices)
-            raise
 
-        def ended(status: int) -> None:
-            for stream in streams:
-                stream.cancel()
+        def ended() -> None:
+            starting.give_up()
             self.leave(choices)
-            self.metrics.whole.observe(time.monotonic() - began)
-            if asked.stream:
-                self.count(request.scope["path"], status)
+            if starting.streams:
+                self.metrics.whole.observe(time.monotonic() - began)
 
-        events = self._events(asked, streams, replies, began)
-        if asked.stream:
-            return EventStream(encoded(events), self.within(), ended)
+        def streamed(status: int) -> None:
+            ended()
+            self.count(request.scope["path"], status)
+
         try:
             async with self.within():
-                await until_hang_up(request.receive, _drained(events))
-        finally:
-            ended(200)
-        return JSONResponse(replies.whole(_usage(streams)))
+                work = asyncio.get_running_loop().run_in_executor(self._threads, self._start, prepare, starting)
+                asked, replies = await until_hang_up(request.receive, work)
+                events = self._events(asked, starting.streams, replies, began)
+                if not asked.stream:
+                    await until_hang_up(request.receive, _drained(events))
+        except BaseException:
+            ended()
+            raise
+        if asked.stream:
+            left = max(0.001, self.settings.seconds - (time.monotonic() - began))
+            return EventStream(encoded(events), self.within(left), streamed)
+        ended()
+        return JSONResponse(replies.whole(_usage(starting.streams)))
 
-    def _submit(self, asked: Asked) -> list[Stream]:
-        streams: list[Stream] = []
+    def _start(self, prepare: Prepare, starting: _Starting) -> tuple[Asked, Replies]:
         group = uuid.uuid4().hex  # whoever asks for much at once takes turns with the others
         try:
-            for request in asked.requests:
-                streams.append(self.engine.submit(dataclasses.replace(request, group=group)))
-                streams[-1].at_end(self.metrics.count)
+            asked, replies = prepare(starting.require_reader)
+            for request in asked.requests:  # a grammar takes time to compile
+                starting.require_reader()
+                starting.add(self.engine.submit(dataclasses.replace(request, group=group)), self.metrics.count)
         except HalflapError as error:
-            for stream in streams:
-                stream.cancel()
             raise ApiError(400, str(error), code="invalid_value") from None
-        return streams
+        return asked, replies
 
     async def _events(
         self, asked: Asked, streams: list[Stream], replies: Replies, began: float
@@ -122,6 +122,36 @@ class Service(Gate):
                 yield chunk
         if asked.include_usage:
             yield replies.chunk([], _usage(streams))
+
+
+class _Starting:
+    """The streams of a request as a worker thread makes them, while its client may go or its time may end."""
+
+    def __init__(self) -> None:
+        self.streams: list[Stream] = []
+        self.given_up = False
+
+    def add(self, stream: Stream, hear: Callable[[Usage], None]) -> None:
+        stream.at_end(hear)
+        self.streams.append(stream)
+        if self.given_up:  # perhaps too early to know of this one
+            stream.cancel()
+
+    def require_reader(self) -> None:
+        if self.given_up:
+            raise HungUp
+
+    def give_up(self) -> None:
+        self.given_up = True
+        for stream in self.streams:
+            stream.cancel()
+
+
+def _checked(kind: type[B], raw: bytes) -> B:
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise invalid(error) from None
 
 
 async def _drained(events: AsyncIterator[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,8 +18,10 @@ from typing import Any
 
 import pytest
 
-from halflap.inference.server import connections, exchange
+from halflap.inference.requests import Piece, Request
+from halflap.inference.server import connections, exchange, run
 from halflap.inference.server.run import Server, listen_unix
+from halflap.inference.stream import Stream
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -29,6 +32,18 @@ class Door:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.server: Any = None
+
+    def deaf(self, words: bytes) -> socket.socket:
+        """A client that asks and reads nothing."""
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client.connect(str(self.path))
+        client.sendall(words)
+        return client
+
+    async def emptied(self) -> None:
+        while self.server.server_state.connections:
+            await asyncio.sleep(0.01)
 
     async def open(self, words: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_unix_connection(str(self.path))
@@ -45,16 +60,16 @@ class Door:
 
 @pytest.fixture
 def play(make_service: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """play(scene, most=...) runs scene(door) against a server with places for so many connections."""
+    """play(scene, most=..., **limits) runs scene(door) against a server with places for so many connections."""
     from halflap.inference.server.app import application
 
     with tempfile.TemporaryDirectory(prefix="halflap-") as folder:
 
         @contextlib.asynccontextmanager
-        async def opened() -> AsyncIterator[Door]:
+        async def opened(**limits: Any) -> AsyncIterator[Door]:
             door = Door(Path(folder) / "s")
-            service = make_service()
-            server = Server(application(service), service)
+            service = make_service(**limits)
+            door.server = server = Server(application(service), service)
             server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
             listener = listen_unix(str(door.path))
             task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -66,14 +81,14 @@ def play(make_service: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
                 server.should_exit = True
                 await task
 
-        def play(scene: Any, most: int = 100) -> None:
+        def play(scene: Any, most: int = 100, **limits: Any) -> None:
             monkeypatch.setattr("halflap.inference.server.run.affordable", lambda _: most)
 
-            async def run() -> None:
-                async with asyncio.timeout(30), opened() as door:
+            async def played() -> None:
+                async with asyncio.timeout(30), opened(**limits) as door:
                     await scene(door)
 
-            asyncio.run(run())
+            asyncio.run(played())
 
         yield play
 
@@ -141,6 +156,54 @@ def test_a_body_that_stands_still_is_told(play: Any, monkeypatch: pytest.MonkeyP
         assert await door.status(POST) == 408
 
     play(scene)
+
+
+class Flood:
+    """An engine that says more at once than sockets hold."""
+
+    def submit(self, request: Request) -> Stream:
+        stream = Stream(request)
+        for _ in range(100):
+            stream.put(Piece(0, "a" * (1 << 16)))
+        return stream
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+
+def asked(**body: Any) -> bytes:
+    text = json.dumps({"prompt": "a", "stream": True} | body).encode()
+    return POST.replace(b"Content-Length: 9\r\n\r\n{", b"Content-Length: %d\r\n\r\n" % len(text)) + text
+
+
+def test_a_client_that_reads_nothing_is_dropped_when_its_time_is_over(
+    play: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exchange, "PATIENCE", 0.2)
+
+    async def scene(door: Door) -> None:
+        clients = [door.deaf(asked()) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        assert len(door.server.server_state.connections) == 3
+        await door.emptied()
+        for client in clients:
+            client.close()
+
+    play(scene, engine=Flood(), seconds=0.5)
+    assert not capsys.readouterr().err
+
+
+def test_a_client_that_reads_no_whole_reply_is_dropped(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "PATIENCE", 0.2)
+
+    async def scene(door: Door) -> None:
+        client = door.deaf(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 400)  # one after the other, until one finds no room
+        await asyncio.sleep(0.1)
+        assert len(door.server.server_state.connections) == 1
+        await door.emptied()
+        client.close()
+
+    play(scene, seconds=0.3)
 
 
 def test_the_want_of_descriptors_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -73,3 +73,17 @@ def test_tokens_of_replies_that_are_given_up_are_counted(make_client: Any) -> No
 def counted(client: Any) -> dict[str, float]:
     lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith("halflap_tokens_total")]
     return {line.split('"')[1]: float(line.split()[-1]) for line in lines} or {"prompt": 0.0, "completion": 0.0}
+
+
+def test_scores_take_a_place_for_each_continuation(make_service: Any) -> None:
+    from starlette.testclient import TestClient
+
+    from halflap.inference.server.app import application
+
+    service = make_service()
+    taken: list[int] = []
+    enter = service.enter
+    service.enter = lambda choices: (taken.append(choices), enter(choices))
+    body = {"context": "the ca", "continuations": ["t sat", "ke", "日", "t", "n"]}  # whose beginnings join the context
+    assert len(TestClient(application(service)).post("/v1/score", json=body).json()["scores"]) == 5
+    assert taken == [5]
