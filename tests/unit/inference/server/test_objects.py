@@ -34,7 +34,7 @@ def test_lists_of_log_probabilities_grow_in_place() -> None:
 
 @pytest.mark.parametrize("kind", [CompletionReply, ChatReply])
 def test_a_stream_keeps_nothing_of_what_it_has_sent(kind: Any) -> None:
-    reply = kind(asked(stream=True), "tiny")
+    reply = kind(asked(stream=True), "tiny", lambda token: b"")
     sent = [chunk for text in "abc" for chunk in reply.add(0, piece(text))]
     assert len(sent) >= 3 and sent[-1]["choices"][0]["logprobs"]
     kept = str(reply.whole({})["choices"])
