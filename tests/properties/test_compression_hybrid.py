@@ -134,8 +134,8 @@ def sizes_of(draw: Any, config: ModelConfig, *, depth: bool = True) -> Sizes:
         if name in AXES and name != "num_attention_heads":
             found[name] = draw(st.integers(max(1, most // 3), most))
     if "num_attention_heads" in largest:
-        kv, own = found["num_key_value_heads"], largest["num_attention_heads"]
-        found["num_attention_heads"] = kv * draw(st.integers(1, own // largest["num_key_value_heads"]))
+        readers = min(b.attention.queries_per_key_value_head for b in config.blocks if b.attention is not None)
+        found["num_attention_heads"] = found["num_key_value_heads"] * draw(st.integers(1, readers))
     if depth and config.family == "hymba":
         found["num_blocks"] = draw(st.integers(1, len(config.blocks) // 2)) * 2
     return Sizes(**found)

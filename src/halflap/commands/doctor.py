@@ -22,7 +22,7 @@ OPTIONAL: dict[str, tuple[str, str]] = {
     "gguf": ("import of GGUF files", "pip install 'halflap[gguf]'"),
     "pyarrow": ("--data of .parquet files", "pip install 'halflap[data]'"),
     "zstandard": ("--data of .zst files", "pip install 'halflap[data]'"),
-    **dict.fromkeys(("starlette", "uvicorn", "pydantic", "prometheus_client"), ("serve", SERVE)),
+    **dict.fromkeys(("starlette", "uvicorn", "pydantic", "pydantic_core", "prometheus_client"), ("serve", SERVE)),
     "httpx2": ("serve --replicas and --engine vllm", SERVE),
     "llguidance": ("replies that match a schema, a regular expression or a grammar", SERVE),
     "ray": ("study --ray", "pip install 'halflap[cluster]'"),
