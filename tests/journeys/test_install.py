@@ -1,4 +1,4 @@
-"""What `pip install .` puts down runs by itself: its kernels build from the sources that it brought, or it says why not."""
+"""What `pip install .` puts down runs by itself: its kernels are built from what it brought, or it says why not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from halflap.ops.native import build
 
-pytest.importorskip("setuptools", minversion="77", reason="setuptools, which builds the package, is not installed: pip install setuptools")
+pytest.importorskip("setuptools", minversion="77", reason="no setuptools that builds the package: pip install -U setuptools")
 
 ROOT = Path(__file__).resolve().parents[2]
 DECODE = """
