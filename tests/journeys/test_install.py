@@ -12,7 +12,9 @@ import pytest
 
 from halflap.ops.native import build
 
-pytest.importorskip("setuptools", minversion="77", reason="no setuptools that builds the package: pip install -U setuptools")
+pytest.importorskip(
+    "setuptools", minversion="77", reason="no setuptools that builds the package: pip install -U setuptools"
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DECODE = """
