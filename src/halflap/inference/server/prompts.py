@@ -112,7 +112,8 @@ class Prompts:
         longest = self.tokenizer.longest_token
         if most is None or longest is None or (size := len(text.encode(errors="replace"))) <= most * longest:
             return
-        message = f"the text has {size:,} bytes, and the context {most} tokens of at most {longest} bytes: shorten it"
+        least = -(-size // longest)
+        message = f"the prompt has {least} tokens or more; the context has {most}: shorten the prompt"
         raise ApiError(400, message, code="context_length_exceeded")
 
 

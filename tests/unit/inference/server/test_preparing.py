@@ -62,7 +62,7 @@ def test_a_text_that_cannot_fit_is_not_encoded(
     encoding = Encoding(monkeypatch)
     encoding.open.set()
     error = refused(client.post(path, json=body), 400)
-    assert error["code"] == "context_length_exceeded" and "bytes, and the context 512 tokens" in error["message"]
+    assert error["code"] == "context_length_exceeded" and "tokens or more; the context has 512" in error["message"]
     assert encoding.came == 0
 
 
