@@ -58,6 +58,7 @@ class Chooser:
         self._penalises = bool(params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty)
         self._seen: Tensor | None = None
         self._counts: Tensor | None = None
+        self._bias: tuple[Tensor, Tensor] | None = None  # tokens and what is added to their logits
 
     @property
     def adjusts(self) -> bool:
@@ -68,9 +69,10 @@ class Chooser:
         if self._penalises:
             logits = self._penalised(logits)
         if self.params.logit_bias:
-            tokens = torch.tensor(list(self.params.logit_bias), device=logits.device)
-            values = torch.tensor(list(self.params.logit_bias.values()), dtype=torch.float32, device=logits.device)
-            logits = logits.index_add(0, tokens, values)
+            if self._bias is None:
+                values = torch.tensor(list(self.params.logit_bias.values()), dtype=torch.float32, device=self._device)
+                self._bias = torch.tensor(list(self.params.logit_bias), device=self._device), values
+            logits = logits.index_add(0, *self._bias)
         if self._barred > 0:
             logits = logits.index_fill(0, self._late, -torch.inf)
         if self.matcher is not None:
@@ -87,8 +89,10 @@ class Chooser:
         assert self._seen is not None
         if params.repetition_penalty != 1:
             logits = penalise(logits, self._seen, params.repetition_penalty)
-        logits = logits - params.frequency_penalty * self._counts
-        return logits - params.presence_penalty * (self._counts > 0)
+        if params.frequency_penalty or params.presence_penalty:
+            logits = logits - params.frequency_penalty * self._counts
+            logits = logits - params.presence_penalty * (self._counts > 0)
+        return logits
 
     def rest(self) -> None:
         """Let go of what is as large as the vocabulary until a token is chosen again: many choices may wait."""

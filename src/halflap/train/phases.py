@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from halflap.amounts import parse_amount
+from halflap.amounts import parse_count
 from halflap.errors import HalflapError
 
 Shape = Literal["constant", "linear", "cosine"]
@@ -239,4 +239,4 @@ def _phase(number: int, data: Mapping[str, Any], sources: int) -> Phase:
 
 def _whole(tokens: Any) -> Any:
     """A number of tokens that YAML reads as text (20M) or as a float (2e6)."""
-    return round(parse_amount(str(tokens)).value) if isinstance(tokens, str | float) else tokens
+    return parse_count(tokens) if isinstance(tokens, str | float) else tokens

@@ -16,7 +16,7 @@ from halflap.inference.server.bodies_chat import ChatBody
 from halflap.inference.server.objects import ChatReply, CompletionReply, Replies
 from halflap.inference.server.openapi import document
 from halflap.inference.server.scores import ScoreReply
-from halflap.inference.server.service import Service
+from halflap.inference.server.service import Prepare, Service
 from halflap.inference.server.site import site
 
 
@@ -24,23 +24,20 @@ def application(service: Service) -> Starlette:
     """The ASGI application of a service."""
     name, spell = service.settings.name, service.prompts.tokenizer.token_bytes
 
+    def writing(make: Callable[..., Asked], reply: type[CompletionReply | ChatReply], body: Any) -> Prepare:
+        def prepare(go_on: Callable[[], None]) -> tuple[Asked, Replies]:
+            wanted = make(body, service.prompts, service.settings)
+            return wanted, reply(wanted, name, spell)
+
+        return prepare
+
     async def completions(request: Request) -> Response:
         body = await service.body(request, CompletionBody)
-
-        def prepare(go_on: Callable[[], None]) -> tuple[Asked, Replies]:
-            wanted = asked.completion(body, service.prompts, service.settings)
-            return wanted, CompletionReply(wanted, name, spell)
-
-        return await service.answer(request, asked.choices(body), prepare)
+        return await service.answer(request, asked.choices(body), writing(asked.completion, CompletionReply, body))
 
     async def chat(request: Request) -> Response:
         body = await service.body(request, ChatBody)
-
-        def prepare(go_on: Callable[[], None]) -> tuple[Asked, Replies]:
-            wanted = asked.chat(body, service.prompts, service.settings)
-            return wanted, ChatReply(wanted, name, spell)
-
-        return await service.answer(request, body.n or 1, prepare)
+        return await service.answer(request, body.n or 1, writing(asked.chat, ChatReply, body))
 
     async def score(request: Request) -> Response:
         body = await service.body(request, ScoreBody)
