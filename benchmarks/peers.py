@@ -50,6 +50,8 @@ from smollm2_parts import (
 
 ARMS = ("halflap", "torch_pruning", "random", "weight_norm", "depth")
 STAGES = ("compress", "judge_cut", "distill", "judge")
+TOP_K = 64
+"""The teacher's largest logits a token, which students learn, with all other tokens as one category."""
 
 
 def main() -> None:
@@ -91,6 +93,11 @@ def tokenise(teacher: Path, chosen: argparse.Namespace) -> None:
             halflap.corpus(data=[file], tokenizer=str(teacher), out=out)
 
 
+def stored_logits(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The loss of every arm at every size: all read the same tokens, so the teacher reads them once for all."""
+    return {"top_k": TOP_K, "top_k_in": str(chosen.work / "teacher-logits")}
+
+
 def place_of(arm: str, size: str, chosen: argparse.Namespace) -> Path:
     return chosen.work / size.rstrip("%") / arm
 
@@ -108,7 +115,7 @@ def run_stage(stage: str, arm: str, size: str, teacher: Path, chosen: argparse.N
         kept(place / "judge_cut.json", lambda: judged(student, chosen))
         return
     text, validation = text_of(shards("train", chosen), chosen), shards("validation", chosen)
-    found = distilled(student, teacher, text, validation, chosen.tokens, place / "distilled")
+    found = distilled(student, teacher, text, validation, chosen.tokens, place / "distilled", **stored_logits(chosen))
     if stage == "judge":
         kept(place / "judge.json", lambda: {"tokens_distilled": chosen.tokens, **judged(found, chosen)})
 

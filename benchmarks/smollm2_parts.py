@@ -117,10 +117,18 @@ def sizes_of(plan: PruningPlan) -> dict[str, Any]:
 
 
 def distilled(
-    student: Path, teacher: Path, text: dict[str, Any], validation: list[str], tokens: str, out: Path
+    student: Path, teacher: Path, text: dict[str, Any], validation: list[str], tokens: str, out: Path, **loss: Any
 ) -> Path:
+    """`loss` holds settings of the loss, by default those of the verb."""
     halflap.distill(
-        str(student), teacher=str(teacher), **text, eval_data=validation, tokens=tokens, **SETTINGS, out=str(out)
+        str(student),
+        teacher=str(teacher),
+        **text,
+        **loss,
+        eval_data=validation,
+        tokens=tokens,
+        **SETTINGS,
+        out=str(out),
     )
     return out / "checkpoint"
 
