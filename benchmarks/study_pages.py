@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halflap.commands.show import equal_tokens
 from halflap.report import page, units
 from halflap.report.artifacts import read_run
 from halflap.report.study import StudyView, read_study
@@ -97,6 +98,8 @@ def arms(found: Row) -> str:
     titles = ["arm", "parameters", "loss", "step", f"to {found['baseline']}", *(title for _, title in optional)]
     if "recall" in rows[0]:
         titles.append("step in recall")
+    if not (alike := equal_tokens(rows)):
+        titles.insert(2, "tokens")
     body = []
     for row in rows:
         previous = f" (from {row['previous']})" if row.get("previous") else ""
@@ -105,6 +108,8 @@ def arms(found: Row) -> str:
         cells += [over_seeds(row, name, signless(name)) for name, _ in optional]
         if "recall" in rows[0]:
             cells.append(difference(row.get("recall_against_previous"), units.points))
+        if not alike:
+            cells.insert(2, units.count(row["tokens_trained"]))
         body.append(cells)
     return table(titles, body)
 

@@ -137,7 +137,8 @@ def test_a_study_is_run_found_again_and_gone_on_with(halflap: Callable[..., Any]
     (out / "arms" / "mamba" / "seed-1" / "result.json").unlink()
     again = halflap(*words).json
     assert again["arms"][1]["loss_by_seed"] == mamba["loss_by_seed"]  # the same run ends as it did
-    assert "judged on" in halflap(*words[:-1]).out
+    shown = halflap(*words[:-1]).out
+    assert "judged on" in shown and "2 seeds of" in shown and " tokens " not in shown.splitlines()[1]
 
 
 def test_a_study_by_a_wrong_name_names_the_nearest(halflap: Callable[..., Any], tmp_path: Path) -> None:

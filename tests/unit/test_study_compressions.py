@@ -126,6 +126,7 @@ def test_arms_share_their_work_and_an_interrupted_study_ends_the_same(
 
     shown = halflap(*words(file, place, out)[:-1]).out
     assert "Groups kept are better (loss_as_cut" in shown and "the teacher's is" in shown and "as cut" in shown
+    assert " tokens " in shown.splitlines()[1] and "seeds of" not in shown  # one arm reads more than the others
     page = (out / "report.html").read_text()
     assert 'id="readings"' in page and "Groups kept are better" in page and "held-out loss, nats a token" in page
 

@@ -205,10 +205,12 @@ def generate(result: Mapping[str, Any], console: Console) -> None:
 def study(result: Mapping[str, Any], console: Console) -> None:
     """A column for each thing that was measured of any arm."""
     rows, seeds = result["arms"], len(result["seeds"])
+    alike = equal_tokens(rows)
     console.print(f"{result['study']}, {result['size']}: {result['asks']}", style="bold")
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "arm": lambda row: row["name"],
         "parameters": lambda row: short(row["parameters"]),
+        "tokens": lambda row: "" if alike else short(row["tokens_trained"]),
         "as cut": lambda row: _mean(row, "loss_as_cut"),
         "loss": lambda row: _mean(row, "loss"),
         f"to {result['baseline']}": lambda row: _difference(row.get("loss_against_baseline")),
@@ -239,11 +241,17 @@ def study(result: Mapping[str, Any], console: Console) -> None:
         f"; decode and cache: batch {rows[0]['batch']} after {rows[0]['prompt']:,} tokens" if "batch" in rows[0] else ""
     )
     teacher = f"; the teacher's is {result['teacher']['loss']:.3f}" if result["teacher"] else ""
+    tokens = f" of {short(result['tokens'])} tokens" if alike else ""
     console.print(
-        f"loss: mean over {seeds} seeds of {short(result['tokens'])} tokens, ± standard deviation{teacher}{speed}; "
-        f"judged on {result['held_out']}"
+        f"loss: mean over {seeds} seeds{tokens}, ± standard deviation{teacher}{speed}; judged on {result['held_out']}"
     )
     console.print(f"report: {result['report']}")
+
+
+def equal_tokens(arms: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a study's arms were trained on as many tokens, to a step or so."""
+    trained = [arm["tokens_trained"] for arm in arms]
+    return max(trained) <= 1.05 * min(trained)
 
 
 VERDICTS = {"holds": "holds", "reversed": "reversed here", "open": "not told from chance"}
