@@ -9,11 +9,12 @@ random         the sizes that halflap found, what stays of each axis chosen at r
 weight_norm    the same sizes by the norm of the weights
 depth          whole layers go, those whose removal changes the output least; nothing else is cut
 
-A size is a share of the parameters beside the embeddings. DIR of --data is as for smollm2.py. Compression reads
-training text alone, which is tokenised before; the test files (WikiText-2, LAMBADA) are read by the models as cut and
-as distilled. The cut of each arm runs in a process of its own, anew if it was interrupted, so that its seconds and peak
-memory are those of the whole; random and weight_norm spare the search. Every finished stage of an arm is kept under
---work and passed over the next time, and the rows hold what is there.
+Distillation learns the teacher's largest logits, which it stores in one pass for all arms and sizes. A size is a share
+of the parameters beside the embeddings. DIR of --data is as for smollm2.py. Compression reads training text alone,
+which is tokenised before; the test files (WikiText-2, LAMBADA) are read by the models as cut and as distilled. The cut
+of each arm runs in a process of its own, anew if it was interrupted, so that its seconds and peak memory are those of
+the whole; random and weight_norm spare the search. Every finished stage of an arm is kept under --work and passed over
+the next time, and the rows hold what is there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import halflap
 import torch_pruning_arm
 from common import Report, run_measured
 from halflap.checkpoints.checkpoint import Checkpoint
+from halflap.commands.memory import LOGITS
+from halflap.commands.shortlist import STORED_LOGITS
 from halflap.compress.axes import Sizes, depth_units, resize
 from halflap.compress.plan import PruningPlan
 from halflap.models.count import count_non_embedding_parameters
@@ -50,8 +53,6 @@ from smollm2_parts import (
 
 ARMS = ("halflap", "torch_pruning", "random", "weight_norm", "depth")
 STAGES = ("compress", "judge_cut", "distill", "judge")
-TOP_K = 64
-"""The teacher's largest logits a token, which students learn, with all other tokens as one category."""
 
 
 def main() -> None:
@@ -95,7 +96,7 @@ def tokenise(teacher: Path, chosen: argparse.Namespace) -> None:
 
 def stored_logits(chosen: argparse.Namespace) -> dict[str, Any]:
     """The loss of every arm at every size: all read the same tokens, so the teacher reads them once for all."""
-    return {"top_k": TOP_K, "top_k_in": str(chosen.work / "teacher-logits")}
+    return {"top_k": STORED_LOGITS, "top_k_in": str(chosen.work / LOGITS)}
 
 
 def place_of(arm: str, size: str, chosen: argparse.Namespace) -> Path:

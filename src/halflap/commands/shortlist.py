@@ -33,6 +33,7 @@ from halflap.train.numerics import free_memory
 SHARE_OF_MEMORY = 0.7
 """Of what is free; the rest is for activations."""
 STORED_LOGITS = 64
+"""The teacher's largest a token, where candidates share one pass of it and no number was given."""
 
 
 class Shortlist(NamedTuple):

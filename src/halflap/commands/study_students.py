@@ -26,6 +26,7 @@ from halflap.commands.config import StudyRecipe
 from halflap.commands.config_compress import CompressRecipe, ScoreRecipe
 from halflap.commands.corpora import Corpora, training_loader
 from halflap.commands.given import Given
+from halflap.commands.memory import LOGITS
 from halflap.commands.sections import ScoreSettings, Text
 from halflap.commands.students import Teacher
 from halflap.commands.study_compressions import Compression
@@ -43,7 +44,6 @@ from halflap.parallel import fanout
 from halflap.recipe import inputs_of, settings_of
 from halflap.run import Run, finished_result, open_run
 
-LOGITS = "teacher-logits"
 NO_BLIND_CUT = (
     "it is the control {control} of {of!r}, whose students keep all their Mamba heads, so that there is no such "
     "control; leave the arm out, or cut heads"
