@@ -29,12 +29,11 @@ import torch
 from safetensors import safe_open
 
 import halflap
-from common import RESULTS, THREADS, Report, cell, interleave
+from common import RESULTS, THREADS, Report, cell
 from halflap.checkpoints.config import read_config
-from halflap.commands.timing import seconds_of
+from halflap.commands.timing import in_turns
 from halflap.compress.cost_model import Condition
 from halflap.models.cache import Cache
-from halflap.models.config import ModelConfig
 from halflap.models.count import flops_per_token
 
 LONG = {"context": 4096, "batch": 8}
@@ -121,7 +120,9 @@ def reached(teacher: Path, student: Path, asked: dict[str, Any]) -> dict[str, di
     for name in (key for key in asked if key in AMOUNTS or key in TIMES):
         share = float(asked[name].rstrip("%")) / 100
         if name in TIMES:
-            slow, fast = in_turns(read_config(teacher), read_config(student), condition)
+            shapes = {"teacher": read_config(teacher), "student": read_config(student)}
+            times = in_turns(shapes, condition, torch.device("cpu"), "float32")
+            slow, fast = (statistics.median(times[name]) for name in shapes)
             has = slow / fast if name == "throughput" else fast / slow
         else:
             has = AMOUNTS[name](student, condition) / AMOUNTS[name](teacher, condition)
@@ -171,17 +172,6 @@ AMOUNTS: dict[str, Callable[[Path, Condition], float]] = {
     "memory": memory,
     "flops": flops,
 }
-
-
-def in_turns(teacher: ModelConfig, student: ModelConfig, condition: Condition, rounds: int = 5) -> tuple[float, float]:
-    """Median seconds of a pass of each."""
-    taken: dict[str, list[float]] = {"teacher": [], "student": []}
-
-    def timed(name: str, config: ModelConfig) -> None:
-        taken[name].append(seconds_of(config, condition, torch.device("cpu"), "float32"))
-
-    interleave({"teacher": lambda: timed("teacher", teacher), "student": lambda: timed("student", student)}, rounds)
-    return statistics.median(taken["teacher"]), statistics.median(taken["student"])
 
 
 def opened(directory: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_config, read_json
-from halflap.commands import arms, chain, elastic, memory, scoring, searching, students, sweep, teaching, timing
+from halflap.commands import arms, chain, clock, elastic, memory, scoring, searching, students, sweep, teaching, timing
 from halflap.commands.cards import CERTIFICATE, write_card
 from halflap.commands.config_compress import (
     CompressRecipe,
@@ -256,15 +256,17 @@ def _compress(
     length, seed = recipe.fit.sequence_length, recipe.common.seed
     measuring = training_loader(corpora, recipe.text, length, recipe.fit.micro_batch_rows, seed)
     training = training_loader(corpora, recipe.text, length, recipe.fit.batch_size, seed)
-    given = Given(recipe, run.path, run.path, teacher, Importance("none", {}), measuring, training, tutor, times)
+    given = Given(
+        recipe, run.path, run.path, teacher, Importance("none", {}), measuring, training, tutor, times, timed=timed
+    )
     if has_ceiling(recipe.budgets):
         searching.check_unmeasured(given)
     importance, shortage = scoring.given_or_measured(recipe, run.path, teacher, measuring)
-    sizes, variants, remark = recipe.sizes, (), None
+    sizes, variants, remark, predicted = recipe.sizes, (), None, None
     if has_ceiling(recipe.budgets):
         found = searching.search(dataclasses.replace(given, importance=importance))
         sizes, variants = with_dropped(found.chosen.sizes, recipe.sizes), found.chosen.variants
-        remark = found.remark
+        remark, predicted = found.remark, found.chosen.costs.get("latency")
         plan = PruningPlan.from_json(found.plan or {})
     else:
         plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
@@ -275,7 +277,8 @@ def _compress(
     latency = late = None
     if times is not None and timed:
         budget = students.budget_of(recipe.budgets, teacher.config, times)
-        latency = timing.judge_latency(run.path / "latency.json", budget, tutor.teacher, plan.student)
+        file = run.path / "latency.json"
+        latency = timing.judge_latency(file, recipe.budgets, budget, tutor.teacher, plan.student, predicted)
         late = timing.excess(latency, budget)
     said = arms.said(run.path)
     write_card(
@@ -325,7 +328,8 @@ def _require_target(budgets: Budgets, sizes: Sizes) -> None:
 
 def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[PruningPlan, str | None, float | None]:
     """From a plan, which a search leaves too, from sizes, or from budgets; with a remark and the predicted latency."""
-    sizes, file = recipe.sizes, Path(recipe.importance) if recipe.importance is not None else None
+    sizes = fixed = recipe.sizes
+    file = Path(recipe.importance) if recipe.importance is not None else None
     if recipe.from_elastic:
         elastic.check_prune(recipe)
         _require_target(recipe.budgets, sizes)
@@ -354,9 +358,12 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[
     if has_ceiling(recipe.budgets):
         table = timing.table_for(recipe.budgets, teacher, place)
         budget = students.budget_of(recipe.budgets, teacher.config, table)
-        found = searching.candidates(teacher, importance, budget, sizes, recipe.space)
-        sizes, remark = with_dropped(found.candidates[0].sizes, sizes), found.remark
-        seconds = found.candidates[0].costs.get("latency")
+        best, remark = clock.likeliest(
+            clock.clock_of(budget, teacher, place / clock.CLOCK),
+            lambda factor: searching.candidates(teacher, importance, budget.corrected(factor), fixed, recipe.space),
+            lambda one: plan_for(importance, teacher.digest, teacher.config, with_dropped(one.sizes, fixed)).student,
+        )
+        sizes, seconds = with_dropped(best.sizes, fixed), best.costs.get("latency")
     return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction), remark, seconds
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import lineage_step, read_json
-from halflap.commands import arms, scoring, searching, students, sweep, teaching, timing
+from halflap.commands import arms, clock, scoring, searching, students, sweep, teaching, timing
 from halflap.commands.cards import write_card
 from halflap.commands.config_compress import CompressRecipe, PruneRecipe
 from halflap.commands.corpora import Corpora, held_out_batches, training_loader
@@ -33,6 +33,7 @@ from halflap.compress.importance import Importance
 from halflap.compress.plan import PruningPlan
 from halflap.compress.prune import apply_plan
 from halflap.compress.slices import Slice
+from halflap.compress.space import Candidate, Fitting
 from halflap.data.loader import Loader
 from halflap.errors import RecipeError
 from halflap.files import write_json
@@ -289,19 +290,21 @@ def plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[P
     sizes, remark, seconds = recipe.sizes, None, None
     if has_ceiling(recipe.budgets):
         table = timing.table_for(recipe.budgets, teacher, place)
-        sizes, remark, seconds = _sizes_within(recipe, elastic, teacher, table)
+        budget = budget_of(recipe.budgets, teacher.config, table)
+        best, remark = clock.likeliest(
+            clock.clock_of(budget, teacher, place / clock.CLOCK),
+            lambda factor: _within(budget.corrected(factor), recipe, elastic, teacher),
+            lambda one: elastic.plan_for(teacher.config, teacher.digest, with_dropped(one.sizes, recipe.sizes)).student,
+        )
+        sizes, seconds = with_dropped(best.sizes, recipe.sizes), best.costs.get("latency")
     return elastic.plan_for(teacher.config, teacher.digest, sizes), remark, seconds
 
 
-def _sizes_within(
-    recipe: PruneRecipe, elastic: Elastic, teacher: Teacher, table: CostTable | None
-) -> tuple[Sizes, str | None, float | None]:
-    budget = budget_of(recipe.budgets, teacher.config, table)
+def _within(budget: Budget, recipe: PruneRecipe, elastic: Elastic, teacher: Teacher) -> Fitting:
+    """The students that fit, the likeliest first; a trained size alone."""
     importance = elastic.ranking(teacher.config, teacher.digest)
     if recipe.sizes != Sizes():  # what is fixed need not be a trained size's
-        found = searching.candidates(teacher, importance, budget, recipe.sizes, recipe.space)
-        best = found.candidates[0]
-        return with_dropped(best.sizes, recipe.sizes), found.remark, best.costs.get("latency")
+        return searching.candidates(teacher, importance, budget, recipe.sizes, recipe.space)
     trained = [NestedSize("", Sizes()), *elastic.nested]
     spent = [_costs(one.sizes, elastic, teacher, budget) for one in trained]
     ceilings = budget.ceilings
@@ -310,11 +313,10 @@ def _sizes_within(
     if 0 < largest < len(trained):
         cost, one = spent[largest], trained[largest]
         if any(cost[name] >= WITHIN * limit for name, limit in ceilings.items()):
-            return one.sizes, f"the size trained for {one.budget}", cost.get("latency")
+            return Fitting((Candidate(one.sizes, cost, 0.0),), len(trained), f"the size trained for {one.budget}")
     least = trained[largest].sizes if largest < len(trained) else None
     grid = between(choices, least, trained[max(0, largest - 1)].sizes, recipe.space)
-    found = searching.candidates(teacher, importance, budget, Sizes(), recipe.space, grid)
-    return found.candidates[0].sizes, found.remark, found.candidates[0].costs.get("latency")
+    return searching.candidates(teacher, importance, budget, Sizes(), recipe.space, grid)
 
 
 def _costs(sizes: Sizes, elastic: Elastic, teacher: Teacher, budget: Budget) -> dict[str, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halflap.commands import students
+from halflap.commands.clock import CLOCK, Clock, clock_of
 from halflap.commands.config_compress import CompressRecipe, SearchRecipe
 from halflap.commands.students import Teacher
 from halflap.commands.teaching import Tutor
@@ -18,8 +19,10 @@ from halflap.compress.importance import Importance, by_contribution
 from halflap.compress.library import Library, Variant, library_of
 from halflap.compress.plan import PruningPlan
 from halflap.compress.ranking import plan_for, plan_of_variants
-from halflap.compress.search import Trial
+from halflap.compress.search import Trial, untried
+from halflap.compress.space import Candidate
 from halflap.data.loader import Loader
+from halflap.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Given:
     times: CostTable | None = None
     most: Sizes = Sizes()
     """What no candidate exceeds in any size; None is as large as the teacher."""
+    timed: bool = True
+    """Whether students may be timed here beside what `times` predicts."""
+    correction: float = 1.0
+    """What predictions of times are multiplied by."""
 
     @property
     def fixed(self) -> Sizes:
@@ -48,7 +55,12 @@ class Given:
 
     @property
     def budget(self) -> Budget:
-        return students.budget_of(self.recipe.budgets, self.teacher.config, self.times)
+        return students.budget_of(self.recipe.budgets, self.teacher.config, self.times).corrected(self.correction)
+
+    @property
+    def clock(self) -> Clock | None:
+        uncorrected = dataclasses.replace(self, correction=1.0).budget
+        return clock_of(uncorrected, self.tutor.teacher, self.shared / CLOCK) if self.timed else None
 
     @functools.cached_property
     def library(self) -> Library:
@@ -65,6 +77,9 @@ class Given:
             return self.plan_of_variants(self.library.named(trial.variants))
         sizes, teacher = with_dropped(trial.sizes, self.fixed), self.teacher
         return plan_for(self.importance, teacher.digest, teacher.config, sizes, self.recipe.norm_correction)
+
+    def shape_of(self, candidate: Candidate) -> ModelConfig:
+        return self.plan_for(untried(candidate)).student
 
     def plan_of_variants(self, variants: tuple[Variant, ...]) -> PruningPlan:
         """Neurons are ranked by what they add to the stream (Bercovich et al. 2024), the rest as measured."""

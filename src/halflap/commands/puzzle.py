@@ -64,7 +64,7 @@ def propose(given: Given, model: AnyModel, programme: Programme) -> Fitting:
     return Fitting(candidates, len(library.options))
 
 
-def remark(given: Given, programme: Programme, result: SearchResult) -> str | None:
+def remark(given: Given, result: SearchResult) -> str | None:
     """What a user must know of what was found: nothing cut, few candidates, below all that was allowed, or judged by
     too short a text."""
     best, budget, settings = result.chosen, given.budget, given.recipe.settings
@@ -81,7 +81,7 @@ def remark(given: Given, programme: Programme, result: SearchResult) -> str | No
             f"the best choice stays more than 5 % below the budget: it has {short}; give finer lists, such as "
             "--space.intermediate-size, to use all of it"
         )
-    chosen = {variant.change.window for row in result.trials for variant in programme.library.named(row.variants)}
+    chosen = {variant.change.window for row in result.trials for variant in given.library.named(row.variants)}
     if hidden := sorted(window for window in chosen if window and window + 1 >= given.scoring.sequence_length):
         remarks.append(
             f"windows of {', '.join(map(str, hidden))} hide nothing in rows of {given.scoring.sequence_length} tokens, "

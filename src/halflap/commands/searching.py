@@ -17,6 +17,7 @@ import torch
 from halflap.checkpoints.shelf import STREAMS
 from halflap.commands import puzzle, shortlist, students
 from halflap.commands.candidates import Measure, measured
+from halflap.commands.clock import agreed
 from halflap.commands.config_compress import CompressRecipe, SearchRecipe
 from halflap.commands.device import must_stream
 from halflap.commands.given import Given
@@ -104,7 +105,20 @@ def _dearest_first(given: Given) -> Importance:
 def search(given: Given) -> SearchResult:
     """Search by the recipe's method; the result is in search.json too."""
     method = METHODS[given.recipe.settings.method]
-    return method.search(given, method.candidates(given))
+    possible = method.candidates(given)  # budgets that cannot be met are refused before the teacher is read
+    model = _teacher(given)
+
+    def find(correction: float) -> Fitting:
+        if correction == 1:
+            return method.propose(given, model, possible)
+        corrected = dataclasses.replace(given, correction=correction)
+        return method.propose(corrected, model, method.candidates(corrected))
+
+    result = _rank(given, model, agreed(given.clock, find, given.shape_of))
+    if remark := method.remark(given, result):
+        result = dataclasses.replace(result, remark="; ".join(filter(None, (remark, result.remark))))
+        result.save(given.place / SEARCH)
+    return result
 
 
 def _fitting(given: Given, grid: Grid) -> Fitting:
@@ -119,25 +133,13 @@ def _fitting(given: Given, grid: Grid) -> Fitting:
     return candidates(given.teacher, given.importance, given.budget, given.fixed, recipe.space, grid)
 
 
-def _homogeneous(given: Given, found: Fitting) -> SearchResult:
-    """One size an axis for all blocks, ranked by loss."""
-    return _rank(given, _teacher(given), found, students.next_token_loss)
+def _as_fitting(given: Given, model: HybridModel | None, found: Fitting) -> Fitting:
+    """Candidates that need no weights to be found."""
+    return found
 
 
-def _minipuzzle(given: Given, found: Fitting) -> SearchResult:
-    """Numbers of blocks of each type and one width of the MLPs, ranked by accuracy and agreement with the teacher."""
-    return _rank(given, _teacher(given), found, students.agreement)
-
-
-def _puzzle(given: Given, programme: Programme) -> SearchResult:
-    """A variant for each block, by how its score in the teacher's place adds up, ranked by loss."""
-    model = _teacher(given)
-    found = puzzle.propose(given, model or given.teacher.stream(), programme)
-    result = _rank(given, model, found, students.next_token_loss)
-    remarks = (puzzle.remark(given, programme, result), result.remark)
-    result = dataclasses.replace(result, remark="; ".join(part for part in remarks if part) or None)
-    result.save(given.place / SEARCH)
-    return result
+def _puzzle(given: Given, model: HybridModel | None, programme: Programme) -> Fitting:
+    return puzzle.propose(given, model or given.teacher.stream(), programme)
 
 
 def _teacher(given: Given) -> HybridModel | None:
@@ -184,18 +186,24 @@ def _score(given: Given, model: HybridModel | None, batches: list[Batch], measur
 
 
 class Method(NamedTuple):
-    """What is tried, found from configs alone, so that budgets which cannot be met are refused before any work; how
-    that is searched, and in which order students stand as cut."""
+    """What is tried, found from configs alone, so that budgets which cannot be met are refused before any work; the
+    candidates that come of that; what is measured of a student as cut, in which order that puts them, and what is to be
+    known of the result."""
 
     candidates: Callable[[Given], Any]
-    search: Callable[[Given, Any], SearchResult]
+    propose: Callable[[Given, HybridModel | None, Any], Fitting]
+    measure: Measure
     order: Order
+    remark: Callable[[Given, SearchResult], str | None] = lambda given, result: None
 
 
 METHODS: dict[str, Method] = {
-    "homogeneous": Method(partial(_fitting, grid=choices), _homogeneous, by_loss),
-    "minipuzzle": Method(partial(_fitting, grid=choices_by_type), _minipuzzle, by_agreement),
-    "puzzle": Method(puzzle.programme_of, _puzzle, by_loss),
+    # one size an axis for all blocks, ranked by loss
+    "homogeneous": Method(partial(_fitting, grid=choices), _as_fitting, students.next_token_loss, by_loss),
+    # numbers of blocks of each type and one width of the MLPs, ranked by accuracy and agreement with the teacher
+    "minipuzzle": Method(partial(_fitting, grid=choices_by_type), _as_fitting, students.agreement, by_agreement),
+    # a variant for each block, by how its score in the teacher's place adds up, ranked by loss
+    "puzzle": Method(puzzle.programme_of, _puzzle, students.next_token_loss, by_loss, puzzle.remark),
 }
 
 
@@ -222,9 +230,10 @@ def candidates(
     return fitting(teacher.config, budget, dataclasses.replace(space, **given), order, grid)
 
 
-def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Measure) -> SearchResult:
+def _rank(given: Given, model: HybridModel | None, found: Fitting) -> SearchResult:
     """Measure the likeliest as cut and, if tokens are given, the best of them after rounds of distillation."""
-    recipe, settings = given.recipe, given.recipe.settings
+    recipe, settings, clock = given.recipe, given.recipe.settings, given.clock
+    measure, order = METHODS[settings.method].measure, METHODS[settings.method].order
     batches = students.choosing(given.scoring, settings.score_tokens)
     look = None
     if min(settings.first_look, len(found.candidates)) > settings.shortlist:
@@ -272,7 +281,8 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting, measure: Meas
         path=given.place / SEARCH,
         shortlist=settings.shortlist,
         look=look,
-        order=METHODS[settings.method].order,
+        holds=None if clock is None else lambda plan: clock.holds(plan.student),
+        order=order,
         tolerance=settings.loss_tolerance,
         rounds=rounds,
         refine=refine,

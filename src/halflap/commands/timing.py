@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,19 @@ from halflap.files import write_json
 from halflap.inference.generate import require_positions
 from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel, initialize
+from halflap.models.quantization import weight_bytes
 from halflap.ops import select
 from halflap.progress import say
 from halflap.run import Run
+from halflap.train.numerics import free_memory
 
 COSTS = "costs.json"
 ROUNDS = 3
+LEAST_ROUNDS, MOST_ROUNDS, SECONDS_IN_TURNS = 3, 11, 20.0
+"""Models that are compared take turns until so many seconds and the fewest rounds are over."""
+BURST = 0.1
+SHARE_OF_MEMORY = 0.5
+"""Of what is free, up to which compared models are held together; the rest is for their caches and activations."""
 
 
 def machine(device: torch.device, dtype: str) -> dict[str, Any]:
@@ -58,9 +66,37 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, 
     return model.eval()
 
 
+def timer_of(config: ModelConfig, condition: Condition, device: torch.device, dtype: str) -> Callable[[float], float]:
+    """Times passes of a model of this shape; how fast it is does not depend on what its weights are."""
+    return block_times.timer_of(random_model(config, float_dtype(dtype), device), condition)
+
+
 def seconds_of(config: ModelConfig, condition: Condition, device: torch.device, dtype: str) -> float:
-    """A pass of a model of this shape; how fast it is does not depend on what its weights are."""
-    return block_times.seconds_of(random_model(config, float_dtype(dtype), device), condition)
+    """A pass of a model of this shape."""
+    return timer_of(config, condition, device, dtype)(block_times.SECONDS)
+
+
+def in_turns(
+    configs: Mapping[str, ModelConfig], condition: Condition, device: torch.device, dtype: str
+) -> dict[str, list[float]]:
+    """Seconds of a pass of each, one a round: short bursts, so that a slow minute hits all of them alike.
+
+    Models stay in memory between rounds where all of them fit.
+    """
+    width = float_dtype(dtype).itemsize
+    fit = sum(weight_bytes(config, None, width) for config in configs.values()) < SHARE_OF_MEMORY * free_memory(device)
+    kept: dict[str, Callable[[float], float]] = {}
+    times: dict[str, list[float]] = {name: [] for name in configs}
+    started = time.monotonic()
+    for turn in range(MOST_ROUNDS):
+        if turn >= LEAST_ROUNDS and time.monotonic() - started > SECONDS_IN_TURNS:
+            break
+        for name, config in configs.items():
+            timer = kept.get(name) or timer_of(config, condition, device, dtype)
+            if fit:
+                kept[name] = timer
+            times[name].append(timer(BURST))
+    return times
 
 
 def measure_costs(
@@ -112,23 +148,31 @@ def table_for(budgets: Budgets, teacher: Teacher, place: Path) -> CostTable | No
     return table
 
 
-def judge_latency(file: Path, budget: Budget, teacher: Teacher, student: ModelConfig) -> dict[str, Any]:
-    """The student's and the teacher's pass, timed in turns, beside the prediction and the budget; kept in `file`."""
+def judge_latency(
+    file: Path, budgets: Budgets, budget: Budget, teacher: Teacher, student: ModelConfig, predicted: float | None
+) -> dict[str, Any]:
+    """The student's and the teacher's pass, timed in turns, beside the prediction and the budget; kept in `file`.
+
+    A share of the teacher's time is of the one that it takes in these turns.
+    """
     if file.exists():
         return read_json(file)
     assert budget.table is not None
-    times: dict[str, list[float]] = {"teacher": [], "student": []}
-    for _ in range(ROUNDS):
-        for name, config in (("teacher", teacher.config), ("student", student)):
-            times[name].append(seconds_of(config, budget.condition, teacher.device, computed_in(teacher)))
-    found = latency_row(budget, times, budget.table.seconds(student, budget.condition))
+    shapes = {"teacher": teacher.config, "student": student}
+    times = in_turns(shapes, budget.condition, teacher.device, computed_in(teacher))
+    ceiling, asked = budget.ceilings.get("latency"), getattr(budgets, budget.binding_time)
+    if ceiling is not None and asked is not None and asked.share:
+        ceiling *= statistics.median(times["teacher"]) / budget.table.seconds(teacher.config, budget.condition)
+    found = latency_row(budget, times, predicted or budget.table.seconds(student, budget.condition), ceiling)
     write_json(file, found)
     return found
 
 
-def latency_row(budget: Budget, times: Mapping[str, Sequence[float]], predicted: float) -> dict[str, Any]:
+def latency_row(
+    budget: Budget, times: Mapping[str, Sequence[float]], predicted: float, ceiling: float | None
+) -> dict[str, Any]:
     """Seconds a pass, medians with the distance of the extremes as spread, and the student's throughput."""
-    measured, ceiling = statistics.median(times["student"]), budget.ceilings.get("latency")
+    measured = statistics.median(times["student"])
     return {
         **vars(budget.condition),
         "budget_seconds": ceiling,

@@ -78,6 +78,12 @@ class CostTable:
         """The predicted time of a pass; of the measured model, what it took."""
         return self.models[condition].seconds(config, condition)
 
+    def corrected(self, condition: Condition, factor: float) -> CostTable:
+        """With every prediction under a condition times a factor."""
+        costs = self.models[condition]
+        scaled = dataclasses.replace(costs, scale=factor * costs.scale)
+        return dataclasses.replace(self, models={**self.models, condition: scaled})
+
     def unknown(self, condition: Condition, blocks: Iterable[BlockConfig]) -> list[str]:
         """Kinds of these blocks that it tells no times of."""
         return sorted({kind_of(block) for block in blocks} - set(self.models[condition].coefficients))

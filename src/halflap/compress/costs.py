@@ -75,6 +75,12 @@ class Budget:
     def _seconds_at_throughput(self) -> float:
         return self.condition.tokens / self.throughput if self.throughput else math.inf
 
+    def corrected(self, factor: float) -> Budget:
+        """The same ceilings, and students predicted to take so many times what the table tells."""
+        if factor == 1 or self.table is None:
+            return self
+        return dataclasses.replace(self, table=self.table.corrected(self.condition, factor))
+
     @property
     def binding_time(self) -> str:
         """Which of latency and throughput asks for the shorter pass."""

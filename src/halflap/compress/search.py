@@ -25,6 +25,8 @@ from halflap.files import write_json
 from halflap.progress import Progress
 
 FORMAT = "halflap-search-1"
+PATIENCE = 3
+"""How many times the shortlist is gone through for candidates that hold."""
 
 
 class Round(NamedTuple):
@@ -207,6 +209,7 @@ def ranked_search(
     path: str | Path,
     shortlist: int = 8,
     look: Look | None = None,
+    holds: Callable[[PruningPlan], bool] | None = None,
     order: Order = by_loss,
     tolerance: float = 0.0,
     rounds: Sequence[Stage] = (),
@@ -214,13 +217,14 @@ def ranked_search(
 ) -> SearchResult:
     """Score a `shortlist` of candidates, refine the best of those in `rounds`, and write `path`.
 
-    The shortlist is the best of a first look, without one the likeliest. Losses that differ by no more than `tolerance`
-    are equal (`lowest_first`). What `path` already holds for the same `made_from` is taken from there.
+    The shortlist is the best of a first look, without one the likeliest, of those that `holds` says yes of. Losses that
+    differ by no more than `tolerance` are equal (`lowest_first`). What `path` already holds for the same `made_from` is
+    taken from there.
     """
     known = _known(path, made_from)
     count = shortlist if look is None else max(shortlist, look.candidates)
-    trials = [known.get((c.sizes, c.variants), _untried(c)) for c in fitting.candidates[:count]]
-    beyond = [_untried(candidate) for candidate in fitting.candidates[count:]]
+    trials = [known.get((c.sizes, c.variants), untried(c)) for c in fitting.candidates[:count]]
+    beyond = [untried(candidate) for candidate in fitting.candidates[count:]]
 
     def ordered(trials: Iterable[Trial]) -> list[Trial]:
         return order(trials, tolerance)
@@ -230,7 +234,8 @@ def ranked_search(
 
     if look is not None and len(trials) > shortlist:
         trials = _by_glance(_measured(trials, _glanced_at, look.score, plan_for, partial(save, others=beyond)), ordered)
-    trials, unseen = trials[:shortlist], [*trials[shortlist:], *beyond]
+    trials, others = _shortlisted(trials, shortlist, plan_for, holds)
+    unseen = [*others, *beyond]
     trials = ordered(_measured(trials, _scored, score, plan_for, partial(save, others=unseen)))
     for number, stage in enumerate(rounds if refine is not None else ()):
         best, rest = trials[: stage.candidates], trials[stage.candidates :]
@@ -246,6 +251,30 @@ def ranked_search(
     result = dataclasses.replace(result, plan=plan_for(result.chosen).to_json())
     result.save(path)
     return result
+
+
+def _shortlisted(
+    trials: Sequence[Trial],
+    count: int,
+    plan_for: Callable[[Trial], PruningPlan],
+    holds: Callable[[PruningPlan], bool] | None,
+) -> tuple[list[Trial], list[Trial]]:
+    """The first `count`, or of the first `PATIENCE` times as many those that hold, and the others.
+
+    Where none holds, the first all the same: there is no better guess.
+    """
+    places = [*range(min(count, len(trials)))]
+    if holds is not None:
+        asked, found = min(PATIENCE * count, len(trials)), list[int]()
+        with Progress("shortlist by the clock", asked, unit="candidates") as progress:
+            for place in range(asked):
+                if len(found) == count:
+                    break
+                if holds(plan_for(trials[place])):
+                    found.append(place)
+                progress.advance()
+        places = found or places
+    return [trials[place] for place in places], [t for place, t in enumerate(trials) if place not in places]
 
 
 class _Measurement(NamedTuple):
@@ -295,7 +324,8 @@ def _by_glance(trials: Sequence[Trial], order: Callable[[Iterable[Trial]], list[
     return [trials[places[id(one)]] for one in order(seen)]
 
 
-def _untried(candidate: Candidate) -> Trial:
+def untried(candidate: Candidate) -> Trial:
+    """Before anything is measured of it."""
     return Trial(candidate.sizes, candidate.costs, candidate.hurt, variants=candidate.variants)
 
 

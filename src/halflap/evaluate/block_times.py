@@ -198,17 +198,28 @@ def _with_time(table: CostTable, condition: Condition, stack: Stack, seconds: fl
 
 
 @torch.inference_mode()
-def seconds_of(model: HybridModel, condition: Condition) -> float:
-    """The median time of a decode step and its choice of a token, or of reading a batch of prompts, once warm."""
+def timer_of(model: HybridModel, condition: Condition) -> Callable[[float], float]:
+    """seconds -> the median time of a decode step and its choice of a token, or of reading a batch of prompts, once
+    warm, over passes of about so many seconds."""
     device = model.device
     run = (_decode_step if condition.phase == "decode" else _reading)(model, condition)
-    run()
-    times: list[float] = []
-    while sum(times) < (SECONDS if len(times) >= LEAST_PASSES else LONG) and len(times) < MOST_PASSES:
-        before = now(device)
+
+    @torch.inference_mode()
+    def timed(seconds: float) -> float:
         run()
-        times.append(now(device) - before)
-    return statistics.median(times)
+        times: list[float] = []
+        while sum(times) < (seconds if len(times) >= LEAST_PASSES else LONG) and len(times) < MOST_PASSES:
+            before = now(device)
+            run()
+            times.append(now(device) - before)
+        return statistics.median(times)
+
+    return timed
+
+
+def seconds_of(model: HybridModel, condition: Condition) -> float:
+    """Once."""
+    return timer_of(model, condition)(SECONDS)
 
 
 def _decode_step(model: HybridModel, condition: Condition) -> Callable[[], object]:
