@@ -1,9 +1,9 @@
 """Students held against the clock: what a cost table predicts of them, beside what a pass of them really takes.
 
 A sum over blocks is off by several percent for a whole student, and by much the same for all that are near one budget.
-So before anything is cut, the likeliest students take turns with the teacher, predictions are corrected by what they
-were off, and candidates are found again, until both agree. Of a search's shortlist each is then timed too, and what is
-late does not get in.
+So before anything is cut, the likeliest students take turns with the teacher, predictions are multiplied by what they
+were off (the pace), and candidates are found again, until both agree. Before a student is shortlisted it is timed too,
+and what is late does not get in.
 """
 
 from __future__ import annotations
@@ -18,92 +18,132 @@ from pathlib import Path
 
 from halflap.checkpoints.config import read_json
 from halflap.commands import timing
-from halflap.commands.students import Teacher
-from halflap.compress.costs import Budget
+from halflap.commands.sections import Budgets
+from halflap.commands.students import Teacher, budget_of
+from halflap.compress.cost_table import CostTable
+from halflap.compress.costs import SPARE, WITHIN, Budget
+from halflap.compress.search import PATIENCE
 from halflap.compress.space import Candidate, Fitting
+from halflap.errors import HalflapError
 from halflap.files import write_json
 from halflap.models.config import ModelConfig
-from halflap.progress import Progress
+from halflap.progress import Progress, say
 
 CLOCK = "clock.json"
-CORRECTIONS, LIKELIEST = 4, 3
-"""How often predictions are corrected at most, and by how many of the likeliest students."""
-SPARE = 0.02
-"""Share of its ceiling that a corrected prediction leaves free: two timings of one shape differ by about that."""
+MOST_CORRECTIONS, ASKED = 4, 3
+"""How often the pace is corrected at most, and by how many of the likeliest students each time."""
+AGREES = 0.01
+"""Share of a prediction by which the clock may differ from it without a correction."""
+Shape = Callable[[Candidate], ModelConfig]
 
 
 @dataclass(frozen=True)
 class Clock:
-    """A budget of time, the teacher whose passes its table tells, and the file that keeps what was timed."""
+    """A budget of time, the teacher beside whom students are timed, and the file that keeps all timings.
+
+    relative: the ceiling is a share of the teacher's time.
+    """
 
     budget: Budget
+    relative: bool
     teacher: Teacher
     file: Path
 
     def seconds(self, student: ModelConfig) -> float:
-        """A pass of a student, when the teacher's takes what the table says of it."""
+        """A pass of a student, where the teacher's takes what the table says; of a ceiling in seconds and a table of
+        another model, which only predicts the teacher's, what the pass took."""
         assert self.budget.table is not None
-        condition, config = self.budget.condition, self.teacher.config
-        whole = self.budget.table.seconds(config, condition)
+        table, condition, config = self.budget.table, self.budget.condition, self.teacher.config
+        told = table.seconds(config, condition)
         if student == config:
-            return whole
+            return told
         known = read_json(self.file) if self.file.exists() else {}
-        key = f"{condition}: {_digest(student)} beside {_digest(config)}"
+        dtype = timing.computed_in(self.teacher)
+        asked = [timing.machine(self.teacher.device, dtype), str(condition), config.to_json(), student.to_json()]
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         if key not in known:
-            shapes, dtype = {"teacher": config, "student": student}, timing.computed_in(self.teacher)
+            shapes = {"teacher": config, "student": student}
             known[key] = timing.in_turns(shapes, condition, self.teacher.device, dtype)
             write_json(self.file, known)
-        times = known[key]
-        return whole * statistics.median(times["student"]) / statistics.median(times["teacher"])
+        teacher, taken = (statistics.median(known[key][name]) for name in ("teacher", "student"))
+        return taken * told / teacher if self.relative or config == table.model else taken
 
-    def holds(self, student: ModelConfig) -> bool:
-        return self.seconds(student) <= self.budget.ceilings["latency"]
+    def in_time(self, student: ModelConfig) -> bool:
+        """With something to spare, as two timings of one shape differ; the teacher itself needs nothing."""
+        spare = 0 if student == self.teacher.config else SPARE
+        return (1 + spare) * self.seconds(student) <= self.budget.ceilings["latency"]
+
+    def late(self, student: ModelConfig) -> str | None:
+        """What is to be said of one that was taken although it is late, as all were that were asked."""
+        if self.in_time(student):
+            return None
+        return (
+            f"none of the likeliest students is within the budget by the clock with {SPARE:.0%} to spare; this one has "
+            f"{self.budget.say('latency', self.seconds(student))} where "
+            f"{self.budget.say('latency', self.budget.ceilings['latency'])} are allowed: allow smaller sizes with "
+            f"--space.max-width-cut and --space.max-depth-cut, or {self.budget.flag('latency')}"
+        )
 
 
-def clock_of(budget: Budget, teacher: Teacher, file: Path) -> Clock | None:
-    """None where no time is limited."""
-    return Clock(budget, teacher, file) if "latency" in budget.ceilings else None
+def clock_of(budgets: Budgets, table: CostTable | None, teacher: Teacher, file: Path) -> Clock | None:
+    """None where no time is limited, and, said, where there is no room for the teacher and a student in turn."""
+    budget = budget_of(budgets, teacher.config, table)
+    if "latency" not in budget.ceilings:
+        return None
+    if not timing.has_room(teacher, budget.condition):
+        say("there is not memory enough to time students beside their teacher: predictions of the cost table decide")
+        return None
+    return Clock(budget, timing.is_relative(budgets, budget), teacher, file)
 
 
-def agreed(
-    clock: Clock | None, find: Callable[[float], Fitting], shape_of: Callable[[Candidate], ModelConfig]
-) -> Fitting:
-    """The candidates found with predictions times a factor at which the clock agrees with them on the likeliest."""
-    factor, found = 1.0, find(1.0)
+Find = Callable[[float | None], Fitting]
+"""Candidates where students take so many times what the table tells; None where that is not known."""
+
+
+def agreed(clock: Clock | None, find: Find, shape_of: Shape) -> Fitting:
+    """The candidates of a pace at which the clock agrees with predictions on the likeliest."""
+    pace, found = None, find(None)
     if clock is None:
         return found
-    with Progress("candidates by the clock", unit="timings") as progress:
-        for _ in range(CORRECTIONS):
-            off = []
-            for candidate in found.candidates[:LIKELIEST]:
-                off.append(clock.seconds(shape_of(candidate)) / candidate.costs["latency"])
+    with Progress("students by the clock", unit="timings") as progress:
+        for _ in range(MOST_CORRECTIONS):
+            off, good = [], []
+            for candidate in found.candidates[:ASKED]:
+                shape = shape_of(candidate)
+                off.append(clock.seconds(shape) / candidate.costs["latency"])
+                good.append(clock.in_time(shape) and _uses_budget(clock, candidate, shape))
                 progress.advance()
-            again = (1 + SPARE) * statistics.median(off)
-            if abs(again - 1) <= SPARE:
+            again = statistics.median(off)
+            if all(good) or (pace is not None and abs(again - 1) <= AGREES):
                 break
-            factor *= again
-            found = find(factor)
-    if factor == 1:
+            try:
+                found = find((pace or 1) * again)
+            except HalflapError:  # nothing is that fast: the clock decides among those that are predicted to be
+                break
+            pace = (pace or 1) * again
+    if pace is None or abs(pace - 1) <= AGREES:
         return found
-    off = factor / (1 + SPARE) - 1
     remark = (
-        f"the likeliest students took {abs(off):.1%} {'more' if off > 0 else 'less'} than the cost table tells, so "
-        f"predicted times were corrected by that, and by {SPARE:.0%} to spare"
+        f"the likeliest students took {abs(pace - 1):.1%} {'more' if pace > 1 else 'less'} than the cost table tells, "
+        "and predicted times were corrected by that"
     )
     return dataclasses.replace(found, remark="; ".join(filter(None, (found.remark, remark))))
 
 
-def likeliest(
-    clock: Clock | None, find: Callable[[float], Fitting], shape_of: Callable[[Candidate], ModelConfig]
-) -> tuple[Candidate, str | None]:
-    """Of the candidates on which the clock agrees the first that holds, and what is to be known of them.
+def first_in_time(clock: Clock | None, find: Find, shape_of: Shape) -> tuple[Candidate, str | None]:
+    """Of the candidates on which clock and predictions agree the likeliest that is in time, and what is to be said.
 
-    Where none of the first holds, the first of all.
+    Where none of those that are asked is, the likeliest of all.
     """
     found = agreed(clock, find, shape_of)
-    held = (one for one in found.candidates[: 3 * LIKELIEST] if clock is None or clock.holds(shape_of(one)))
-    return next(held, found.candidates[0]), found.remark
+    if clock is None:
+        return found.candidates[0], found.remark
+    asked = found.candidates[: PATIENCE * ASKED]
+    best = next((one for one in asked if clock.in_time(shape_of(one))), found.candidates[0])
+    return best, "; ".join(filter(None, (found.remark, clock.late(shape_of(best))))) or None
 
 
-def _digest(config: ModelConfig) -> str:
-    return hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+def _uses_budget(clock: Clock, candidate: Candidate, shape: ModelConfig) -> bool:
+    """Whether a student comes near a ceiling, that of time by the clock."""
+    spent = {**candidate.costs, "latency": clock.seconds(shape)}
+    return any(spent[name] >= WITHIN * limit for name, limit in clock.budget.ceilings.items())

@@ -230,12 +230,12 @@ def compress(recipe: CompressRecipe, run: Run, times: CostTable | None = None) -
         step = dataclasses.replace(step, model=str(source.checkpoint.path))
         with open_run("compress", settings_of(step), inputs_of(step)) as inner:
             result = inner.result or inner.finish(
-                _compress(step, inner, source, tutor, corpora, table, timed=times is None)
+                _compress(step, inner, source, tutor, corpora, table, step.budgets if times is None else None)
             )
         steps.append({"path": str(inner.path), **{name: result[name] for name in ("parameters_ratio", "student")}})
         tutor = Tutor(teacher, tutor.origin_after(PruningPlan.load(inner.path / "pruned" / PLAN)))
         source = open_teacher(inner.checkpoint_dir, recipe.common, recipe.text.data)
-    result = _compress(last, run, source, tutor, corpora, table, timed=times is None)
+    result = _compress(last, run, source, tutor, corpora, table, recipe.budgets if times is None else None)
     if steps:
         build_report([*(Path(step["path"]) for step in steps), run.path], Path(result["report"]))  # of the whole chain
         result["steps"] = steps
@@ -249,15 +249,26 @@ def _compress(
     tutor: Tutor,
     corpora: Corpora,
     times: CostTable | None,
-    *,
-    timed: bool,
+    judged_by: Budgets | None,
 ) -> dict[str, Any]:
-    """Importance, sizes, student, certificate, distillation, controls, judgement, page; `teacher` is what is cut."""
+    """Importance, sizes, student, certificate, distillation, controls, judgement, page; `teacher` is what is cut.
+
+    judged_by: the budgets that the student's time is held against, as they were asked; None where nothing is timed.
+    """
     length, seed = recipe.fit.sequence_length, recipe.common.seed
     measuring = training_loader(corpora, recipe.text, length, recipe.fit.micro_batch_rows, seed)
     training = training_loader(corpora, recipe.text, length, recipe.fit.batch_size, seed)
     given = Given(
-        recipe, run.path, run.path, teacher, Importance("none", {}), measuring, training, tutor, times, timed=timed
+        recipe,
+        run.path,
+        run.path,
+        teacher,
+        Importance("none", {}),
+        measuring,
+        training,
+        tutor,
+        times,
+        timed=judged_by is not None,
     )
     if has_ceiling(recipe.budgets):
         searching.check_unmeasured(given)
@@ -275,11 +286,10 @@ def _compress(
     setting = arms.Setting(recipe, run, teacher, plan, importance, training, corpora, tutor)
     table = arms.train_and_judge(setting)
     latency = late = None
-    if times is not None and timed:
-        budget = students.budget_of(recipe.budgets, teacher.config, times)
+    if times is not None and judged_by is not None:
         file = run.path / "latency.json"
-        latency = timing.judge_latency(file, recipe.budgets, budget, tutor.teacher, plan.student, predicted)
-        late = timing.excess(latency, budget)
+        latency = timing.judge_latency(file, judged_by, times, tutor.teacher, plan.student, predicted)
+        late = timing.excess(latency, judged_by, times, tutor.teacher.config)
     said = arms.said(run.path)
     write_card(
         run.checkpoint_dir,
@@ -358,9 +368,9 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[
     if has_ceiling(recipe.budgets):
         table = timing.table_for(recipe.budgets, teacher, place)
         budget = students.budget_of(recipe.budgets, teacher.config, table)
-        best, remark = clock.likeliest(
-            clock.clock_of(budget, teacher, place / clock.CLOCK),
-            lambda factor: searching.candidates(teacher, importance, budget.corrected(factor), fixed, recipe.space),
+        best, remark = clock.first_in_time(
+            clock.clock_of(recipe.budgets, table, teacher, place / clock.CLOCK),
+            lambda pace: searching.candidates(teacher, importance, budget.at_pace(pace), fixed, recipe.space),
             lambda one: plan_for(importance, teacher.digest, teacher.config, with_dropped(one.sizes, fixed)).student,
         )
         sizes, seconds = with_dropped(best.sizes, fixed), best.costs.get("latency")

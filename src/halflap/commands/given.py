@@ -45,8 +45,6 @@ class Given:
     """What no candidate exceeds in any size; None is as large as the teacher."""
     timed: bool = True
     """Whether students may be timed here beside what `times` predicts."""
-    correction: float = 1.0
-    """What predictions of times are multiplied by."""
 
     @property
     def fixed(self) -> Sizes:
@@ -55,12 +53,13 @@ class Given:
 
     @property
     def budget(self) -> Budget:
-        return students.budget_of(self.recipe.budgets, self.teacher.config, self.times).corrected(self.correction)
+        return students.budget_of(self.recipe.budgets, self.teacher.config, self.times)
 
-    @property
+    @functools.cached_property
     def clock(self) -> Clock | None:
-        uncorrected = dataclasses.replace(self, correction=1.0).budget
-        return clock_of(uncorrected, self.tutor.teacher, self.shared / CLOCK) if self.timed else None
+        if not self.timed:
+            return None
+        return clock_of(self.recipe.budgets, self.times, self.tutor.teacher, self.shared / CLOCK)
 
     @functools.cached_property
     def library(self) -> Library:

@@ -15,6 +15,7 @@ from halflap.commands import scoring, students
 from halflap.commands.given import Given
 from halflap.compress import local
 from halflap.compress.axes import Sizes
+from halflap.compress.costs import Budget
 from halflap.compress.library import DROPPED, WHOLE, Library, Option
 from halflap.compress.partial import Scratch
 from halflap.compress.plan import PruningPlan
@@ -34,7 +35,7 @@ SCRATCH = "replacing"
 """Folder of a search with the streams of a teacher that is read a block at a time."""
 
 
-def programme_of(given: Given) -> Programme:
+def programme_of(given: Given, budget: Budget) -> Programme:
     """What is chosen from, of all variants those that save something, and under which budgets.
 
     Raises HalflapError for budgets that cannot be met.
@@ -43,12 +44,12 @@ def programme_of(given: Given) -> Programme:
     if times is not None:
         blocks = given.teacher.config.blocks
         made = (o.variant.of(blocks[i]) for o in library.options for i in o.blocks if not o.variant.dropped)
-        if absent := times.unknown(given.budget.condition, (with_source(block, 0) for block in made)):
+        if absent := times.unknown(budget.condition, (with_source(block, 0) for block in made)):
             raise HalflapError(
                 f"the cost table has no times of {absent[0]} blocks, which method puzzle may choose; measure it again "
                 "with `halflap bench MODEL --blocks`, or leave --costs out"
             )
-    return Programme(library.saving(given.budget), given.budget)
+    return Programme(library.saving(budget), budget)
 
 
 def propose(given: Given, model: AnyModel, programme: Programme) -> Fitting:

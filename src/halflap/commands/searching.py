@@ -6,6 +6,7 @@ All then distil the best of their shortlist for a while and choose by loss, if t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -60,13 +61,15 @@ from halflap.errors import HalflapError, RecipeError
 from halflap.models.model import HybridModel
 
 SEARCH = "search.json"
+Loaded = Callable[[], HybridModel | None]
+"""Reads the model to cut candidates from when it is first needed; None where its weights are read a block at a time."""
 FIRST_LOOK_SHARE = 8
 """A first look reads this fraction of the tokens: eight times the shortlist then costs as much as the shortlist."""
 
 
 def check(given: Given) -> None:
     """Raise HalflapError for budgets that cannot be met, and for what the recipe's method does not do."""
-    METHODS[given.recipe.settings.method].candidates(given)
+    METHODS[given.recipe.settings.method].candidates(given, given.budget)
 
 
 def check_unmeasured(given: Given) -> None:
@@ -105,23 +108,29 @@ def _dearest_first(given: Given) -> Importance:
 def search(given: Given) -> SearchResult:
     """Search by the recipe's method; the result is in search.json too."""
     method = METHODS[given.recipe.settings.method]
-    possible = method.candidates(given)  # budgets that cannot be met are refused before the teacher is read
-    model = _teacher(given)
+    clock, model = given.clock, functools.cache(partial(_teacher, given))
 
-    def find(correction: float) -> Fitting:
-        if correction == 1:
-            return method.propose(given, model, possible)
-        corrected = dataclasses.replace(given, correction=correction)
-        return method.propose(corrected, model, method.candidates(corrected))
+    def find(pace: float | None) -> Fitting:
+        return method.propose(given, model, method.candidates(given, given.budget.at_pace(pace)))
 
-    result = _rank(given, model, agreed(given.clock, find, given.shape_of))
-    if remark := method.remark(given, result):
-        result = dataclasses.replace(result, remark="; ".join(filter(None, (remark, result.remark))))
+    found = agreed(clock, find, given.shape_of)
+    result = _rank(given, model(), found)
+    late = None if clock is None else clock.late(given.plan_for(result.chosen).student) or _fewer(given, result)
+    if remarks := [remark for remark in (method.remark(given, result), late) if remark]:
+        result = dataclasses.replace(result, remark="; ".join(filter(None, (*remarks, result.remark))))
         result.save(given.place / SEARCH)
     return result
 
 
-def _fitting(given: Given, grid: Grid) -> Fitting:
+def _fewer(given: Given, result: SearchResult) -> str | None:
+    """Says so where the clock left fewer than were to be compared."""
+    kept, places = sum(trial.loss is not None for trial in result.trials), given.recipe.settings.shortlist
+    if kept >= min(places, len(result.trials)):
+        return None
+    return f"in time by the clock among the likeliest candidates: {kept}, where the shortlist has {places} places"
+
+
+def _fitting(given: Given, budget: Budget, grid: Grid) -> Fitting:
     recipe = given.recipe
     if grid is choices_by_type and given.fixed.drop_blocks:
         raise RecipeError(
@@ -130,16 +139,16 @@ def _fitting(given: Given, grid: Grid) -> Fitting:
         )
     if given.most != Sizes():
         grid = between(grid, None, given.most, recipe.space)
-    return candidates(given.teacher, given.importance, given.budget, given.fixed, recipe.space, grid)
+    return candidates(given.teacher, given.importance, budget, given.fixed, recipe.space, grid)
 
 
-def _as_fitting(given: Given, model: HybridModel | None, found: Fitting) -> Fitting:
+def _as_fitting(given: Given, model: Loaded, found: Fitting) -> Fitting:
     """Candidates that need no weights to be found."""
     return found
 
 
-def _puzzle(given: Given, model: HybridModel | None, programme: Programme) -> Fitting:
-    return puzzle.propose(given, model or given.teacher.stream(), programme)
+def _puzzle(given: Given, model: Loaded, programme: Programme) -> Fitting:
+    return puzzle.propose(given, model() or given.teacher.stream(), programme)
 
 
 def _teacher(given: Given) -> HybridModel | None:
@@ -190,8 +199,8 @@ class Method(NamedTuple):
     candidates that come of that; what is measured of a student as cut, in which order that puts them, and what is to be
     known of the result."""
 
-    candidates: Callable[[Given], Any]
-    propose: Callable[[Given, HybridModel | None, Any], Fitting]
+    candidates: Callable[[Given, Budget], Any]
+    propose: Callable[[Given, Loaded, Any], Fitting]
     measure: Measure
     order: Order
     remark: Callable[[Given, SearchResult], str | None] = lambda given, result: None
@@ -281,7 +290,7 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting) -> SearchResu
         path=given.place / SEARCH,
         shortlist=settings.shortlist,
         look=look,
-        holds=None if clock is None else lambda plan: clock.holds(plan.student),
+        holds=None if clock is None else lambda plan: clock.in_time(plan.student),
         order=order,
         tolerance=settings.loss_tolerance,
         rounds=rounds,

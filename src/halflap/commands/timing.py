@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from halflap import environment
+from halflap.amounts import Amount
 from halflap.checkpoints.checkpoint import Checkpoint, float_dtype
 from halflap.checkpoints.config import read_json
 from halflap.commands.config import BenchRecipe
 from halflap.commands.device import check_memory, choose_device, choose_dtype
 from halflap.commands.resolve import shape_of
 from halflap.commands.sections import Budgets
-from halflap.commands.students import Teacher
+from halflap.commands.students import Teacher, budget_of
 from halflap.commands.tables import fit_text
 from halflap.compress.cost_model import Condition
 from halflap.compress.cost_table import CostTable
@@ -29,7 +30,6 @@ from halflap.files import write_json
 from halflap.inference.generate import require_positions
 from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel, initialize
-from halflap.models.quantization import weight_bytes
 from halflap.ops import select
 from halflap.progress import say
 from halflap.run import Run
@@ -39,7 +39,7 @@ COSTS = "costs.json"
 ROUNDS = 3
 LEAST_ROUNDS, MOST_ROUNDS, SECONDS_IN_TURNS = 3, 11, 20.0
 """Models that are compared take turns until so many seconds and the fewest rounds are over."""
-BURST = 0.1
+BURST = 0.1  # seconds
 SHARE_OF_MEMORY = 0.5
 """Of what is free, up to which compared models are held together; the rest is for their caches and activations."""
 
@@ -84,7 +84,8 @@ def in_turns(
     Models stay in memory between rounds where all of them fit.
     """
     width = float_dtype(dtype).itemsize
-    fit = sum(weight_bytes(config, None, width) for config in configs.values()) < SHARE_OF_MEMORY * free_memory(device)
+    held = sum(block_times.pass_bytes(config, condition, width) for config in configs.values())
+    fit = held < SHARE_OF_MEMORY * free_memory(device)
     kept: dict[str, Callable[[float], float]] = {}
     times: dict[str, list[float]] = {name: [] for name in configs}
     started = time.monotonic()
@@ -93,10 +94,17 @@ def in_turns(
             break
         for name, config in configs.items():
             timer = kept.get(name) or timer_of(config, condition, device, dtype)
+            times[name].append(timer(BURST))
             if fit:
                 kept[name] = timer
-            times[name].append(timer(BURST))
+            del timer  # else it would keep its model while the next is made
     return times
+
+
+def has_room(teacher: Teacher, condition: Condition) -> bool:
+    """Whether a pass of the teacher's shape can be timed while the teacher itself may be loaded."""
+    moved = block_times.pass_bytes(teacher.config, condition, float_dtype(computed_in(teacher)).itemsize)
+    return moved < SHARE_OF_MEMORY * free_memory(teacher.device)
 
 
 def measure_costs(
@@ -148,8 +156,14 @@ def table_for(budgets: Budgets, teacher: Teacher, place: Path) -> CostTable | No
     return table
 
 
+def is_relative(budgets: Budgets, budget: Budget) -> bool:
+    """Whether the ceiling on time is a share of the teacher's."""
+    asked = getattr(budgets, budget.binding_time)
+    return asked is not None and asked.share
+
+
 def judge_latency(
-    file: Path, budgets: Budgets, budget: Budget, teacher: Teacher, student: ModelConfig, predicted: float | None
+    file: Path, budgets: Budgets, table: CostTable, teacher: Teacher, student: ModelConfig, predicted: float | None
 ) -> dict[str, Any]:
     """The student's and the teacher's pass, timed in turns, beside the prediction and the budget; kept in `file`.
 
@@ -157,45 +171,48 @@ def judge_latency(
     """
     if file.exists():
         return read_json(file)
-    assert budget.table is not None
+    budget = budget_of(budgets, teacher.config, table)
     shapes = {"teacher": teacher.config, "student": student}
     times = in_turns(shapes, budget.condition, teacher.device, computed_in(teacher))
-    ceiling, asked = budget.ceilings.get("latency"), getattr(budgets, budget.binding_time)
-    if ceiling is not None and asked is not None and asked.share:
-        ceiling *= statistics.median(times["teacher"]) / budget.table.seconds(teacher.config, budget.condition)
-    found = latency_row(budget, times, predicted or budget.table.seconds(student, budget.condition), ceiling)
+    ceiling = budget.ceilings.get("latency")
+    if ceiling is not None and is_relative(budgets, budget):
+        ceiling *= statistics.median(times["teacher"]) / table.seconds(teacher.config, budget.condition)
+    found = latency_row(budget.condition, times, predicted or table.seconds(student, budget.condition), ceiling)
     write_json(file, found)
     return found
 
 
 def latency_row(
-    budget: Budget, times: Mapping[str, Sequence[float]], predicted: float, ceiling: float | None
+    condition: Condition, times: Mapping[str, Sequence[float]], predicted: float, ceiling: float | None
 ) -> dict[str, Any]:
     """Seconds a pass, medians with the distance of the extremes as spread, and the student's throughput."""
     measured = statistics.median(times["student"])
     return {
-        **vars(budget.condition),
+        **vars(condition),
         "budget_seconds": ceiling,
         "within_budget": None if ceiling is None else measured <= ceiling,
         "predicted_seconds": predicted,
         "seconds": measured,
         "seconds_spread": max(times["student"]) - min(times["student"]),
         "teacher_seconds": statistics.median(times["teacher"]),
-        "tokens_per_second": budget.condition.tokens / measured,
+        "tokens_per_second": condition.tokens / measured,
     }
 
 
-def excess(row: Mapping[str, Any], budget: Budget) -> str | None:
+def excess(row: Mapping[str, Any], budgets: Budgets, table: CostTable, teacher: ModelConfig) -> str | None:
     """By how much a measured student exceeds its budget of time, and what then helps; None where it does not."""
     if row.get("within_budget") is not False:
         return None
-    over = row["seconds"] / row["budget_seconds"]
-    tighter, flag = 1e3 * row["budget_seconds"] / over, budget.binding_time
-    asked = f"--latency {tighter:.3g}ms" if flag == "latency" else f"--throughput {(budget.throughput or 0) * over:.4g}"
+    over, flag = row["seconds"] / row["budget_seconds"], budget_of(budgets, teacher, table).binding_time
+    asked: Amount = getattr(budgets, flag)
+    tighter = asked.value * over if flag == "throughput" else asked.value / over
+    written = (
+        f"{tighter:.3%}" if asked.share else f"{tighter:.4g}" if flag == "throughput" else f"{1e3 * tighter:.3g}ms"
+    )
     return (
         f"the student's pass takes {over - 1:.1%} more than its budget ({1e3 * row['seconds']:,.3g} ms of "
         f"{1e3 * row['budget_seconds']:,.3g} ms, predicted {1e3 * row['predicted_seconds']:,.3g} ms): ask for as much "
-        f"less ({asked}), or measure costs and student again on a device that does nothing else"
+        f"less (--{flag} {written}), or measure costs and student again on a device that does nothing else"
     )
 
 

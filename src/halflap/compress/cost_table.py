@@ -78,10 +78,10 @@ class CostTable:
         """The predicted time of a pass; of the measured model, what it took."""
         return self.models[condition].seconds(config, condition)
 
-    def corrected(self, condition: Condition, factor: float) -> CostTable:
+    def at_pace(self, condition: Condition, pace: float) -> CostTable:
         """With every prediction under a condition times a factor."""
         costs = self.models[condition]
-        scaled = dataclasses.replace(costs, scale=factor * costs.scale)
+        scaled = dataclasses.replace(costs, scale=pace * costs.scale)
         return dataclasses.replace(self, models={**self.models, condition: scaled})
 
     def unknown(self, condition: Condition, blocks: Iterable[BlockConfig]) -> list[str]:

@@ -33,6 +33,8 @@ from halflap.models.count import (
 from halflap.models.sharing import with_source
 
 WITHIN = 0.95  # a student comes within 5 % below its ceiling where the space allows
+SPARE = 0.02
+"""Share of a ceiling on time that a timed student leaves free: two timings of one shape differ by about that."""
 ROUNDING = 1e-9
 """Share by which a time may pass its ceiling: the teacher's own, summed over blocks, is within its 100 %."""
 
@@ -75,11 +77,17 @@ class Budget:
     def _seconds_at_throughput(self) -> float:
         return self.condition.tokens / self.throughput if self.throughput else math.inf
 
-    def corrected(self, factor: float) -> Budget:
-        """The same ceilings, and students predicted to take so many times what the table tells."""
-        if factor == 1 or self.table is None:
+    def at_pace(self, pace: float | None) -> Budget:
+        """With students predicted to take `pace` times what the table tells, and some of the ceiling to spare; itself
+        where no pace is known."""
+        if pace is None or self.table is None:
             return self
-        return dataclasses.replace(self, table=self.table.corrected(self.condition, factor))
+        return dataclasses.replace(
+            self,
+            table=self.table.at_pace(self.condition, pace),
+            latency=self.latency and self.latency / (1 + SPARE),
+            throughput=self.throughput and self.throughput * (1 + SPARE),
+        )
 
     @property
     def binding_time(self) -> str:

@@ -9,6 +9,7 @@ so that an interrupted search goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ from halflap.progress import Progress
 
 FORMAT = "halflap-search-1"
 PATIENCE = 3
-"""How many times the shortlist is gone through for candidates that hold."""
+"""Up to so many times as many candidates as a shortlist has places are asked whether they hold."""
 
 
 class Round(NamedTuple):
@@ -222,8 +223,8 @@ def ranked_search(
     taken from there.
     """
     known = _known(path, made_from)
-    count = shortlist if look is None else max(shortlist, look.candidates)
-    trials = [known.get((c.sizes, c.variants), untried(c)) for c in fitting.candidates[:count]]
+    count = shortlist * (1 if holds is None else PATIENCE) if look is None else max(shortlist, look.candidates)
+    trials = [_again(known.get((c.sizes, c.variants)), c) for c in fitting.candidates[:count]]
     beyond = [untried(candidate) for candidate in fitting.candidates[count:]]
 
     def ordered(trials: Iterable[Trial]) -> list[Trial]:
@@ -259,21 +260,11 @@ def _shortlisted(
     plan_for: Callable[[Trial], PruningPlan],
     holds: Callable[[PruningPlan], bool] | None,
 ) -> tuple[list[Trial], list[Trial]]:
-    """The first `count`, or of the first `PATIENCE` times as many those that hold, and the others.
-
-    Where none holds, the first all the same: there is no better guess.
-    """
+    """The first `count` of those that hold, and the others. Where none that is asked holds, the first all the same."""
     places = [*range(min(count, len(trials)))]
     if holds is not None:
-        asked, found = min(PATIENCE * count, len(trials)), list[int]()
-        with Progress("shortlist by the clock", asked, unit="candidates") as progress:
-            for place in range(asked):
-                if len(found) == count:
-                    break
-                if holds(plan_for(trials[place])):
-                    found.append(place)
-                progress.advance()
-        places = found or places
+        asked = (place for place in range(min(PATIENCE * count, len(trials))) if holds(plan_for(trials[place])))
+        places = [*itertools.islice(asked, count)] or places
     return [trials[place] for place in places], [t for place, t in enumerate(trials) if place not in places]
 
 
@@ -322,6 +313,11 @@ def _by_glance(trials: Sequence[Trial], order: Callable[[Iterable[Trial]], list[
     seen = [dataclasses.replace(trial, **dict(trial.glance or {})) for trial in trials]
     places = {id(one): place for place, one in enumerate(seen)}
     return [trials[places[id(one)]] for one in order(seen)]
+
+
+def _again(known: Trial | None, candidate: Candidate) -> Trial:
+    """With what an earlier search measured, and the costs of this one: predicted times may have been corrected."""
+    return untried(candidate) if known is None else dataclasses.replace(known, costs=candidate.costs)
 
 
 def untried(candidate: Candidate) -> Trial:

@@ -54,12 +54,12 @@ def stacks(model: ModelConfig, condition: Condition, width: int, cache: int) -> 
 
     width: bytes of a weight; cache: those of the last-level cache.
     """
-    reads = min(LARGER_THAN_CACHE * cache, _bytes(model, condition, width))
+    reads = min(LARGER_THAN_CACHE * cache, pass_bytes(model, condition, width))
     vocabulary = min(SMALL_VOCABULARY, model.vocab_size)
 
     def stack(block: BlockConfig, hidden: int) -> Stack:
         one, two = (Stack(hidden, vocabulary, block, copies).config(model) for copies in (1, 2))
-        each = _bytes(two, condition, width) - _bytes(one, condition, width)
+        each = pass_bytes(two, condition, width) - pass_bytes(one, condition, width)
         return Stack(hidden, vocabulary, block, min(MOST_COPIES, max(2, -(-reads // each))))
 
     largest = _largest_of_each_kind(model)
@@ -71,7 +71,7 @@ def stacks(model: ModelConfig, condition: Condition, width: int, cache: int) -> 
     return list(dict.fromkeys((*found, Stack(model.hidden_size, model.vocab_size, None, 1))))
 
 
-def _bytes(config: ModelConfig, condition: Condition, width: int) -> int:
+def pass_bytes(config: ModelConfig, condition: Condition, width: int) -> int:
     """What a pass moves: weights, decode state, and the residual stream into and out of each block."""
     state = cache_bytes(config, condition.context, condition.batch, 8 * width, conv_bits=8 * width)
     stream = 2 * len(config.blocks) * condition.tokens * config.hidden_size
@@ -218,7 +218,7 @@ def timer_of(model: HybridModel, condition: Condition) -> Callable[[float], floa
 
 
 def seconds_of(model: HybridModel, condition: Condition) -> float:
-    """Once."""
+    """The same over passes of SECONDS, from a model just made."""
     return timer_of(model, condition)(SECONDS)
 
 

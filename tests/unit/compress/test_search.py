@@ -77,6 +77,35 @@ def run(path: Path, score: Losses, **more: Any) -> SearchResult:
     return ranked_search(FITTING, plan_for, score, path=path, **options)
 
 
+@pytest.mark.parametrize("looking", [False, True])
+def test_only_what_holds_is_shortlisted(tmp_path: Path, looking: bool) -> None:
+    """Asked are up to three times as many as there are places; what does not hold is not measured."""
+    score, asked = Losses(), list[int]()
+
+    def holds(plan: PruningPlan) -> bool:
+        asked.append(plan.student.hidden_size)
+        return plan.student.hidden_size >= 72
+
+    look = Look(9, Losses()) if looking else None
+    result = run(tmp_path / "search.json", score, shortlist=3, holds=holds, look=look)
+    assert len(score.calls) == 3 and min(score.calls) >= 72 and 3 < len(asked) <= 9
+    assert len(result.trials) == len(FITTING.candidates) and result.chosen.loss is not None
+    none = run(tmp_path / "none.json", Losses(), shortlist=3, holds=lambda plan: False, look=look)
+    assert sum(trial.loss is not None for trial in none.trials) == 3, "no better guess than the likeliest"
+
+
+def test_an_earlier_measurement_takes_this_searchs_costs(tmp_path: Path) -> None:
+    """Predicted times may have been corrected since."""
+    run(tmp_path / "search.json", Losses())
+    dearer = [dataclasses.replace(one, costs={**one.costs, "latency": 2.0}) for one in FITTING.candidates]
+    again = Losses()
+    result = ranked_search(
+        dataclasses.replace(FITTING, candidates=tuple(dearer)), plan_for, again,
+        made_from={"budget": 1}, path=tmp_path / "search.json", shortlist=4,
+    )  # fmt: skip
+    assert not again.calls and all(trial.costs["latency"] == 2.0 for trial in result.trials)
+
+
 def test_the_lowest_loss_wins(tmp_path: Path) -> None:
     score = Losses()
     result = run(tmp_path / "search.json", score)
