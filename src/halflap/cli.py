@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if trace:
             traceback.print_exc()
-        say(_unexpected(error))
+        say(unexpected(error))
         return 1
 
 
@@ -164,9 +164,11 @@ def execute(call: Call) -> dict[str, Any]:
             if run.resumed:
                 say(f"going on with the interrupted run in {run.path}")
             try:
-                run.finish(function(recipe, run))
+                result = run.finish(function(recipe, run))
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(run.path) from None
+            if "report" not in result:
+                import_module("halflap.report.page").build([run.path], run.path / "report.html")
             if not out:
                 say(f"the run is kept in {run.path}")
         if file is None:
@@ -197,7 +199,7 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     say(f"warning: {' '.join(str(message).split())}")
 
 
-def _unexpected(error: Exception) -> str:
+def unexpected(error: Exception) -> str:
     """One sentence for an error that no code of ours foresaw."""
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
         return (

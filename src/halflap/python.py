@@ -92,7 +92,7 @@ def verb(name: str) -> Callable[..., dict[str, Any]]:
 
 
 def _call(name: str, positional: tuple[Any, ...], fields: dict[str, Any]) -> dict[str, Any]:
-    from halflap.cli import VERBS, execute, say
+    from halflap.cli import VERBS, execute, say, unexpected
 
     recipe = VERBS[name].recipe
     unnamed = [field.name for field in dataclasses.fields(recipe) if not field.kw_only]
@@ -104,4 +104,9 @@ def _call(name: str, positional: tuple[Any, ...], fields: dict[str, Any]) -> dic
     assert call is not None  # help was not asked for
     for remark in call.remarks:
         say(remark)
-    return execute(call)
+    try:
+        return execute(call)
+    except HalflapError:
+        raise
+    except Exception as error:
+        raise HalflapError(unexpected(error)) from error

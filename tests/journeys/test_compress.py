@@ -144,6 +144,7 @@ def test_distill_goes_on_from_the_lineage(
     assert outcome.status == 1 and "trained or changed after pruning" in outcome.err
     findings = json.loads(outcome.out)
     assert not findings["passed"] and findings["different_tensors"]
+    assert (findings["axes"], findings["max_abs_error"], findings["logit_scale"]) == ([], None, None)
     stored = halflap("distill", tmp_path / "pruned", *text, "--top-k", 8, "--out", tmp_path / "stored", "--json").json
     assert stored["steps"] == result["steps"]
 

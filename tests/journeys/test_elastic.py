@@ -55,6 +55,7 @@ def test_it_leaves_one_checkpoint_and_a_row_for_each_size(run: Path, place: Path
     whole = count_parameters(preset("nemotron-h-tiny"))
     assert result["verified"] and result["whole"]["parameters"] == result["teacher"]["parameters"] == whole
     assert [row["budget"] for row in result["nested"]] == ["params 85%", "params 70%"]
+    assert result["student"].items() <= result["nested"][-1].items() and 0.65 < result["parameters_ratio"] <= 0.7
     assert [0.95 < row["parameters"] / whole / share <= 1 for row, share in zip(result["nested"], (0.85, 0.7))]
     assert all(row["loss"] > 0 and row["loss_as_cut"] > 0 and row["tokens_trained"] for row in result["nested"])
     for name in ("report.html", "arms.json", "sorted/certificate.json", "nested/70%/search.json"):

@@ -18,7 +18,10 @@ import pytest
 import halflap as package
 from halflap import cli, environment
 from halflap.cli import VERBS, Verb
+from halflap.compress.costs import Budget, costs
 from halflap.errors import HalflapError, RecipeError
+from halflap.models.count import count_parameters
+from halflap.models.presets import preset
 from halflap.run import Run
 
 Cli = Callable[..., Any]
@@ -137,6 +140,24 @@ def test_from_python_the_same_names_the_same_sentence_and_the_same_object(halfla
         package.inspect("nemotron-h-4b", contxt=3)
     with pytest.raises(package.HalflapError, match="name the others"):
         package.inspect("a", "b")
+
+
+def test_from_python_what_was_not_foreseen_is_one_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(call: object) -> None:
+        raise OSError(28, "No space left on device", "/full/file")
+
+    monkeypatch.setattr(cli, "execute", fail)
+    with pytest.raises(
+        package.HalflapError, match=r"No space left on device \(/full/file\); what was written"
+    ) as error:
+        package.inspect("nemotron-h-4b")
+    assert isinstance(error.value.__cause__, OSError)
+
+
+def test_the_cache_of_inspect_is_that_of_the_memory_budget() -> None:
+    config, budget = preset("nemotron-h-4b"), Budget(context=4096, batch=2, weight_bits=4, cache_bits=8)
+    found = package.inspect("nemotron-h-4b", context=[4096], batch=2, cache_bits=8)
+    assert costs(config, budget)["memory"] == count_parameters(config) // 2 + found["cache_bytes"]["4096"]
 
 
 def test_a_verb_that_is_also_a_folder_stays_callable() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import halflap as api
 from halflap.data.tokenizer import train_tokenizer
 from halflap.errors import HalflapError
 
@@ -60,6 +61,21 @@ def test_chat_keeps_the_conversation(
     assert result.json["messages"][2]["content"] in result.err
     typed(monkeypatch, "the cat", "/reset", "sat")
     assert [message["role"] for message in halflap(*words).json["messages"]] == ["user", "assistant"]
+
+
+def test_prompts_are_turns_and_the_last_reply_is_the_result(
+    halflap: Cli, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--max-new-tokens", "5", "--temperature", "0", "--json")
+    typed(monkeypatch, "the cat", "sat on")
+    spoken = halflap("chat", directory, *words).json
+    typed(monkeypatch, "not read")
+    given = halflap("chat", directory, "--prompt", "the cat", "sat on", *words).json
+    assert given == spoken and given["turns"] == 2
+    assert given["messages"][-1]["content"] == given["text"].strip()
+    assert 0 < len(given["tokens"]) <= 5 and given["finish_reason"] in ("length", "stop")
+    called = api.chat(str(directory), prompt="the cat", max_new_tokens=5, temperature=0)
+    assert called["messages"] == given["messages"][:2] and called["text"]
 
 
 def test_a_kept_conversation_can_be_held_again(

@@ -21,7 +21,8 @@ HELP = "/reset forgets the conversation, /system TEXT sets what comes before it,
 
 
 def chat(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
-    """Talk until the input ends; returns the `messages` and the number of `turns` answered."""
+    """Talk until the prompts or else the input end; returns `text`, `tokens` and `finish_reason` of the last reply, all
+    `messages`, and the number of `turns` answered."""
     opened = open_engine(recipe.model, recipe.decoding, recipe.common)
     prompts = Prompts(opened.tokenizer, opened.config)
     output = sys.stdout if recipe.common.json or sys.__stdout__ is None else sys.__stdout__
@@ -35,13 +36,17 @@ def chat(recipe: ChatRecipe, run: Run) -> dict[str, Any]:
             write(f"({opened.remark})\n")
         if not prompts.has_template:
             write("(no chat template: turns are written as plain text of User and Assistant)\n")
-        if sys.stdin is not None and sys.stdin.isatty():
-            write(f"({HELP}; Ctrl-C ends a reply)\n")
-        talk.run()
+        if recipe.prompt:
+            for prompt in recipe.prompt:
+                talk.answer(prompt)
+        else:
+            if sys.stdin is not None and sys.stdin.isatty():
+                write(f"({HELP}; Ctrl-C ends a reply)\n")
+            talk.run()
     finally:
         prompts.close()
         opened.engine.close()
-    result = {"turns": talk.turns, "messages": talk.messages}
+    result = {**talk.last_reply, "turns": talk.turns, "messages": talk.messages}
     return result if recipe.common.json else result | {"shown": True}
 
 
@@ -53,6 +58,7 @@ class Conversation:
         self._system = recipe.system
         self._said: list[Message] = []
         self.turns = 0
+        self.last_reply: dict[str, Any] = {"text": "", "tokens": [], "finish_reason": None}
 
     @property
     def messages(self) -> list[Message]:
@@ -79,7 +85,7 @@ class Conversation:
 
     def _take(self, line: str) -> None:
         if not line.startswith("/"):
-            self._answer(line)
+            self.answer(line)
             return
         command, _, rest = line.partition(" ")
         if command == "/reset":
@@ -96,7 +102,7 @@ class Conversation:
         else:
             self._write(f"({HELP})\n")
 
-    def _answer(self, text: str) -> None:
+    def answer(self, text: str) -> None:
         """Ask the engine; what an interrupted reply has said stays said."""
         turn: list[Message] = [*self._said, {"role": "user", "content": text}]
         system = self.messages[: len(self.messages) - len(self._said)]
@@ -111,16 +117,20 @@ class Conversation:
         )
         limit = min(room, self._recipe.max_new_tokens)
         stream = self._opened.engine.submit(Request(ids, limit, sampling, self._prompts.stop))
-        reply = ""
+        reply, tokens, reason = "", list[int](), None
         try:
             for piece in stream:
                 reply += piece.text
+                tokens += [token.id for token in piece.tokens]
+                reason = piece.finish_reason or reason
                 self._write(piece.text)
         except KeyboardInterrupt:
             stream.cancel()
+            reason = "cancelled"
             self._write(" (stopped)")
         self._write("\n")
         if stream.error is not None:
             raise HalflapError(stream.error)
         self._said = [*turn, {"role": "assistant", "content": reply.strip()}]
+        self.last_reply = {"text": reply, "tokens": tokens, "finish_reason": reason}
         self.turns += 1

@@ -38,6 +38,7 @@ def inspect(recipe: InspectRecipe, run: Run) -> dict[str, Any]:
         raise RecipeError("inspect needs MODEL; give a directory, a preset or a YAML of a model, or --list the presets")
     config = shape_of(recipe.model)
     contexts, batch = recipe.context, recipe.batch
+    bits = {"kv_bits": recipe.cache_bits, "ssm_bits": 2 * recipe.cache_bits}  # as the memory budget counts
     flops = {phase: {str(n): flops_per_token(config, n, phase) for n in contexts} for phase in PHASES}
     parameters = count_block_parameters(config)
     blocks = config.to_json()["blocks"]
@@ -48,8 +49,8 @@ def inspect(recipe: InspectRecipe, run: Run) -> dict[str, Any]:
         "non_embedding_parameters": count_non_embedding_parameters(config),
         "flops_per_token": flops["decode"][str(contexts[0])],
         "flops": flops,
-        "cache_bytes": {str(n): cache_bytes(config, n, batch, kv_bits=recipe.cache_bits) for n in contexts},
-        "cache_parts": {str(n): cache_parts(config, n, batch, kv_bits=recipe.cache_bits) for n in contexts},
+        "cache_bytes": {str(n): cache_bytes(config, n, batch, **bits) for n in contexts},
+        "cache_parts": {str(n): cache_parts(config, n, batch, **bits) for n in contexts},
         "cache_as_published": published_cache(config, contexts) if config.num_meta_tokens else None,
         "key_value_sources": {
             str(index): block.attention.key_value_source

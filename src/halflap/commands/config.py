@@ -49,7 +49,7 @@ class InspectRecipe:
     batch: Positive = 1
     """Sequences at once."""
     cache_bits: Positive = 16
-    """Bits a key or value takes."""
+    """Bits a key or value takes; SSM states take twice as many, as in the memory budget."""
     list_presets: Annotated[bool, SWITCH, Parameter(name="--list")] = False
     """Print the presets and stop."""
     common: Common = Common()
@@ -238,6 +238,8 @@ class ChatRecipe:
 
     model: Model = field(kw_only=False)
     """Hugging Face directory or run directory."""
+    prompt: tuple[str, ...] = ()
+    """What is said, turn by turn; standard input when not given."""
     system: str | None = None
     """What the model is told before the conversation."""
     max_new_tokens: Positive = 1024

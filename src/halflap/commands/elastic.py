@@ -140,8 +140,11 @@ def compress(recipe: CompressRecipe, run: Run, teacher: Teacher, corpora: Corpor
     rows = _judge(setting, trained)
     write_card(run.checkpoint_dir, rows=rows, judged_on=corpora.held_out_is)
     arms.write_table(run.path, rows, {WHOLE: "whole, sorted and distilled"}, seed, corpora.held_out_is)
+    smallest = rows[value_of(elastic.nested[-1])]
     return {
         "teacher": rows["teacher"],
+        "student": smallest,
+        "parameters_ratio": smallest["parameters"] / rows["teacher"]["parameters"],
         "whole": rows[WHOLE],
         "nested": [
             {"budget": one.budget, "sizes": one.sizes.to_json(), **rows[value_of(one)]} for one in elastic.nested

@@ -70,7 +70,8 @@ def verify(
             f"{len(different)} of the student's tensors (first {different[0]}) are not what its plan makes of the "
             "teacher, so its weights were trained or changed after pruning; verify it as cut (`compress` keeps "
             "pruned/)",
-            {"passed": False, "tensors_identical": False, "different_tensors": different, "plan": plan.digest}
+            UNMEASURED
+            | {"tensors_identical": False, "different_tensors": different, "plan": plan.digest}
             | {"teacher": teacher.digest, "student": student.digest},
         )
     dtype = torch.float64 if count_parameters(teacher.config) <= WIDE_LIMIT else torch.float32
@@ -116,11 +117,14 @@ def _check_plan(student: Checkpoint, teacher: Checkpoint, plan: PruningPlan) -> 
             f"the plan beside the student is {plan.digest[:12]}, and its lineage says that {made_by[:12]} made it, so "
             "the plan was edited since: put back the one it was cut by, or make the edited plan's own student with "
             "`halflap prune --plan`",
-            {"passed": False, "plan": plan.digest, "made_by": made_by, "teacher": teacher.digest}
+            UNMEASURED
+            | {"plan": plan.digest, "made_by": made_by, "teacher": teacher.digest}
             | {"student": student.digest},
         )
 
 
+UNMEASURED: dict[str, Any] = {"passed": False, "max_abs_error": None, "logit_scale": None, "axes": []}
+"""Of a student that is refused before its logits are compared."""
 REFERENCE = {
     "masked": "the teacher with the cut indices set to zero; norms divide by all channels",
     "none": "the teacher with the cut indices set to zero; norms divide by the kept channels",
