@@ -68,6 +68,22 @@ def test_score_leaves_importance_of_every_axis(scored: Path, place: Path) -> Non
     assert {row["axis"] for row in result["axes"]} >= {"hidden_size", "mamba_num_heads", "num_attention_heads"}
 
 
+def test_a_search_without_text_stands_as_cuts_are_expected_to_hurt(
+    halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path
+) -> None:
+    model = place / "nemotron-h-tiny"
+    words = ("search", model, "--importance", scored, "--params", "70%")
+    result = halflap(*words, "--out", tmp_path / "search", "--json").json
+    hurts = [row["hurt"] for row in result["candidates"]]
+    assert len(hurts) > 1 and hurts[0] == min(hurts) and all(row["loss"] is None for row in result["candidates"])
+    assert "no text was given" in result["remark"] and result["candidates"][0]["chosen"]
+    by_plan = halflap("prune", model, "--plan", tmp_path / "search", "--out", tmp_path / "plan", "--json").json
+    by_budget = ("prune", model, "--importance", scored, "--params", "70%", "--out", tmp_path / "budget")
+    assert by_plan["parameters"] == halflap(*by_budget, "--json").json["parameters"]
+    refused = halflap(*words, "--method", "puzzle", "--out", tmp_path / "puzzle")
+    assert refused.status == 1 and "no text was given" in refused.err and "--data" in refused.err
+
+
 def test_search_then_prune_then_verify(halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path) -> None:
     teacher = place / "nemotron-h-tiny"
     text = ("--data", place / "text.jsonl")

@@ -11,7 +11,7 @@ import pytest
 
 from halflap.amounts import Amount
 from halflap.commands import timing
-from halflap.commands.clock import SPARE, Clock, agreed, first_in_time
+from halflap.commands.clock import SPARE, Clock, agreed, in_time_first
 from halflap.commands.sections import Budgets
 from halflap.commands.students import Teacher, open_teacher
 from halflap.compress.axes import Sizes
@@ -72,6 +72,11 @@ def finder(clock: Clock, least: int = 1) -> Any:
     return find
 
 
+def first(*words: Any) -> tuple[Candidate, str | None]:
+    found = in_time_first(*words)
+    return found.candidates[0], found.remark
+
+
 def shape_of(teacher: Teacher) -> Any:
     return lambda candidate: shape(teacher, candidate.sizes.num_blocks)
 
@@ -111,7 +116,7 @@ def test_a_prediction_that_is_right_leaves_something_to_spare(
 ) -> None:
     monkeypatch.setattr(timing, "in_turns", Times(teacher.config, 1.0))
     clock = clock_with(teacher, tmp_path, 5.05)
-    best, remark = first_in_time(clock, finder(clock), shape_of(teacher))
+    best, remark = first(clock, finder(clock), shape_of(teacher))
     assert best.sizes.num_blocks == 4 and remark is None
 
 
@@ -130,13 +135,13 @@ def test_where_corrected_predictions_refuse_the_clock_decides(
 ) -> None:
     monkeypatch.setattr(timing, "in_turns", Times(teacher.config, 1.01))
     clock = clock_with(teacher, tmp_path, 4.13)
-    best, remark = first_in_time(clock, finder(clock, least=4), shape_of(teacher))
+    best, remark = first(clock, finder(clock, least=4), shape_of(teacher))
     assert best.sizes.num_blocks == 4 and remark is None
 
     monkeypatch.setattr(timing, "in_turns", Times(teacher.config, 1.2))
     clock = clock_with(teacher, tmp_path / "other", 4.13)
     (tmp_path / "other").mkdir()
-    best, remark = first_in_time(clock, finder(clock, least=4), shape_of(teacher))
+    best, remark = first(clock, finder(clock, least=4), shape_of(teacher))
     assert best.sizes.num_blocks == 4 and remark is not None
     assert "none of the likeliest students is within the budget by the clock" in remark
     assert "this one has 4,800 ms a pass (decode at context 64, batch 1) where 4,130 ms" in remark
@@ -152,7 +157,7 @@ def test_prune_passes_over_what_is_late(teacher: Teacher, tmp_path: Path, monkey
 
     monkeypatch.setattr(timing, "in_turns", in_turns)
     clock = clock_with(teacher, tmp_path, 5.3)
-    best, remark = first_in_time(clock, finder(clock), shape_of(teacher))
+    best, remark = first(clock, finder(clock), shape_of(teacher))
     assert best.sizes.num_blocks == 4 and remark is None
 
 

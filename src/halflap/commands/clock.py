@@ -130,17 +130,19 @@ def agreed(clock: Clock | None, find: Find, shape_of: Shape) -> Fitting:
     return dataclasses.replace(found, remark="; ".join(filter(None, (found.remark, remark))))
 
 
-def first_in_time(clock: Clock | None, find: Find, shape_of: Shape) -> tuple[Candidate, str | None]:
-    """Of the candidates on which clock and predictions agree the likeliest that is in time, and what is to be said.
+def in_time_first(clock: Clock | None, find: Find, shape_of: Shape) -> Fitting:
+    """The candidates on which clock and predictions agree, the likeliest that is in time ahead of the others.
 
-    Where none of those that are asked is, the likeliest of all.
+    Where none of those that are asked is, the likeliest of all, which is said.
     """
     found = agreed(clock, find, shape_of)
     if clock is None:
-        return found.candidates[0], found.remark
+        return found
     asked = found.candidates[: PATIENCE * ASKED]
     best = next((one for one in asked if clock.in_time(shape_of(one))), found.candidates[0])
-    return best, "; ".join(filter(None, (found.remark, clock.late(shape_of(best))))) or None
+    remark = "; ".join(filter(None, (found.remark, clock.late(shape_of(best))))) or None
+    others = (one for one in found.candidates if one is not best)
+    return dataclasses.replace(found, candidates=(best, *others), remark=remark)
 
 
 def _uses_budget(clock: Clock, candidate: Candidate, shape: ModelConfig) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from halflap.checkpoints.checkpoint import Checkpoint, load_model
 from halflap.checkpoints.config import find_directory, lineage_step, read_config, read_json
-from halflap.commands import arms, chain, clock, elastic, memory, scoring, searching, students, sweep, teaching, timing
+from halflap.commands import arms, chain, elastic, memory, scoring, searching, students, sweep, teaching, timing
 from halflap.commands.cards import CERTIFICATE, write_card
 from halflap.commands.config_compress import (
     CompressRecipe,
@@ -83,6 +83,9 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
     if not swept:
         _require_target(recipe.budgets, Sizes())
     importance = scoring.read_importance(recipe.importance, teacher)  # before text, which takes long, is read
+    if not recipe.text.data and not swept and recipe.settings.method == "homogeneous":
+        table = timing.table_for(recipe.budgets, teacher, run.path)
+        return _shown(searching.without_text(recipe, run.path, teacher, importance, table).to_json(), teacher, run)
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus")
     fit, seed = recipe.fit, recipe.common.seed
     loader = training_loader(corpora, recipe.text, fit.sequence_length, fit.micro_batch_rows, seed)
@@ -103,6 +106,10 @@ def search(recipe: SearchRecipe, run: Run) -> dict[str, Any]:
         result = sweep.combined(recipe.sweep[0], found, ceilings, order, run.path, tolerance)
     else:
         result = found[""].to_json()
+    return _shown(result, teacher, run)
+
+
+def _shown(result: dict[str, Any], teacher: Teacher, run: Run) -> dict[str, Any]:
     shown = {name: value for name, value in result.items() if name != "plan"}
     page = build_report([run.path], run.path / "report.html")
     return shown | {
@@ -367,12 +374,8 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[
     remark = seconds = None
     if has_ceiling(recipe.budgets):
         table = timing.table_for(recipe.budgets, teacher, place)
-        budget = students.budget_of(recipe.budgets, teacher.config, table)
-        best, remark = clock.first_in_time(
-            clock.clock_of(recipe.budgets, table, teacher, place / clock.CLOCK),
-            lambda pace: searching.candidates(teacher, importance, budget.at_pace(pace), fixed, recipe.space),
-            lambda one: plan_for(importance, teacher.digest, teacher.config, with_dropped(one.sizes, fixed)).student,
-        )
+        found = searching.unmeasured(recipe.budgets, table, teacher, importance, fixed, recipe.space, place)
+        best, remark = found.candidates[0], found.remark
         sizes, seconds = with_dropped(best.sizes, fixed), best.costs.get("latency")
     return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction), remark, seconds
 

@@ -294,11 +294,12 @@ def plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[P
     if has_ceiling(recipe.budgets):
         table = timing.table_for(recipe.budgets, teacher, place)
         budget = budget_of(recipe.budgets, teacher.config, table)
-        best, remark = clock.first_in_time(
+        found = clock.in_time_first(
             clock.clock_of(recipe.budgets, table, teacher, place / clock.CLOCK),
             lambda pace: _within(budget.at_pace(pace), recipe, elastic, teacher),
             lambda one: elastic.plan_for(teacher.config, teacher.digest, with_dropped(one.sizes, recipe.sizes)).student,
         )
+        best, remark = found.candidates[0], found.remark
         sizes, seconds = with_dropped(best.sizes, recipe.sizes), best.costs.get("latency")
     return elastic.plan_for(teacher.config, teacher.digest, sizes), remark, seconds
 

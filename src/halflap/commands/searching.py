@@ -11,6 +11,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +19,16 @@ import torch
 from halflap.checkpoints.shelf import STREAMS
 from halflap.commands import puzzle, shortlist, students
 from halflap.commands.candidates import Measure, measured
-from halflap.commands.clock import agreed
+from halflap.commands.clock import CLOCK, agreed, clock_of, in_time_first
 from halflap.commands.config_compress import CompressRecipe, SearchRecipe
 from halflap.commands.device import must_stream
-from halflap.commands.given import Given
+from halflap.commands.given import Given, with_dropped
 from halflap.commands.scoring import text_digest
-from halflap.commands.sections import LossSettings
+from halflap.commands.sections import Budgets, LossSettings
 from halflap.commands.shortlist import Shortlist
 from halflap.commands.students import Teacher
 from halflap.compress.axes import Sizes, check_sizes, largest_sizes, resize
+from halflap.compress.cost_table import CostTable
 from halflap.compress.costs import BUDGETS, Budget, block_cost
 from halflap.compress.grid import (
     ATTENTION_HEADS,
@@ -43,7 +45,7 @@ from halflap.compress.importance import Importance
 from halflap.compress.partial import Scratch
 from halflap.compress.plan import PruningPlan
 from halflap.compress.programme import Programme
-from halflap.compress.ranking import drop_order
+from halflap.compress.ranking import drop_order, plan_for
 from halflap.compress.search import (
     Look,
     Order,
@@ -54,10 +56,12 @@ from halflap.compress.search import (
     by_loss,
     ranked_search,
     stages,
+    untried,
 )
-from halflap.compress.space import Fitting, fitting
+from halflap.compress.space import Candidate, Fitting, fitting
 from halflap.data.batch import Batch
 from halflap.errors import HalflapError, RecipeError
+from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel
 
 SEARCH = "search.json"
@@ -186,7 +190,7 @@ def _score(given: Given, model: HybridModel | None, batches: list[Batch], measur
             yield measure(_student(given, model, plan), asked, given.teacher)
 
     def together(plans: Sequence[PruningPlan]) -> Iterator[dict[str, float]]:
-        made_from = json.dumps({**_made_from(given), "text": text_digest(batches)})
+        made_from = json.dumps({**_made_from_given(given), "text": text_digest(batches)})
         scratch = Scratch(given.place / STREAMS, made_from)
         trained = given.shared / students.BLOCKS
         return measured(given.teacher, plans, batches, measure, scratch, with_teacher=agree, trained=trained)
@@ -239,6 +243,50 @@ def candidates(
     return fitting(teacher.config, budget, dataclasses.replace(space, **given), order, grid)
 
 
+def unmeasured(
+    budgets: Budgets,
+    table: CostTable | None,
+    teacher: Teacher,
+    importance: Importance,
+    fixed: Sizes,
+    space: SearchSpace,
+    place: Path,
+) -> Fitting:
+    """Sizes that fit the budgets, as their cuts are expected to hurt, but ahead the likeliest that is in time."""
+    budget = students.budget_of(budgets, teacher.config, table)
+
+    def shape_of(candidate: Candidate) -> ModelConfig:
+        sizes = with_dropped(candidate.sizes, fixed)
+        return plan_for(importance, teacher.digest, teacher.config, sizes).student
+
+    return in_time_first(
+        clock_of(budgets, table, teacher, place / CLOCK),
+        lambda pace: candidates(teacher, importance, budget.at_pace(pace), fixed, space),
+        shape_of,
+    )
+
+
+def without_text(
+    recipe: SearchRecipe, place: Path, teacher: Teacher, importance: Importance, table: CostTable | None
+) -> SearchResult:
+    """The result of a search that has nothing to measure candidates on; what `prune` takes is the first."""
+    found = unmeasured(recipe.budgets, table, teacher, importance, Sizes(), recipe.space, place)
+    remark = (
+        "no text was given, so candidates stand as their cuts are expected to hurt; name some with --data to measure"
+    )
+    trials = tuple(map(untried, found.candidates))
+    plan = plan_for(importance, teacher.digest, teacher.config, trials[0].sizes, norm_correction=recipe.norm_correction)
+    result = SearchResult(
+        _made_from(recipe, teacher, importance, table),
+        found.tried,
+        trials,
+        "; ".join(filter(None, (found.remark, remark))),
+        plan.to_json(),
+    )
+    result.save(place / SEARCH)
+    return result
+
+
 def _rank(given: Given, model: HybridModel | None, found: Fitting) -> SearchResult:
     """Measure the likeliest as cut and, if tokens are given, the best of them after rounds of distillation."""
     recipe, settings, clock = given.recipe, given.recipe.settings, given.clock
@@ -286,7 +334,7 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting) -> SearchResu
         found,
         given.plan_for,
         _score(given, model, batches, measure),
-        made_from=_made_from(given),
+        made_from=_made_from_given(given),
         path=given.place / SEARCH,
         shortlist=settings.shortlist,
         look=look,
@@ -301,13 +349,18 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting) -> SearchResu
     return result
 
 
-def _made_from(given: Given) -> dict[str, Any]:
-    recipe = given.recipe
+def _made_from_given(given: Given) -> dict[str, Any]:
+    return _made_from(given.recipe, given.teacher, given.importance, given.times)
+
+
+def _made_from(
+    recipe: SearchRecipe | CompressRecipe, teacher: Teacher, importance: Importance, times: CostTable | None
+) -> dict[str, Any]:
     return {
-        "teacher": given.teacher.digest,
-        "importance": given.importance.digest,
+        "teacher": teacher.digest,
+        "importance": importance.digest,
         "budgets": {name: str(value) for name, value in vars(recipe.budgets).items() if value is not None},
         "norm_correction": recipe.norm_correction,
         "settings": dataclasses.asdict(recipe.settings),
-        **({} if given.times is None else {"costs": given.times.digest}),
+        **({} if times is None else {"costs": times.digest}),
     }
