@@ -240,11 +240,12 @@ def normalise(kind: type, given: Mapping[str, Any], source: str) -> tuple[dict[s
     remarks: list[str] = []
     for written, value in _flatten(given, known):
         name = _known_name(written, known)
-        if name is None and written in ALIASES and (ours := ALIASES[written][0]) in known:
+        if name is None and (ours := _alias(written, known)) is not None:
             unit = ALIASES[written][1]
             value = f"{value}{unit}" if isinstance(value, int | float) else value
             remarks.append(f"{where}{written} is called {ours} here; read as {ours}: {plain(value)}")
             name = ours
+            value = [value] if known[ours].is_list and not isinstance(value, list | tuple) else value
         if name is None:
             raise RecipeError(f"{where}{unknown_name(written, list(known), 'field')}")
         if name in settings:
@@ -269,6 +270,12 @@ def _flatten(given: Mapping[str, Any], known: Mapping[str, Leaf], prefix: str = 
             continue  # a section left empty in YAML
         else:
             yield name, value
+
+
+def _alias(written: str, known: Mapping[str, Leaf]) -> str | None:
+    """What another tool's name is called here; a size is of the space, as its only value, where no sizes are given."""
+    ours, _ = ALIASES.get(written, ("", ""))
+    return next((name for name in (ours, ours.replace("sizes.", "space.")) if name in known), None)
 
 
 def _known_name(written: str, known: Mapping[str, Leaf]) -> str | None:

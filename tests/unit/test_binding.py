@@ -114,6 +114,13 @@ def test_names_of_other_tools_are_understood_and_said_in_ours() -> None:
     assert "old.yaml: num_layers is called sizes.num_blocks here; read as sizes.num_blocks: 4" in call.remarks
 
 
+def test_sizes_of_other_tools_are_the_space_of_a_search() -> None:
+    call = bind(RECIPES, ["search"], {"model": "DIR", "num_layers": 4, "ffn_hidden_size": [64, 128]})
+    assert call is not None
+    assert (call.recipe.space.num_blocks, call.recipe.space.intermediate_size) == ((4,), (64, 128))
+    assert "num_layers is called space.num_blocks here; read as space.num_blocks: 4" in call.remarks[0]
+
+
 @pytest.mark.parametrize(("family", "blocks"), [("llama", 8), ("nemotron", 8), ("nemotron_h", 4)])
 def test_layers_of_other_tools_are_two_blocks_where_ours_are(tmp_path: Path, family: str, blocks: int) -> None:
     (tmp_path / "config.json").write_text(f'{{"model_type": "{family}", "hybrid_override_pattern": "M-M*-"}}')
