@@ -99,7 +99,7 @@ class Ready:
         out = self.place / name.replace(" ", "-").replace(",", "").replace(":", "")
         result = halflap.compress(
             str(self.model), **self.text, **asked, **times, **self.settings, importance=self.importance,
-            tokens=self.chosen.tokens, score_tokens=self.chosen.choosing, shortlist=3, out=str(out),
+            tokens=self.chosen.tokens, score_tokens=self.chosen.choosing, shortlist=3, eval_tokens=8192, out=str(out),
         )  # fmt: skip
         found = reached(self.model, out / "checkpoint", asked)
         return {
