@@ -7,6 +7,7 @@ result alone. Nothing here imports torch; a verb's module is loaded when the ver
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,6 +75,16 @@ EXTRAS = {
     **dict.fromkeys(("starlette", "uvicorn", "pydantic", "prometheus_client", "httpx2"), "serve"),
 }
 """Packages that only some verbs need, and the extra that brings each."""
+
+OF_A_MODEL = (
+    "*config.json",
+    "model*.safetensors*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "halflap.json",
+    "lineage.json",
+)
+"""Files of a checkpoint that no result replaces."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,6 +167,7 @@ def execute(call: Call) -> dict[str, Any]:
     if not row.keeps and (out is None or file is not None):
         return Run(verb).finish(function(recipe, Run(verb)))
     if file is not None:
+        _refuse_overwriting(file, inputs_of(recipe))
         settings["out"] = None
     with open_run(verb, settings, inputs_of(recipe), overwrite=recipe.common.overwrite, anew=row.anew) as run:
         if run.result is not None:
@@ -177,6 +189,22 @@ def execute(call: Call) -> dict[str, Any]:
         return {**(run.result or {}), "path": str(file)}
 
 
+def _refuse_overwriting(file: Path, inputs: Mapping[str, Sequence[str]]) -> None:
+    """Raise HalflapError where --out FILE would replace an input, or weights and settings of one."""
+    from halflap.errors import HalflapError
+
+    target = file.resolve()
+    for name, values in inputs.items():
+        for value in values:
+            source = Path(value).resolve()
+            part = source in target.parents and target.exists() and any(target.match(own) for own in OF_A_MODEL)
+            if target == source or part:
+                raise HalflapError(
+                    f"out is {str(file)!r}, which is or belongs to the input {name} ({value!r}) and would be replaced; "
+                    "give another file with --out"
+                )
+
+
 def _resolve(function: str) -> Callable[..., dict[str, Any]]:
     module, name = function.split(":")
     return getattr(import_module(f"halflap.commands.{module}"), name)
@@ -192,7 +220,9 @@ def _publish(artifact: Path, file: Path) -> None:
 
 def say(sentence: str) -> None:
     """A remark or an error, on standard error."""
-    print(f"halflap: {sentence}", file=sys.stderr, flush=True)
+    from halflap.progress import tell
+
+    tell(f"halflap: {sentence}")
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -205,11 +235,13 @@ def unexpected(error: Exception) -> str:
         return (
             f"the package {package!r} is needed here and is not installed; `pip install 'halflap[{EXTRAS[package]}]'`"
         )
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "t allocate memory" in str(error):
         return "the memory does not suffice; take a smaller batch, shorter rows, or a machine with more"
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror or error}{where}; what was written before is whole, and the same command goes on"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        mend = "free some space: " if full else "see to it that the file can be read or written: "
+        return f"{error.strerror or error}{where}; {mend}what was written before is whole, and the same command goes on"
     first = (str(error).strip().splitlines() or ["no message"])[0]
     return f"unexpected {type(error).__name__}: {first}; --traceback shows where, please report it"
 

@@ -19,6 +19,8 @@ from typing import Any
 from halflap.files import digest_file, write_json
 
 Inputs = dict[str, list[dict[str, Any]]]
+SAID = {"README.md", "certificate.json", "importance.safetensors"}
+"""Files beside a checkpoint that are not what it is."""
 REMEMBER_FROM = 4 * 2**20
 """Bytes from which a digest is worth remembering."""
 
@@ -70,9 +72,12 @@ def _entry(path: Path, remembered: _Remembered) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
+    """Of a checkpoint without what is said of it, which may be written later; links that lead nowhere are not there."""
+    model = is_checkpoint(folder)
     for directory, folders, names in os.walk(folder):
-        folders[:] = [] if is_checkpoint(folder) else [name for name in folders if not name.startswith(".")]
-        yield from (Path(directory) / name for name in names if not name.startswith("."))
+        folders[:] = [] if model else [name for name in folders if not name.startswith(".")]
+        files = (Path(directory) / name for name in names if not name.startswith(".") and not (model and name in SAID))
+        yield from (file for file in files if file.exists())
 
 
 def cache_file() -> Path:

@@ -6,6 +6,8 @@ ranks other than 0 of a distributed run call it too. `rich` is imported only whe
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -31,7 +33,17 @@ def is_quiet() -> bool:
 def say(line: str) -> None:
     """A line on standard error that is no measure of progress but is to be known; silenced with it."""
     if not _quiet:
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
+
+
+def tell(line: str, stream: TextIO | None = None) -> None:
+    """Print a line, on standard error by default; where its reader has gone (`| head`) work goes on in silence."""
+    wanted = sys.stderr if stream is None else stream
+    try:
+        print(line, file=wanted, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), wanted.fileno())
 
 
 class Progress:
@@ -113,7 +125,7 @@ class Progress:
 
     def _print(self, line: str) -> None:
         self._printed = True
-        print(line, file=self._stream, flush=True)
+        tell(line, self._stream)
 
 
 def track(

@@ -255,6 +255,14 @@ def _refuse_other(directory: Path, verb: str, settings: Mapping[str, Any], input
     if (other := stored.pop("verb", verb)) != verb:
         raise HalflapError(f"{str(directory)!r} holds a run of {other}, not of {verb}; {advice}")
     stored, current = content_of(stored), content_of(settings)
+    try:
+        read_before = content_of_inputs(json.loads((directory / INPUTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        raise HalflapError(f"{directory / INPUTS} cannot be read; {advice}") from None
+    read_now = content_of_inputs(inputs)
+    for name, entries in inputs.items():
+        if read_before.get(name) == read_now[name] and all("sha256" in entry for entry in entries):
+            stored[name] = current[name]  # the same content is the same input wherever it lies now
     absent = object()
     for name in [*current, *(set(stored) - set(current))]:
         before, now = stored.get(name, absent), current.get(name, absent)
@@ -264,11 +272,7 @@ def _refuse_other(directory: Path, verb: str, settings: Mapping[str, Any], input
             raise HalflapError(
                 f"{str(directory)!r} holds another run: {name} is {was} there and {is_now} here; {advice}"
             )
-    try:
-        read_before = content_of_inputs(json.loads((directory / INPUTS).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        raise HalflapError(f"{directory / INPUTS} cannot be read; {advice}") from None
-    for name, content in content_of_inputs(inputs).items():
+    for name, content in read_now.items():
         if read_before.get(name) != content:
             paths = ", ".join(str(entry["path"]) for entry in inputs[name])
             raise HalflapError(
@@ -286,7 +290,13 @@ def _lock(directory: Path) -> IO[str]:
         ) from None
     path = directory / LOCK
     while True:
-        file = path.open("a+", encoding="utf-8")
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise HalflapError(
+                f"out is {str(directory)!r}, where nothing can be written ({error.strerror}); give another directory "
+                "with --out"
+            ) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -161,6 +161,15 @@ def test_distill_goes_on_from_the_lineage(
     findings = json.loads(outcome.out)
     assert not findings["passed"] and findings["different_tensors"]
     assert (findings["axes"], findings["max_abs_error"], findings["logit_scale"]) == ([], None, None)
+    other = place / "other"
+    shutil.copytree(tmp_path / "pruned" / "checkpoint", other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    pieces = tokenizer["model"]["vocab"]
+    one, two = list(pieces)[:2]
+    pieces[one], pieces[two] = pieces[two], pieces[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    foreign = halflap("distill", other, *text, "--out", tmp_path / "foreign")
+    assert foreign.status == 1 and "must read the same tokens" in foreign.err
     stored = halflap("distill", tmp_path / "pruned", *text, "--top-k", 8, "--out", tmp_path / "stored", "--json").json
     assert stored["steps"] == result["steps"]
 
@@ -193,7 +202,7 @@ def test_compress_does_it_all(halflap: Callable[..., Any], place: Path, tmp_path
     assert finished.json == result and "finished" in finished.err
 
 
-@pytest.mark.parametrize("stop", ["in a round", "before the winner is kept"])
+@pytest.mark.parametrize("stop", ["in a round", "before the winner is kept", "while the winner is written"])
 def test_minipuzzle_in_rounds_ends_the_same_after_an_interruption(
     halflap: Callable[..., Any], place: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
 ) -> None:
@@ -227,8 +236,15 @@ def test_minipuzzle_in_rounds_ends_the_same_after_an_interruption(
             raise KeyboardInterrupt
         return distill_together(*rest, **more)
 
+    def half_written(directory: Path, *_: object, **__: object) -> None:
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        if stop == "in a round":
+        if stop == "while the winner is written":
+            patch.setattr(students, "save_trained", half_written)
+        elif stop == "in a round":
             patch.setattr(shortlist, "distill_together", second_round)
         else:
             patch.setattr(shortlist, "keep", interrupted)

@@ -147,11 +147,34 @@ def test_from_python_what_was_not_foreseen_is_one_sentence_too(monkeypatch: pyte
         raise OSError(28, "No space left on device", "/full/file")
 
     monkeypatch.setattr(cli, "execute", fail)
-    with pytest.raises(
-        package.HalflapError, match=r"No space left on device \(/full/file\); what was written"
-    ) as error:
+    with pytest.raises(package.HalflapError, match=r"No space left on device \(/full/file\); free some space") as error:
         package.inspect("nemotron-h-4b")
     assert isinstance(error.value.__cause__, OSError)
+
+
+def test_a_file_named_with_out_replaces_no_part_of_an_input(halflap: Cli, tiny_checkpoint: Path) -> None:
+    before = (tiny_checkpoint / "config.json").read_text()
+    words = ("search", tiny_checkpoint, "--importance", tiny_checkpoint, "--params", "50%")
+    refused = halflap(*words, "--out", tiny_checkpoint / "config.json")
+    assert refused.status == 1 and "belongs to the input model" in refused.err
+    assert (tiny_checkpoint / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device", "f"), "No space left on device (f); free some space: what was written"),
+        (PermissionError(13, "Permission denied", "f"), "(f); see to it that the file can be read or written"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "the memory does not"),
+    ],
+)
+def test_what_was_not_foreseen_says_how_to_mend_it(error: Exception, says: str) -> None:
+    assert says in cli.unexpected(error)
+
+
+def test_an_empty_path_is_refused(halflap: Cli, tiny_checkpoint: Path) -> None:
+    refused = halflap("score", tiny_checkpoint, "--data", "")
+    assert refused.status in (1, 2) and "empty path" in refused.err
 
 
 def test_the_cache_of_inspect_is_that_of_the_memory_budget() -> None:

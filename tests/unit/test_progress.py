@@ -1,6 +1,8 @@
 """Progress: silent when quiet, a line now and then without a terminal, a bar on one."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 
@@ -106,3 +108,22 @@ def test_items_of_an_earlier_run_do_not_enter_the_time_left(monkeypatch, capsys)
 def test_wording_of_amounts_and_times():
     assert [short(x) for x in (7, 9999, 12300, 4.3e9, 1e12)] == ["7", "9999", "12.3K", "4.3B", "1T"]
     assert [duration(x) for x in (0.4, 59.7, 185, 7620)] == ["0s", "1m00s", "3m05s", "2h07m"]
+
+
+def test_where_the_reader_has_gone_work_goes_on() -> None:
+    """As after `2>&1 | head -1`, and with `tee`, which the same Ctrl-C ends."""
+    code = (
+        "import os, sys, time\n"
+        "from halflap.progress import tell\n"
+        "tell('one')\n"
+        "sys.stdin.readline()\n"
+        "for _ in range(3): tell('more')\n"
+        "os.write(1, b'done')\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None and process.stderr.readline() == b"one\n"
+    process.stderr.close()
+    out, _ = process.communicate(b"\n", timeout=60)
+    assert out == b"done" and process.returncode == 0

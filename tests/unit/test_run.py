@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,22 @@ def test_changed_content_of_an_input_is_refused_by_its_name() -> None:
     Path("text.txt").write_text("other text\n")
     with pytest.raises(HalflapError, match=r"the content of data \(text.txt\) has changed since"):
         begin()
+
+
+def test_the_same_input_may_lie_elsewhere_and_gain_what_is_said_of_it() -> None:
+    """A card, a certificate or scores beside a model change nothing that is read of it; its weights do."""
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    work(begin(data=["model"]))
+    shutil.copytree("model", "moved")
+    for name in ("README.md", "certificate.json", "importance.safetensors"):
+        Path("moved", name).write_text("said")
+    Path("moved/broken").symlink_to("nowhere")
+    with begin(data=["moved"]) as again:
+        assert again.resumed
+    Path("moved/model.safetensors").write_text("weights")
+    with pytest.raises(HalflapError, match=r"the content of data \(moved\) has changed"):
+        begin(data=["moved"])
 
 
 @pytest.mark.parametrize("name", ["json", "quiet"])

@@ -142,17 +142,14 @@ def said(run: Path) -> dict[str, Any]:
 
 def _short_tokens(setting: Setting) -> int:
     """Tokens of the short distillation that the student goes on from; 0 when there was none."""
-    return read_lineage(_short(setting))[-1]["tokens"] if _short(setting).exists() else 0
-
-
-def _short(setting: Setting) -> Path:
-    return shortlist.folder(setting.run.path, setting.plan) / "checkpoint"
+    short = shortlist.winner(setting.run.path, setting.plan)
+    return 0 if short is None else read_lineage(short)[-1]["tokens"]
 
 
 def _start_student(setting: Setting) -> HybridModel:
     """The winner of a short distillation goes on from there; blocks that the search trained are taken as they are."""
-    if _short(setting).exists():
-        return load_model(_short(setting), "float32")
+    if short := shortlist.winner(setting.run.path, setting.plan):
+        return load_model(short, "float32")
     return students.with_trained_blocks(load_model(setting.pruned, "float32"), setting.plan, setting.run.path)
 
 

@@ -164,6 +164,7 @@ def distill(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
     if recipe.teacher is None:
         students.check_unchanged(directory, teacher)
     memory.check_distill(recipe, run.path, teacher, read_config(directory))
+    students.check_vocabulary(directory, teacher)
     corpora = open_corpora(recipe.text, teacher.tokenizer, run.path / "corpus", recipe.eval_data)
     phases = plan_of(recipe.loss_settings.phases, recipe.fit, len(corpora.train), mesh.world_size())
     loader = training_loader(

@@ -25,6 +25,8 @@ def check_inputs(recipe: Any) -> None:
         leaf = leaves(type(recipe))[name]
         assert leaf.is_marked(INPUT)
         for value in values:
+            if not value:
+                raise HalflapError(f"{name} names an empty path; a shell variable may be unset: give a file or folder")
             if leaf.is_marked(STUDY):
                 study_path(value)
                 continue

@@ -6,6 +6,7 @@ keep their name (`--sizes.hidden-size`). No torch here.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -138,7 +139,7 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         _require("first_look", self.first_look, self.first_look >= 0, "at least 0")
-        _require("loss_tolerance", self.loss_tolerance, self.loss_tolerance >= 0, "at least 0")
+        _require("loss_tolerance", self.loss_tolerance, 0 <= self.loss_tolerance < math.inf, "at least 0 and finite")
         _require("max_overlap", self.max_overlap, 0 <= self.max_overlap <= 1, "from 0 to 1")
 
 

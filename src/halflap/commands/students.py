@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from halflap.checkpoints.checkpoint import Checkpoint, float_dtype, load_model, write_checkpoint
-from halflap.checkpoints.config import Lineage, find_directory, lineage_step, read_json, read_lineage
+from halflap.checkpoints.config import (
+    Lineage,
+    find_directory,
+    lineage_step,
+    read_config,
+    read_json,
+    read_lineage,
+)
 from halflap.checkpoints.streamed import StreamedModel
 from halflap.commands.cards import CERTIFICATE, write_card
 from halflap.commands.corpora import Corpora, tokenizer_place
@@ -51,6 +58,8 @@ BLOCKS = "blocks"
 """Folder of a search with the variants that it trained."""
 VERIFYING = ".verifying"
 """Folder of a student with what a comparison has so far."""
+LAST_WRITTEN = "README.md"
+"""Of the files of a checkpoint."""
 CERTIFIED_AT_ONCE = 300_000_000
 """Parameters up to which a student is certified as soon as it is written: seconds then, and many minutes for 8 B."""
 
@@ -123,6 +132,22 @@ def check_unchanged(student: Path, teacher: Teacher) -> None:
         raise HalflapError(
             f"the teacher in {str(teacher.checkpoint.path)!r} has changed since {str(student)!r} was cut from it "
             f"({before[:12]}, now {teacher.digest[:12]}); if it is the right one, name it with --teacher"
+        )
+
+
+def check_vocabulary(student: Path, teacher: Teacher) -> None:
+    """Raise HalflapError unless student and teacher read the same tokens."""
+    here, there = read_config(student).vocab_size, teacher.config.vocab_size
+    if here != there:
+        raise HalflapError(
+            f"the student in {str(student)!r} has {here} tokens and its teacher {there}; they must read the same: give "
+            "a student cut from this teacher, or its own teacher with --teacher"
+        )
+    both = all((place / "tokenizer.json").is_file() for place in (student, teacher.tokenizer_place))
+    if both and not Tokenizer.load(student).says_the_same(teacher.tokenizer):
+        raise HalflapError(
+            f"the tokenizer in {str(student)!r} is not that of the teacher in {str(teacher.checkpoint.path)!r}; they "
+            "must read the same tokens: give a student cut from this teacher, or its own teacher with --teacher"
         )
 
 
@@ -268,9 +293,10 @@ def prune(directory: Path, teacher: Teacher, plan: PruningPlan) -> dict[str, Any
 
     Raises CheckFailed when it is not its masked teacher; the student stays for `halflap verify` to look at.
     """
-    if (directory / CERTIFICATE).exists():
+    complete = is_complete(directory, plan)
+    if complete and (directory / CERTIFICATE).exists():
         return require_passed(read_json(directory / CERTIFICATE), directory)
-    if not is_complete(directory, plan):
+    if not complete:
         write_student(directory, teacher, plan, apply_plan(plan, teacher.checkpoint.tensors()))
     if count_parameters(teacher.config) > CERTIFIED_AT_ONCE:
         return None
@@ -290,8 +316,15 @@ def require_passed(certificate: dict[str, Any], directory: Path) -> dict[str, An
 
 
 def is_complete(directory: Path, plan: PruningPlan) -> bool:
-    """Whether the student of this plan lies there whole; README.md is the last file of a checkpoint to be written."""
-    return (directory / "README.md").exists() and PruningPlan.load(directory / PLAN) == plan
+    """Whether a student lies there whole. Raises HalflapError for one of another plan."""
+    if not (directory / LAST_WRITTEN).exists():
+        return False
+    if PruningPlan.load(directory / PLAN) != plan:
+        raise HalflapError(
+            f"{str(directory)!r} holds the student of another plan than is made now, as where times were measured anew "
+            "on another machine: go on from that student with `halflap distill`, or start again with --overwrite"
+        )
+    return True
 
 
 def save_trained(

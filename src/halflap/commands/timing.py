@@ -30,6 +30,7 @@ from halflap.files import write_json
 from halflap.inference.generate import require_positions
 from halflap.models.config import ModelConfig
 from halflap.models.model import HybridModel, initialize
+from halflap.models.quantization import weight_bytes
 from halflap.ops import select
 from halflap.progress import say
 from halflap.run import Run
@@ -116,7 +117,10 @@ def measure_costs(
     rounds: int = ROUNDS,
 ) -> CostTable:
     """The cost table of a model's blocks, kept in `path` while and after it is measured."""
-    check_memory(config, dtype, device)
+    largest = max(block_times.pass_bytes(config, condition, float_dtype(dtype).itemsize) for condition in conditions)
+    check_memory(
+        config, dtype, device, {"the cache": largest - weight_bytes(config, None, float_dtype(dtype).itemsize)}
+    )
     require_positions(config, max(condition.context for condition in conditions), "the longest context has")
     cuda = device.type == "cuda"
     return block_times.measure(

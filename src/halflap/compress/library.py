@@ -261,6 +261,9 @@ def _check_space(teacher: ModelConfig, space: SearchSpace) -> None:
             "must have attention, and a window at least 1 token: correct it or leave it out"
         )
     sizes = {size for block in teacher.blocks for size in block_sizes(block)}
+    for name in sizes:
+        if (given := getattr(space, name, ())) and min(given) < 1:
+            raise HalflapError(f"space.{name} has {min(given)}; a size is at least 1: correct it or leave it out")
     for field in dataclasses.fields(Sizes):
         if getattr(space, field.name, ()) and field.name not in sizes:
             raise HalflapError(

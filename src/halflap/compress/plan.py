@@ -211,6 +211,8 @@ class PruningPlan:
         if isinstance(data.get("sweep"), Mapping):
             found = ", ".join(row["path"] for row in data["sweep"]["values"])
             raise HalflapError(f"{str(path)!r} holds the best of several budgets; give one of them: {found}")
+        if "candidates" in data and data.get("plan") is None:
+            raise HalflapError(f"the search in {str(path)!r} is not finished; give its command again, which goes on")
         return PruningPlan.from_json(data["plan"] if isinstance(data.get("plan"), Mapping) else data)
 
 

@@ -302,10 +302,21 @@ def _measured(
         progress.start_at(len(trials) - len(todo))
         plans = [plan_for(trials[place]) for place in todo]
         for place, found in zip(todo, score(plans) if plans else (), strict=True):
+            if broken := [name for name, value in found.items() if not math.isfinite(value)]:
+                raise HalflapError(
+                    f"{measurement.name}: {broken[0]} of {_said(trials[place])} is {found[broken[0]]}, no number; the "
+                    "teacher's weights may not be finite, or its text reaches what no other did: `halflap score` on "
+                    "that text names the block"
+                )
             trials[place] = measurement.put(trials[place], found)
             save(trials)
             progress.advance()
     return trials
+
+
+def _said(trial: Trial) -> str:
+    sizes = ", ".join(f"{name} {value}" for name, value in trial.sizes.to_json().items())
+    return f"the candidate of {sizes or 'variants ' + ' '.join(trial.variants)}"
 
 
 def _by_glance(trials: Sequence[Trial], order: Callable[[Iterable[Trial]], list[Trial]]) -> list[Trial]:

@@ -142,6 +142,11 @@ class Tokenizer:
         """One more than the largest id, added tokens included."""
         return 1 + max(self._parsing.get_vocab(with_added_tokens=True).values())
 
+    def says_the_same(self, other: Tokenizer) -> bool:
+        """Whether every id is the same piece of text, however the two files are written."""
+        vocabularies = (one._parsing.get_vocab(with_added_tokens=True) for one in (self, other))
+        return self.content == other.content or len({frozenset(one.items()) for one in vocabularies}) == 1
+
     def check_matches(self, config_vocab_size: int) -> None:
         """Raise HalflapError unless a model of this vocabulary has a row for every token (it may have more)."""
         if self.vocab_size > config_vocab_size:

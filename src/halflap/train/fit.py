@@ -32,6 +32,7 @@ from halflap.train.phases import Plan
 
 HeldOut = Callable[[nn.Module], Mapping[str, float]] | Sequence[Any]
 Log = Callable[[dict[str, Any]], None]
+SAVE_SECONDS = 600  # what a machine that dies may lose of a long training, where its steps would be saved less often
 RECENT_STEPS = 20  # the returned loss is the mean of this many last steps
 
 
@@ -61,7 +62,7 @@ def fit(
     of phases has the learning rate of every step and ends the run after its last; the settings' schedule is not used.
     `until` stops after so many tokens; a fit of the same `tokens` on the same directory goes on to the same end.
     Returns loss (mean of the last steps), tokens, tokens_per_second, steps, and the last held-out numbers. Raises
-    HalflapError when a loss or gradient is not finite, and KeyboardInterrupt or SystemExit after saving.
+    HalflapError when a loss or gradient is not finite, and KeyboardInterrupt after saving.
     """
     alone = Trainee(model, objective, directory, log)
     return fit_together(
@@ -107,6 +108,7 @@ def fit_together(
     evaluate_every = max(1, steps // 10) if settings.evaluate_every is None else settings.evaluate_every
     whole = len(states) * (until or tokens)
     shown = Progress("train", whole, unit="tokens") if progress and mesh.is_main() else None
+    saved = time.monotonic()
     with Interrupts() as interrupts, shown or contextlib.nullcontext():
         if shown is not None:
             shown.start_at(sum(state.tokens for state in states))
@@ -124,15 +126,17 @@ def fit_together(
                     _log_window(state, row)
                     if held_out is not None and _due(state, evaluate_every) and not state.done:
                         _judge(state, held_out)
-                    if _due(state, save_every):
+                    overdue = mesh.world_size() == 1 and time.monotonic() - saved > SAVE_SECONDS
+                    if _due(state, save_every) or (overdue and save_every):
                         _save(state)
+                        saved = time.monotonic()
             for state in states:
                 _save(state)
         except KeyboardInterrupt:
             for state in states:
                 if not state.updating:
                     _save(state)
-            raise interrupts.reason() from None
+            raise
     for state in states:
         state.model.eval()
         if held_out is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from halflap.progress import is_quiet
+from halflap.progress import is_quiet, tell
 
 
 class Interrupts:
@@ -16,7 +16,6 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = False
-        self.signal = signal.SIGINT
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -33,10 +32,7 @@ class Interrupts:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested, self.signal = True, signal.Signals(number)
+        self.requested = True
         if not is_quiet():
-            print("\nstopping: saving the training state (again to stop at once)", file=sys.stderr, flush=True)
-
-    def reason(self) -> BaseException:
-        """What to raise after saving: KeyboardInterrupt, or the exit status of a terminated process."""
-        return SystemExit(128 + signal.SIGTERM) if self.signal == signal.SIGTERM else KeyboardInterrupt()
+            with contextlib.suppress(RuntimeError):  # it interrupted a print
+                tell("\nstopping: saving the training state (again to stop at once)")

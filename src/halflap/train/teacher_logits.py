@@ -102,9 +102,10 @@ def find_stored(
     """
     place, manifest = Path(directory), _manifest_of(digest, vocab_size, k)
     _check_manifest(place, manifest)
+    if was_stored(place) and _file(place, 0).exists():
+        TopKTeacher(place).read(0, batches(0))
     if not was_stored(place) or not all(_file(place, index).exists() for index in range(count)):
         return None
-    TopKTeacher(place).read(0, batches(0))
     return _cost(place, count, _read_manifest(place)["error"])
 
 
@@ -212,7 +213,9 @@ def _moved(tensor: Tensor | None, device: str) -> Tensor | None:
 
 
 def _tokens_digest(batch: Batch) -> bytes:
-    return hashlib.blake2b(batch.tokens.contiguous().numpy().tobytes(), digest_size=16).digest()
+    """Of the tokens and of which of them see each other."""
+    parts = [part.contiguous().numpy().tobytes() for part in (batch.tokens, batch.segments) if part is not None]
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
 def _to_planes(values: np.ndarray) -> np.ndarray:

@@ -106,6 +106,18 @@ def test_an_earlier_measurement_takes_this_searchs_costs(tmp_path: Path) -> None
     assert not again.calls and all(trial.costs["latency"] == 2.0 for trial in result.trials)
 
 
+def test_a_loss_that_is_no_number_names_its_candidate(tmp_path: Path) -> None:
+    def broken(plans: Sequence[PruningPlan]) -> Iterator[dict[str, float]]:
+        yield {"loss": 1.0}
+        yield {"loss": float("nan")}
+
+    with pytest.raises(HalflapError, match=r"loss of the candidate of hidden_size .* is nan, no number"):
+        ranked_search(FITTING, plan_for, broken, made_from={}, path=tmp_path / "search.json", shortlist=4)
+    assert SearchResult.load(tmp_path / "search.json").trials[0].loss == 1.0, "what was measured is kept"
+    with pytest.raises(HalflapError, match="is not finished; give its command again"):
+        PruningPlan.load(tmp_path / "search.json")
+
+
 def test_the_lowest_loss_wins(tmp_path: Path) -> None:
     score = Losses()
     result = run(tmp_path / "search.json", score)
