@@ -163,12 +163,17 @@ def test_prune_passes_over_what_is_late(teacher: Teacher, tmp_path: Path, monkey
 
 @pytest.mark.parametrize("relative", [True, False])
 def test_a_slow_minute_is_not_the_students(
-    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
+    teacher: Teacher,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    relative: bool,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(timing, "in_turns", Times(teacher.config, 1.0, slow=2.0))
     clock = clock_with(teacher, tmp_path, 5.5, relative)
     assert clock.seconds(shape(teacher, 5)) == 5 and clock.in_time(shape(teacher, 5))
     assert not clock.in_time(shape(teacher, 6)) and SPARE * 5 < 0.5
+    assert "the teacher's pass takes 2.0 times what it took" in capsys.readouterr().err
 
 
 def test_seconds_of_another_models_table_are_those_that_passed(

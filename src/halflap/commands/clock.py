@@ -34,6 +34,8 @@ MOST_CORRECTIONS, ASKED = 4, 3
 """How often the pace is corrected at most, and by how many of the likeliest students each time."""
 AGREES = 0.01
 """Share of a prediction by which the clock may differ from it without a correction."""
+BUSY = 1.5
+"""Times what the table tells of the teacher from which on a timing is suspect."""
 Shape = Callable[[Candidate], ModelConfig]
 
 
@@ -65,6 +67,11 @@ class Clock:
             shapes = {"teacher": config, "student": student}
             known[key] = timing.in_turns(shapes, condition, self.teacher.device, dtype)
             write_json(self.file, known)
+            if config == table.model and (slower := statistics.median(known[key]["teacher"]) / told) > BUSY:
+                say(
+                    f"the teacher's pass takes {slower:.1f} times what it took for the cost table: something "
+                    "else keeps the machine busy, and times that are measured now may mislead"
+                )
         teacher, taken = (statistics.median(known[key][name]) for name in ("teacher", "student"))
         return taken * told / teacher if self.relative or config == table.model else taken
 
