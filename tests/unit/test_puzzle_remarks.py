@@ -26,9 +26,9 @@ def said(*trials: Trial, **settings: Any) -> str | None:
         recipe=SimpleNamespace(settings=SearchSettings(shortlist=len(trials), replacement_tokens=100, **settings)),
         scoring=SimpleNamespace(rows=[100], sequence_length=10),
         importance=SimpleNamespace(tokens=0),
+        library=library_of(TINY),
     )
-    programme: Any = SimpleNamespace(library=library_of(TINY))
-    return puzzle.remark(given, programme, SearchResult({}, 9, trials))
+    return puzzle.remark(given, SearchResult({}, 9, trials))
 
 
 def trial(params: float, variants: tuple[str, ...]) -> Trial:
