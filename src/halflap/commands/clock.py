@@ -20,6 +20,7 @@ from halflap.checkpoints.config import read_json
 from halflap.commands import timing
 from halflap.commands.sections import Budgets
 from halflap.commands.students import Teacher, budget_of
+from halflap.commands.tables import joined
 from halflap.compress.cost_table import CostTable
 from halflap.compress.costs import SPARE, WITHIN, Budget
 from halflap.compress.search import PATIENCE
@@ -59,21 +60,32 @@ class Clock:
         told = table.seconds(config, condition)
         if student == config:
             return told
-        known = read_json(self.file) if self.file.exists() else {}
+        times = self._times(student)
+        teacher, taken = (statistics.median(times[name]) for name in ("teacher", "student"))
+        return taken * told / teacher if self.relative or config == table.model else taken
+
+    def _times(self, student: ModelConfig) -> dict[str, list[float]]:
+        """Seconds of the teacher's passes and the student's, taken in turns; once for each student and machine."""
+        config, condition, device = self.teacher.config, self.budget.condition, self.teacher.device
         dtype = timing.computed_in(self.teacher)
-        asked = [timing.machine(self.teacher.device, dtype), str(condition), config.to_json(), student.to_json()]
+        known = read_json(self.file) if self.file.exists() else {}
+        asked = [timing.machine(device, dtype), str(condition), config.to_json(), student.to_json()]
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         if key not in known:
-            shapes = {"teacher": config, "student": student}
-            known[key] = timing.in_turns(shapes, condition, self.teacher.device, dtype)
+            known[key] = timing.in_turns({"teacher": config, "student": student}, condition, device, dtype)
             write_json(self.file, known)
-            if config == table.model and (slower := statistics.median(known[key]["teacher"]) / told) > BUSY:
-                say(
-                    f"the teacher's pass takes {slower:.1f} times what it took for the cost table: something "
-                    "else keeps the machine busy, and times that are measured now may mislead"
-                )
-        teacher, taken = (statistics.median(known[key][name]) for name in ("teacher", "student"))
-        return taken * told / teacher if self.relative or config == table.model else taken
+            self._say_if_busy(statistics.median(known[key]["teacher"]))
+        return known[key]
+
+    def _say_if_busy(self, teacher_seconds: float) -> None:
+        table, config = self.budget.table, self.teacher.config
+        assert table is not None
+        slower = teacher_seconds / table.seconds(config, self.budget.condition)
+        if config == table.model and slower > BUSY:
+            say(
+                f"the teacher's pass takes {slower:.1f} times what it took for the cost table: something else keeps "
+                "the machine busy, and times that are measured now may mislead"
+            )
 
     def in_time(self, student: ModelConfig) -> bool:
         """With something to spare, as two timings of one shape differ; the teacher itself needs nothing."""
@@ -134,7 +146,7 @@ def agreed(clock: Clock | None, find: Find, shape_of: Shape) -> Fitting:
         f"the likeliest students took {abs(pace - 1):.1%} {'more' if pace > 1 else 'less'} than the cost table tells, "
         "and predicted times were corrected by that"
     )
-    return dataclasses.replace(found, remark="; ".join(filter(None, (found.remark, remark))))
+    return dataclasses.replace(found, remark=joined(found.remark, remark))
 
 
 def in_time_first(clock: Clock | None, find: Find, shape_of: Shape) -> Fitting:
@@ -147,7 +159,7 @@ def in_time_first(clock: Clock | None, find: Find, shape_of: Shape) -> Fitting:
         return found
     asked = found.candidates[: PATIENCE * ASKED]
     best = next((one for one in asked if clock.in_time(shape_of(one))), found.candidates[0])
-    remark = "; ".join(filter(None, (found.remark, clock.late(shape_of(best))))) or None
+    remark = joined(found.remark, clock.late(shape_of(best)))
     others = (one for one in found.candidates if one is not best)
     return dataclasses.replace(found, candidates=(best, *others), remark=remark)
 

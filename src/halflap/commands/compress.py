@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,7 @@ from halflap.commands.given import Given, with_dropped
 from halflap.commands.resolve import plan_of
 from halflap.commands.sections import Budgets, ScoreSettings
 from halflap.commands.students import Teacher, budget_of, has_ceiling, open_teacher
+from halflap.commands.tables import joined
 from halflap.commands.teaching import Origin, Tutor
 from halflap.compress.axes import Sizes, check_sizes, largest_sizes
 from halflap.compress.cost_table import CostTable
@@ -266,38 +267,22 @@ def _compress(
     length, seed = recipe.fit.sequence_length, recipe.common.seed
     measuring = training_loader(corpora, recipe.text, length, recipe.fit.micro_batch_rows, seed)
     training = training_loader(corpora, recipe.text, length, recipe.fit.batch_size, seed)
-    given = Given(
-        recipe,
-        run.path,
-        run.path,
-        teacher,
-        Importance("none", {}),
-        measuring,
-        training,
-        tutor,
-        times,
-        timed=judged_by is not None,
-    )
+    given = Given(recipe, run.path, run.path, teacher, Importance("none", {}), measuring, training, tutor, times)
     if has_ceiling(recipe.budgets):
         searching.check_unmeasured(given)
     importance, shortage = scoring.given_or_measured(recipe, run.path, teacher, measuring)
-    sizes, variants, remark, predicted = recipe.sizes, (), None, None
-    if has_ceiling(recipe.budgets):
-        found = searching.search(dataclasses.replace(given, importance=importance))
-        sizes, variants = with_dropped(found.chosen.sizes, recipe.sizes), found.chosen.variants
-        remark, predicted = found.remark, found.chosen.costs.get("latency")
-        plan = PruningPlan.from_json(found.plan or {})
-    else:
-        plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction)
-    certificate = students.prune(run.path / "pruned", teacher, plan)
+    chosen = _choose(dataclasses.replace(given, importance=importance, timed=judged_by is not None))
+    certificate = students.prune(run.path / "pruned", teacher, chosen.plan)
 
-    setting = arms.Setting(recipe, run, teacher, plan, importance, training, corpora, tutor)
+    setting = arms.Setting(recipe, run, teacher, chosen.plan, importance, training, corpora, tutor)
     table = arms.train_and_judge(setting)
     latency = late = None
     if times is not None and judged_by is not None:
-        file = run.path / "latency.json"
-        latency = timing.judge_latency(file, judged_by, times, tutor.teacher, plan.student, predicted)
+        file, shape = run.path / "latency.json", chosen.plan.student
+        latency = timing.judge_latency(file, judged_by, times, tutor.teacher, shape, chosen.predicted)
         late = timing.excess(latency, judged_by, times, tutor.teacher.config)
+    without = [name for name in recipe.controls if name not in table]
+    left_out = f"{', '.join(without)} left out: the student keeps all its Mamba heads" if without else None
     said = arms.said(run.path)
     write_card(
         run.checkpoint_dir,
@@ -312,20 +297,43 @@ def _compress(
         "pruned": table["pruned"],
         "student": table["student"],
         "parameters_ratio": table["student"]["parameters"] / table["teacher"]["parameters"],
-        "sizes": {name: value for name, value in vars(sizes).items() if value},
-        "variants": list(variants),
+        "sizes": {name: value for name, value in vars(chosen.sizes).items() if value},
+        "variants": list(chosen.variants),
         "pattern": teacher.config.pattern(),
         "verified": None if certificate is None else certificate["passed"],
         "latency": latency,
         "controls": [{"name": name, **table[name]} for name in recipe.controls if name in table],
         "held_out": corpora.held_out_is,
         **said,
-        "remark": _remarks(shortage, remark, late, without=[name for name in recipe.controls if name not in table]),
+        "remark": joined(shortage, chosen.remark, late, left_out),
         "report": str(build_report([run.path], run.path / "report.html")),
     }
 
 
 # ---- steps
+
+
+class _Chosen(NamedTuple):
+    """What becomes of a teacher: as a plan, and as what a search says of it."""
+
+    plan: PruningPlan
+    sizes: Sizes
+    variants: tuple[str, ...] = ()
+    remark: str | None = None
+    predicted: float | None = None
+    """Seconds of a pass."""
+
+
+def _choose(given: Given) -> _Chosen:
+    """By a search where there is a budget, else the sizes that were given."""
+    sizes, teacher = given.fixed, given.teacher
+    if not has_ceiling(given.recipe.budgets):
+        return _Chosen(
+            plan_for(given.importance, teacher.digest, teacher.config, sizes, given.recipe.norm_correction), sizes
+        )
+    found = searching.search(given)
+    best, plan = found.chosen, PruningPlan.from_json(found.plan or {})
+    return _Chosen(plan, with_dropped(best.sizes, sizes), best.variants, found.remark, best.costs.get("latency"))
 
 
 def _origin(student: Path, teacher: Teacher) -> Origin | None:
@@ -379,11 +387,6 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[
         best, remark = found.candidates[0], found.remark
         sizes, seconds = with_dropped(best.sizes, fixed), best.costs.get("latency")
     return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction), remark, seconds
-
-
-def _remarks(*remarks: str | None, without: list[str]) -> str | None:
-    left_out = f"{', '.join(without)} left out: the student keeps all its Mamba heads" if without else None
-    return "; ".join(part for part in (*remarks, left_out) if part) or None
 
 
 def _write_trained(directory: Path, pruned: Path, plan: PruningPlan, searched: Path, teacher: Teacher) -> None:

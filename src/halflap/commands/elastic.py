@@ -23,6 +23,7 @@ from halflap.commands.corpora import Corpora, held_out_batches, training_loader
 from halflap.commands.given import Given, with_dropped
 from halflap.commands.sections import Budgets
 from halflap.commands.students import Teacher, budget_of, has_ceiling, open_teacher
+from halflap.commands.tables import joined
 from halflap.commands.teaching import Tutor
 from halflap.compress.axes import Sizes, largest_sizes
 from halflap.compress.cost_table import CostTable
@@ -152,7 +153,7 @@ def compress(recipe: CompressRecipe, run: Run, teacher: Teacher, corpora: Corpor
         "pattern": teacher.config.pattern(),
         "verified": None if certificate is None else certificate["passed"],
         "held_out": corpora.held_out_is,
-        "remark": "; ".join(remark for remark in (shortage, *remarks) if remark) or None,
+        "remark": joined(shortage, *remarks),
         "report": str(build_report([run.path], run.path / "report.html")),
         "path": str(run.checkpoint_dir),
     }

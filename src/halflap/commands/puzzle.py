@@ -13,6 +13,7 @@ import numpy as np
 from halflap.checkpoints.streamed import AnyModel, StreamedModel
 from halflap.commands import scoring, students
 from halflap.commands.given import Given
+from halflap.commands.tables import joined
 from halflap.compress import local
 from halflap.compress.axes import Sizes
 from halflap.compress.costs import Budget
@@ -90,11 +91,11 @@ def remark(given: Given, result: SearchResult) -> str | None:
         )
     before = {"importance was measured": given.importance.tokens, "variants learnt": settings.block_tokens}
     tokens = settings.replacement_tokens
-    texts = (
+    return joined(
+        *remarks,
         students.learning_remark(given.scoring, "variants", settings.block_tokens),
         students.choosing_remark(given.scoring, "variants", "--replacement-tokens", tokens, before),
     )
-    return "; ".join([*remarks, *(text for text in texts if text)]) or None
 
 
 def _measured(given: Given, model: AnyModel, library: Library) -> Scores:

@@ -27,6 +27,7 @@ from halflap.commands.scoring import text_digest
 from halflap.commands.sections import Budgets, LossSettings
 from halflap.commands.shortlist import Shortlist
 from halflap.commands.students import Teacher
+from halflap.commands.tables import joined
 from halflap.compress.axes import Sizes, check_sizes, largest_sizes, resize
 from halflap.compress.cost_table import CostTable
 from halflap.compress.costs import BUDGETS, Budget, block_cost
@@ -120,8 +121,8 @@ def search(given: Given) -> SearchResult:
     found = agreed(clock, find, given.shape_of)
     result = _rank(given, model(), found)
     late = None if clock is None else clock.late(given.plan_for(result.chosen).student) or _fewer(given, result)
-    if remarks := [remark for remark in (method.remark(given, result), late) if remark]:
-        result = dataclasses.replace(result, remark="; ".join(filter(None, (*remarks, result.remark))))
+    if remark := joined(method.remark(given, result), late):
+        result = dataclasses.replace(result, remark=joined(remark, result.remark))
         result.save(given.place / SEARCH)
     return result
 
@@ -190,7 +191,8 @@ def _score(given: Given, model: HybridModel | None, batches: list[Batch], measur
             yield measure(_student(given, model, plan), asked, given.teacher)
 
     def together(plans: Sequence[PruningPlan]) -> Iterator[dict[str, float]]:
-        made_from = json.dumps({**_made_from_given(given), "text": text_digest(batches)})
+        made_of = _made_from(given.recipe, given.teacher, given.importance, given.times)
+        made_from = json.dumps({**made_of, "text": text_digest(batches)})
         scratch = Scratch(given.place / STREAMS, made_from)
         trained = given.shared / students.BLOCKS
         return measured(given.teacher, plans, batches, measure, scratch, with_teacher=agree, trained=trained)
@@ -280,7 +282,7 @@ def without_text(
         _made_from(recipe, teacher, importance, table),
         found.tried,
         trials,
-        "; ".join(filter(None, (found.remark, remark))),
+        joined(found.remark, remark),
         plan.to_json(),
     )
     result.save(place / SEARCH)
@@ -306,7 +308,7 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting) -> SearchResu
         "candidates were distilled": rounds[-1].tokens if rounds else 0,
     }
     remark = students.choosing_remark(given.scoring, "candidates", "--score-tokens", settings.score_tokens, before)
-    found = dataclasses.replace(found, remark="; ".join(part for part in (found.remark, remark) if part) or None)
+    found = dataclasses.replace(found, remark=joined(found.remark, remark))
     shared = (
         None
         if model is None
@@ -334,7 +336,7 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting) -> SearchResu
         found,
         given.plan_for,
         _score(given, model, batches, measure),
-        made_from=_made_from_given(given),
+        made_from=_made_from(recipe, given.teacher, given.importance, given.times),
         path=given.place / SEARCH,
         shortlist=settings.shortlist,
         look=look,
@@ -347,10 +349,6 @@ def _rank(given: Given, model: HybridModel | None, found: Fitting) -> SearchResu
     if rounds and shared is not None:
         shortlist.keep(shared, given.plan_for(result.chosen), rounds[-1].tokens)
     return result
-
-
-def _made_from_given(given: Given) -> dict[str, Any]:
-    return _made_from(given.recipe, given.teacher, given.importance, given.times)
 
 
 def _made_from(

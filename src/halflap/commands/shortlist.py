@@ -19,7 +19,7 @@ from halflap.checkpoints.config import lineage_step, read_json
 from halflap.commands import students
 from halflap.commands.memory import IN_TRAINING, LOGITS
 from halflap.commands.sections import LossSettings
-from halflap.commands.students import LAST_WRITTEN, Teacher
+from halflap.commands.students import Teacher
 from halflap.commands.teaching import Pupil, Tutor, distill_into, distill_together
 from halflap.compress.plan import PruningPlan
 from halflap.data.loader import Loader
@@ -109,7 +109,7 @@ def _train_alone(shared: Shortlist, pupil: Pupil, until: int) -> dict[str, Any]:
 def winner(place: Path, plan: PruningPlan) -> Path | None:
     """The checkpoint of a student that won a shortlist; None where there was none or it is not whole yet."""
     checkpoint = folder(place, plan) / "checkpoint"
-    return checkpoint if (checkpoint / LAST_WRITTEN).exists() else None
+    return checkpoint if students.is_whole(checkpoint) else None
 
 
 def keep(shared: Shortlist, plan: PruningPlan, tokens: int) -> None:

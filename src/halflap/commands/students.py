@@ -58,8 +58,6 @@ BLOCKS = "blocks"
 """Folder of a search with the variants that it trained."""
 VERIFYING = ".verifying"
 """Folder of a student with what a comparison has so far."""
-LAST_WRITTEN = "README.md"
-"""Of the files of a checkpoint."""
 CERTIFIED_AT_ONCE = 300_000_000
 """Parameters up to which a student is certified as soon as it is written: seconds then, and many minutes for 8 B."""
 
@@ -315,9 +313,14 @@ def require_passed(certificate: dict[str, Any], directory: Path) -> dict[str, An
     return certificate
 
 
+def is_whole(directory: Path) -> bool:
+    """Whether all of a checkpoint lies there; its card is the last file to be written."""
+    return (directory / "README.md").exists()
+
+
 def is_complete(directory: Path, plan: PruningPlan) -> bool:
     """Whether a student lies there whole. Raises HalflapError for one of another plan."""
-    if not (directory / LAST_WRITTEN).exists():
+    if not is_whole(directory):
         return False
     if PruningPlan.load(directory / PLAN) != plan:
         raise HalflapError(

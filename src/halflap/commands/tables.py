@@ -10,6 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 
+def joined(*remarks: str | None) -> str | None:
+    """Remarks as one, without those that are not made; None where none is."""
+    return "; ".join(remark for remark in remarks if remark) or None
+
+
 def generic(result: Mapping[str, Any], console: Console) -> None:
     """Name and value a line; a list of records becomes a table."""
     pairs = Table.grid(padding=(0, 2))

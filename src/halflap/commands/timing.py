@@ -42,7 +42,7 @@ LEAST_ROUNDS, MOST_ROUNDS, SECONDS_IN_TURNS = 3, 11, 20.0
 """Models that are compared take turns until so many seconds and the fewest rounds are over."""
 BURST = 0.1  # seconds
 SHARE_OF_MEMORY = 0.5
-"""Of what is free, up to which compared models are held together; the rest is for their caches and activations."""
+"""Of what is free, up to which compared models are held together; the rest is for their activations."""
 
 
 def machine(device: torch.device, dtype: str) -> dict[str, Any]:
@@ -117,10 +117,9 @@ def measure_costs(
     rounds: int = ROUNDS,
 ) -> CostTable:
     """The cost table of a model's blocks, kept in `path` while and after it is measured."""
-    largest = max(block_times.pass_bytes(config, condition, float_dtype(dtype).itemsize) for condition in conditions)
-    check_memory(
-        config, dtype, device, {"the cache": largest - weight_bytes(config, None, float_dtype(dtype).itemsize)}
-    )
+    width = float_dtype(dtype).itemsize
+    largest = max(block_times.pass_bytes(config, condition, width) for condition in conditions)
+    check_memory(config, dtype, device, {"the cache": largest - weight_bytes(config, None, width)})
     require_positions(config, max(condition.context for condition in conditions), "the longest context has")
     cuda = device.type == "cuda"
     return block_times.measure(
@@ -129,7 +128,7 @@ def measure_costs(
         machine(device, dtype),
         lambda shape, condition: seconds_of(shape, condition, device, dtype),
         path,
-        width=float_dtype(dtype).itemsize,
+        width=width,
         cache=torch.cuda.get_device_properties(device).L2_cache_size if cuda else environment.last_level_cache(),
         rounds=rounds,
     )

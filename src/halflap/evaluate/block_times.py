@@ -217,11 +217,6 @@ def timer_of(model: HybridModel, condition: Condition) -> Callable[[float], floa
     return timed
 
 
-def seconds_of(model: HybridModel, condition: Condition) -> float:
-    """The same over passes of SECONDS, from a model just made."""
-    return timer_of(model, condition)(SECONDS)
-
-
 def _decode_step(model: HybridModel, condition: Condition) -> Callable[[], object]:
     """A step whose token is the last of `context`, from a cache of random content; each call rewinds it."""
     cache = Cache.create(model.config, condition.batch, condition.context, model.dtype, model.device)

@@ -108,6 +108,7 @@ def fit_together(
     evaluate_every = max(1, steps // 10) if settings.evaluate_every is None else settings.evaluate_every
     whole = len(states) * (until or tokens)
     shown = Progress("train", whole, unit="tokens") if progress and mesh.is_main() else None
+    save_seconds = SAVE_SECONDS if save_every and mesh.world_size() == 1 else math.inf  # clocks of ranks differ
     saved = time.monotonic()
     with Interrupts() as interrupts, shown or contextlib.nullcontext():
         if shown is not None:
@@ -126,10 +127,12 @@ def fit_together(
                     _log_window(state, row)
                     if held_out is not None and _due(state, evaluate_every) and not state.done:
                         _judge(state, held_out)
-                    overdue = mesh.world_size() == 1 and time.monotonic() - saved > SAVE_SECONDS
-                    if _due(state, save_every) or (overdue and save_every):
+                    if _due(state, save_every):
                         _save(state)
-                        saved = time.monotonic()
+                if time.monotonic() - saved > save_seconds:
+                    for state in going:
+                        _save(state)
+                    saved = time.monotonic()
             for state in states:
                 _save(state)
         except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import torch
 
 from halflap.compress.cost_model import Condition
 from halflap.evaluate import block_times
-from halflap.evaluate.block_times import seconds_of, stacks
+from halflap.evaluate.block_times import stacks, timer_of
 from halflap.models.cache import Cache
 from halflap.models.decoder import Decoder
 from halflap.models.model import HybridModel, initialize
@@ -44,7 +44,7 @@ def test_the_median_of_passes_on_the_clock(tiny_config: Any, monkeypatch: pytest
     readings = iter([0, 1, 1, 2, 2, 12, 12, 13])
     monkeypatch.setattr(block_times, "now", lambda device: next(readings))
     monkeypatch.setattr(block_times, "LONG", 100.0)
-    assert seconds_of(model_of(tiny_config), Condition("decode", 8, 1)) == 1
+    assert timer_of(model_of(tiny_config), Condition("decode", 8, 1))(block_times.SECONDS) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -60,5 +60,5 @@ def test_a_step_is_the_last_token_of_the_context(batch: int, monkeypatch: pytest
     monkeypatch.setattr(Decoder, "__call__", watched)
     monkeypatch.setattr(block_times, "SECONDS", 0.0)
     monkeypatch.setattr(block_times, "LONG", 1e9)
-    assert seconds_of(model, Condition("decode", 24, batch)) > 0
+    assert timer_of(model, Condition("decode", 24, batch))(block_times.SECONDS) > 0
     assert seen == [(24, [24] * batch)] * (1 + block_times.LEAST_PASSES)
