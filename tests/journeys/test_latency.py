@@ -135,7 +135,10 @@ def test_predictions_are_corrected_by_the_clock(
         0.7 < share <= 0.8 and "took 16." in result["remark"] and "more than the cost table tells" in result["remark"]
     )
     best = result["candidates"][0]["costs"]["latency"] / made_up_seconds(read_config(place / "teacher"), condition)
-    assert share <= best == pytest.approx(share, rel=0.03), "what it is predicted to take leaves some to spare"
+    # sums of the same seconds in two orders
+    assert share * (1 - 1e-12) <= best == pytest.approx(share, rel=0.03), (
+        "what it is predicted to take leaves some to spare"
+    )
     known = json.loads((tmp_path / "run" / "clock.json").read_text())
     assert all({"teacher", "student"} == set(times) for times in known.values())
 

@@ -91,7 +91,10 @@ class StreamedModel:
     def resident(self, part: Part) -> Iterator[HybridModel]:
         """The model with the parameters of one part, and no storage for the others; dropped when the block ends."""
         names = self._parts[part]
-        self._fill({name: place(name, tensor, self.dtype, self.device) for name, tensor in self._read(names)})
+        with torch.autocast(torch.device(self.device).type, enabled=False):  # weights that are made are not rounded
+            made = {name: place(name, tensor, self.dtype, self.device) for name, tensor in self._read(names)}
+        self._fill(made)
+        del made
         try:
             yield self.shell
         finally:

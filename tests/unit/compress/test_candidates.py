@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from halflap.checkpoints.checkpoint import Checkpoint, load_model, write_checkpoint
 from halflap.checkpoints.passes import Passes, carry
 from halflap.checkpoints.shelf import Held, Shelf
-from halflap.checkpoints.streamed import largest_part
+from halflap.checkpoints.streamed import StreamedModel, largest_part
 from halflap.commands.students import build
 from halflap.compress.axes import Sizes
 from halflap.compress.candidates import Source
@@ -93,6 +93,24 @@ def test_each_tensor_is_read_once_for_all(teacher: Checkpoint, monkeypatch: pyte
     list(streamed(teacher, Held()))
     again = 1 + teacher.config.tie_word_embeddings  # the embedding is the head
     assert counted == Counter({name: again if name == "embedding.weight" else 1 for name in layout(teacher.config)})
+
+
+def test_weights_are_made_alike_within_autocast() -> None:
+    """Of a product of two maps, as `linear` makes it, the narrow arithmetic of a pass around it rounds nothing."""
+    model = HybridModel(HYMBA)
+    initialize(model, 0)
+
+    def doubled(names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names:
+            weight = model.state_dict()[name]
+            yield name, weight @ (2.1 * torch.eye(weight.shape[-1])) if weight.dim() == 2 else weight
+
+    made = StreamedModel(HYMBA, doubled, torch.float32)
+    expected = dict(doubled(list(layout(HYMBA))))
+    with torch.autocast("cpu", torch.bfloat16), made.resident(0) as whole:
+        assert torch.is_autocast_enabled("cpu")
+        found = {name: tensor for name, tensor in whole.state_dict().items() if not tensor.is_meta}
+    assert found and all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 class Stops:
