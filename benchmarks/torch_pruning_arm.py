@@ -73,7 +73,7 @@ def cut(directory: Path, train: list[str], place: Path, name: str, share: float)
     write(model, teacher.tokenizer, place / "pruned" / "checkpoint")
     student = load_model(place / "pruned" / "checkpoint").to(teacher.device)
     loss = students.next_token_loss(student, [batch.to(teacher.device) for batch in choosing], teacher)
-    return {"ratio": ratio, **sizes_of(model), "loss": loss}
+    return {"ratio": ratio, **sizes_of(model), **loss}
 
 
 def batches_of(teacher: Teacher, train: list[str], place: Path) -> tuple[list[Batch], list[Batch]]:

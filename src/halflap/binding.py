@@ -195,7 +195,8 @@ def _sentence(error: problem.CycloptsError, verb: str, verbs: list[str]) -> str:
             if error.argument.field_info.is_positional and not error.argument.tokens:
                 word = name.lstrip("-").upper()
                 return f"{verb} needs {word}; write `halflap {verb} {word}`, or {see}"
-            return f"{error.keyword or name} has too few values; {see}"
+            name = error.keyword or name
+            return f"{name} has too few values; write {name}=VALUE where one begins with -, or {see}"
     said = " ".join(str(error).split()).rstrip(".")
     return f"{said}; {see}"
 

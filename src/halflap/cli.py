@@ -170,23 +170,26 @@ def execute(call: Call) -> dict[str, Any]:
         _refuse_overwriting(file, inputs_of(recipe))
         settings["out"] = None
     with open_run(verb, settings, inputs_of(recipe), overwrite=recipe.common.overwrite, anew=row.anew) as run:
+        page = run.path / "report.html"
         if run.result is not None:
             say(f"this run is finished: {run.path} holds its result (--overwrite starts it again)")
         else:
             if run.resumed:
                 say(f"going on with the interrupted run in {run.path}")
+            page.unlink(missing_ok=True)  # of what was here before
             try:
-                result = run.finish(function(recipe, run))
+                run.finish(function(recipe, run))
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(run.path) from None
-            if "report" not in result:
-                import_module("halflap.report.page").build([run.path], run.path / "report.html")
             if not out:
                 say(f"the run is kept in {run.path}")
+        result = run.result or {}
+        if "report" not in result and not page.exists():
+            import_module("halflap.report.page").build([run.path], page)
         if file is None:
-            return run.result or {}
+            return result
         _publish(run.path / row.artifact, file)
-        return {**(run.result or {}), "path": str(file)}
+        return {**result, "path": str(file)}
 
 
 def _refuse_overwriting(file: Path, inputs: Mapping[str, Sequence[str]]) -> None:

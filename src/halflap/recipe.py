@@ -84,6 +84,7 @@ def flat(heading: str) -> Parameter:
 
 
 SWITCH = Parameter(negative=())
+ANY_TEXT = Parameter(allow_leading_hyphen=True)
 Count = Annotated[Amount, _amount("count")]
 Bytes = Annotated[Amount, _amount("bytes")]
 Duration = Annotated[Amount, _amount("seconds")]

@@ -213,10 +213,14 @@ def _begin(run: Run, settings: Mapping[str, Any], inputs: Inputs) -> None:
     run.save_json(ENVIRONMENT, environment.describe())
     with atomic_write(directory / RECIPE, "w") as file:
         file.write(to_yaml(run.verb, without_secrets(settings)))
+    (directory / METRICS).touch()
 
 
 def _has_work(directory: Path) -> bool:
-    return any(entry.name not in BEGUN and not entry.name.startswith(".") for entry in directory.iterdir())
+    return any(
+        entry.name not in BEGUN and not entry.name.startswith(".") and (entry.name != METRICS or entry.stat().st_size)
+        for entry in directory.iterdir()
+    )
 
 
 def _refuse_inputs_inside(directory: Path, named: Mapping[str, list[str]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from halflap.checkpoints.checkpoint import save_model
 from halflap.compress import partial
@@ -103,6 +104,18 @@ def test_a_killed_score_ends_in_the_same_bytes(
     assert (tmp_path / "killed" / "importance.safetensors").read_bytes() == whole
     assert count == 16 + 2 * 2 + 1 and len(result["removed"]) == 2  # no pass but the killed one was made twice
     assert not (tmp_path / "killed" / "scoring").exists()
+
+
+def test_blocks_score_alike_however_rows_are_batched(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
+    depths = []
+    for size in (1, 4, 32):
+        score = words(place, tmp_path / str(size), "--batch-size", size, tokens=1024)
+        at = score.index("--batch-size")
+        halflap(*score[:at], *score[at + 2 :])
+        depths.append(Importance.load(tmp_path / str(size) / "importance.safetensors").depth)
+    for name, depth in depths[0].items():
+        for other in depths[1:]:
+            torch.testing.assert_close(depth, other[name], rtol=1e-4, atol=1e-7)
 
 
 def test_text_that_is_too_short_is_said(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:

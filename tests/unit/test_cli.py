@@ -112,6 +112,9 @@ def test_inspect_reads_checkpoints_runs_and_shapes(halflap: Cli, tiny_checkpoint
         ("compress nemotron-h-8b --data x", 1, "a preset: a shape without weights"),
         ("compress nowhere --data x", 1, "model is 'nowhere', a path that does not exist"),
         ("export . --format gguff", 2, "--format is 'gguff'"),
+        ("generate nowhere --temperature -1", 2, "temperature is -1"),
+        ("chat nowhere --top-p 2", 2, "top_p is 2"),
+        ("generate nowhere --regex a --json-schema {}", 2, "json_schema and regex both"),
         ("inspect shape.yaml", 1, "did you mean 'shape.yml'?"),
         (
             "inspect shape.yml",
@@ -202,6 +205,9 @@ def test_a_run_is_found_again_and_its_result_is_the_same(halflap: Cli, corpus_ve
     assert first.json == second.json == {"tokens": 5, "bytes": 7}
     assert len(calls) == 1
     assert "this run is finished: shards holds its result" in second.err
+    assert Path("shards/metrics.jsonl").read_text() == ""
+    Path("shards/report.html").unlink()  # as of a process that was killed before it was there
+    assert halflap("corpus", "--data", "a.txt", "--out", "shards").status == 0 and Path("shards/report.html").exists()
     other = halflap("corpus", "--data", "a.txt", "--out", "shards", "--seed", "1")
     assert other.status == 1 and "seed is 0 there and 1 here" in other.err
     assert halflap("corpus", "--data", "a.txt", "--out", "shards", "--seed", "1", "--overwrite").status == 0

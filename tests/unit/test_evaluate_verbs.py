@@ -19,6 +19,7 @@ from halflap.checkpoints.checkpoint import save_model
 from halflap.commands import generate as generate_verb
 from halflap.data.corpus import build_corpus
 from halflap.data.tokenizer import Tokenizer, train_tokenizer
+from halflap.inference.generate import Completion
 from halflap.models.model import HybridModel, initialize
 from halflap.models.presets import preset
 
@@ -153,6 +154,12 @@ def test_generate(halflap: Cli, model: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     outcome = halflap(*words)
     assert outcome.status == 2 and "--prompt TEXT" in outcome.err
+
+
+def test_generated_text_is_written_as_it_is(halflap: Cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a[:x:]\tb :100: [red]c"
+    monkeypatch.setattr(generate_verb, "continue_prompts", lambda *given, **more: [Completion(text, [1], "stop")])
+    assert halflap("generate", model, "--prompt", "The sea").out == text + "\n"
 
 
 def test_generate_by_a_schema_or_an_expression(halflap: Cli, model: Path, tmp_path: Path) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
 
 from halflap.data.token_bytes import longest_token
 from halflap.data.tokenizer import train_tokenizer
+from halflap.inference.replies import Texts
 
 TEXT = "the cat sat on the mat, ünïcödé 日本語 🙂        <eos>\n\n"
 
@@ -20,6 +26,15 @@ def content() -> str:
 
 def changed(content: str, **parts: Any) -> str:
     return json.dumps(json.loads(content) | parts)
+
+
+def test_single_tokens_read_as_within_a_text() -> None:
+    """A decoder that takes the space before a text away does not take that of a token."""
+    core = tokenizers.Tokenizer(WordLevel({"\u2581cat": 0, "cat": 1, "<unk>": 2}, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = Metaspace(), decoders.Metaspace()
+    tokenizer = dataclasses.replace(train_tokenizer([TEXT] * 4, 300, progress=False), content=core.to_str())
+    assert tokenizer.decode([0]) == "cat" and tokenizer.decode([1, 0]) == "cat cat"
+    assert [Texts(tokenizer)[token] for token in (0, 1)] == [" cat", "cat"]
 
 
 def test_no_text_has_fewer_tokens(content: str) -> None:

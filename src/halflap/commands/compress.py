@@ -381,12 +381,14 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[
         )
     importance = Importance("none", {}) if file is None else scoring.read_importance(file, teacher)
     remark = seconds = None
+    keep_kinds = has_ceiling(recipe.budgets) and fixed.num_blocks is None
     if has_ceiling(recipe.budgets):
         table = timing.table_for(recipe.budgets, teacher, place)
         found = searching.unmeasured(recipe.budgets, table, teacher, importance, fixed, recipe.space, place)
         best, remark = found.candidates[0], found.remark
         sizes, seconds = with_dropped(best.sizes, fixed), best.costs.get("latency")
-    return plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction), remark, seconds
+    plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction, keep_kinds)
+    return plan, remark, seconds
 
 
 def _write_trained(directory: Path, pruned: Path, plan: PruningPlan, searched: Path, teacher: Teacher) -> None:

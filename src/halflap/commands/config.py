@@ -20,6 +20,7 @@ from halflap.commands.sections import (
 )
 from halflap.errors import RecipeError
 from halflap.recipe import (
+    ANY_TEXT,
     COMMON,
     SWITCH,
     TRAINING,
@@ -195,18 +196,24 @@ class GenerateRecipe:
     """Hugging Face directory or run directory."""
     prompt: tuple[str, ...] = ()
     """Prompts; standard input when not given."""
-    max_new_tokens: Positive = 128
-    """New tokens at most."""
+    max_new_tokens: Positive | None = None
+    """New tokens at most; 128, or as many as the model has positions for, when not given."""
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are cut away."""
     ignore_eos: Annotated[bool, SWITCH] = False
     """Go on after the end token."""
-    json_schema: str | None = None
+    json_schema: Annotated[str | None, ANY_TEXT] = None
     """A JSON schema that the answer matches: the file of one, or the schema itself."""
-    regex: str | None = None
+    regex: Annotated[str | None, ANY_TEXT] = None
     """A regular expression (of Rust's crate regex) that the answer matches."""
     common: Common = Common()
+
+    def __post_init__(self) -> None:
+        if self.json_schema is not None and self.regex is not None:
+            raise RecipeError("json_schema and regex both say what the answer matches; give one of the two")
+        if "" in self.stop:
+            raise RecipeError("stop has an empty text, which every answer holds: leave it out of --stop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +247,7 @@ class ChatRecipe:
     """Hugging Face directory or run directory."""
     prompt: tuple[str, ...] = ()
     """What is said, turn by turn; standard input when not given."""
-    system: str | None = None
+    system: Annotated[str | None, ANY_TEXT] = None
     """What the model is told before the conversation."""
     max_new_tokens: Positive = 1024
     """New tokens of a reply at most."""

@@ -26,7 +26,7 @@ from halflap.evaluate.held_out import evaluate_text
 from halflap.evaluate.probes import is_probe, probe_names
 from halflap.evaluate.recall import probe_lengths, run_probes, wilson
 from halflap.models.config import ModelConfig
-from halflap.models.count import count_parameters
+from halflap.models.count import cache_bytes, count_parameters
 from halflap.models.model import HybridModel
 from halflap.ops import select
 from halflap.run import Run
@@ -136,7 +136,8 @@ def bench(recipe: BenchRecipe, run: Run) -> dict[str, Any]:
     dtype = choose_dtype(recipe.common.dtype, device)
     is_checkpoint = Path(recipe.model).is_dir()
     quantization = read_quantization(find_directory(recipe.model), config) if is_checkpoint else None
-    check_memory(config, dtype, device, quantization=quantization)
+    cache = cache_bytes(config, max(recipe.prompt) + max(recipe.output), max(recipe.batch))  # or more, in float32
+    check_memory(config, dtype, device, {"the cache": cache}, quantization=quantization)
     if is_checkpoint:
         model = load_model(find_directory(recipe.model), dtype, device)
     else:

@@ -139,8 +139,12 @@ def _quantization(recipe: ExportRecipe, opened: Checkpoint) -> Quantization | No
         found = f"{opened.path} holds {before.name} weights; " if before else ""
         raise RecipeError(f"{found}packed weights are written as --format hf alone; add --quantize off for plain ones")
     if before is None:
-        wanted = Quantization.asked(str(asked), recipe.group_size, recipe.keep)
-        if not matrices(opened.config, wanted):
+        try:
+            wanted = Quantization.asked(str(asked), recipe.group_size, recipe.keep)
+            some = matrices(opened.config, wanted)
+        except HalflapError as error:
+            raise RecipeError(str(error)) from error
+        if not some:
             raise RecipeError("keep names all there is to pack; leave some of it out")
         return wanted
     if asked is not None or recipe.group_size or recipe.keep is not None or recipe.pad_to_stock:

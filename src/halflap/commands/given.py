@@ -75,7 +75,8 @@ class Given:
         if trial.variants:
             return self.plan_of_variants(self.library.named(trial.variants))
         sizes, teacher = with_dropped(trial.sizes, self.fixed), self.teacher
-        return plan_for(self.importance, teacher.digest, teacher.config, sizes, self.recipe.norm_correction)
+        keep_kinds = self.fixed.num_blocks is None  # else a number of blocks was asked for
+        return plan_for(self.importance, teacher.digest, teacher.config, sizes, self.recipe.norm_correction, keep_kinds)
 
     def shape_of(self, candidate: Candidate) -> ModelConfig:
         return self.plan_for(untried(candidate)).student

@@ -44,6 +44,8 @@ IMPORTANCE, SCRATCH = "importance.safetensors", "scoring"
 DEPTH_SHARE = 8
 """Blocks are removed one by one on this fraction of the calibration text: each costs a pass, and a quarter of the
 text that widths need suffices in the papers."""
+DEPTH_ROWS = 4
+"""Rows of a short text that they are removed on at least."""
 
 
 def importance(
@@ -165,16 +167,23 @@ def measure(
         return [dataclasses.replace(one, **common) for one in found]
     depth, removed = dict(found[0].depth), Row()
     if settings.depth_metric is None or settings.depth_metric not in depth:
-        part = on_device[: _removed_on(on_device)]
-        scores, removed = _depth(model, part, settings, scratch)
+        scores, removed = _depth(model, _removed_on(on_device), settings, scratch)
         depth |= scores
     return [
         dataclasses.replace(one, depth=depth, depth_metric=_ranks(settings), removed=removed, **common) for one in found
     ]
 
 
-def _removed_on(batches: list[Batch]) -> int:
-    return max(1, len(batches) // DEPTH_SHARE)
+def _removed_on(batches: list[Batch]) -> list[Batch]:
+    """The first rows, as many however they are batched."""
+    left = sum(len(batch.tokens) for batch in batches)
+    left = max(min(left, DEPTH_ROWS), left // DEPTH_SHARE)
+    found = []
+    for batch in batches:
+        if left > 0:
+            found.append(batch.rows(0, left))
+        left -= len(batch.tokens)
+    return found
 
 
 def _metrics(settings: ScoreSettings) -> tuple[str, ...]:
@@ -200,7 +209,7 @@ def _measure_streamed(
     """The same with one block in memory. Raises HalflapError for what needs gradients."""
     metrics = _metrics(settings)
     check_metrics(settings.metric, metrics)
-    part, removed = batches[: _removed_on(batches)], Row()
+    part, removed = _removed_on(batches), Row()
     depth: dict[str, torch.Tensor] = {}
     if settings.depth_iterative is not None:
         score = lambda gone: depth_scores_streamed(model, part, metrics[0], gone, scratch)

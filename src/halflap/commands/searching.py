@@ -233,7 +233,9 @@ def candidates(
     """Sizes that fit the budgets; those given as `fixed` are not varied."""
     check_sizes(teacher.config, fixed)
     by_type = grid is choices_by_type
-    order = drop_order(importance, teacher.config, by_type) if importance.depth or by_type else None
+    order = None
+    if importance.depth or by_type:
+        order = drop_order(importance, teacher.config, by_type, keep_kinds=fixed.num_blocks is None)
     given = {name: (value,) for name, value in vars(fixed).items() if value and name != "drop_blocks"}
     whole = largest_sizes(teacher.config)
     if fixed.num_attention_heads == whole.get("num_attention_heads", 0):  # with a key/value head some of these would go
@@ -259,7 +261,7 @@ def unmeasured(
 
     def shape_of(candidate: Candidate) -> ModelConfig:
         sizes = with_dropped(candidate.sizes, fixed)
-        return plan_for(importance, teacher.digest, teacher.config, sizes).student
+        return plan_for(importance, teacher.digest, teacher.config, sizes, keep_kinds=fixed.num_blocks is None).student
 
     return in_time_first(
         clock_of(budgets, table, teacher, place / CLOCK),
@@ -277,7 +279,9 @@ def without_text(
         "no text was given, so candidates stand as their cuts are expected to hurt; name some with --data to measure"
     )
     trials = tuple(map(untried, found.candidates))
-    plan = plan_for(importance, teacher.digest, teacher.config, trials[0].sizes, norm_correction=recipe.norm_correction)
+    plan = plan_for(
+        importance, teacher.digest, teacher.config, trials[0].sizes, recipe.norm_correction, keep_kinds=True
+    )
     result = SearchResult(
         _made_from(recipe, teacher, importance, table),
         found.tried,

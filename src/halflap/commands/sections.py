@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -16,7 +16,9 @@ from cyclopts import Parameter
 from halflap.amounts import Amount
 from halflap.data.config import Data
 from halflap.errors import RecipeError
+from halflap.inference.requests import SamplingParams
 from halflap.recipe import (
+    ANY_TEXT,
     BUDGETS,
     DISTILLATION,
     IMPORTANCE,
@@ -292,6 +294,9 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Above 1 makes tokens of the text so far less likely."""
 
+    def __post_init__(self) -> None:
+        SamplingParams(**asdict(self))  # refuses what cannot be
+
 
 @flat(SERVING)
 @dataclass(frozen=True, kw_only=True)
@@ -369,5 +374,5 @@ class Vllm:
     """Groups of GPUs that take some of the layers each."""
     ray: str | None = None
     """Spread a replica over a Ray cluster: host:port, or auto (the one this machine is part of)."""
-    engine_args: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
+    engine_args: Annotated[str | None, ANY_TEXT] = None
     """Words for `vllm serve` itself, in one text: '--quantization fp8 --gpu-memory-utilization 0.8'."""

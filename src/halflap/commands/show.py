@@ -199,7 +199,7 @@ def generate(result: Mapping[str, Any], console: Console) -> None:
         return
     texts = result["text"] if isinstance(result["text"], list) else [result["text"]]
     for text in texts:
-        console.print(text, markup=False)
+        print(text, file=console.file)  # as it is: rich would make emoji of `:x:`, and spaces of tabs
 
 
 def study(result: Mapping[str, Any], console: Console) -> None:

@@ -155,7 +155,7 @@ def kept_after(config: ModelConfig, sizes: Sizes, drop_order: tuple[int, ...] | 
     gone = set(sizes.drop_blocks)
     for name, blocks in {"num_blocks": everything, **block_types(config)}.items():
         wanted = getattr(sizes, name)
-        if wanted is not None and wanted < len(blocks):
+        if wanted is not None and wanted < len(blocks) and not sizes.drop_blocks:  # which say as many
             members = set(blocks)
             order = [index for index in (everything[::-1] if drop_order is None else drop_order) if index in members]
             gone |= set(order[: len(blocks) - wanted])

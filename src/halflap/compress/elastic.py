@@ -125,7 +125,7 @@ def sort_plan(importance: Importance, teacher: str, config: ModelConfig) -> Prun
 
 def elastic_of(importance: Importance, config: ModelConfig, norm_correction: str) -> Elastic:
     """Of a checkpoint sorted by this importance, before any size of it is chosen."""
-    order = drop_order(importance, config) if importance.depth else ()
+    order = drop_order(importance, config, keep_kinds=True) if importance.depth else ()
     return Elastic(order, norm_correction, importance=importance.digest)
 
 

@@ -282,7 +282,7 @@ def _variants(block: BlockConfig, space: SearchSpace, width: float, shared: bool
     windows = _windows_of(block, space, length)
     for *values, window in itertools.product(*lists, (None, *windows) if space.window else (None,)):
         sizes: dict[str, Any] = {s: v for s, v in zip(given, values, strict=True) if v < own[s]}
-        if go_together(sizes):
+        if go_together(own | sizes):
             _add(found, block, Variant(Sizes(**sizes), Change(window=window)))
     for variant in _automatic(block, [row for row in rows if row.size not in given], 1 - width):
         _add(found, block, variant)

@@ -52,11 +52,19 @@ DEPTH_ORDER: tuple[str, ...] = (
 
 
 def plan_for(
-    importance: Importance, teacher: str, config: ModelConfig, sizes: Sizes, norm_correction: str = "masked"
+    importance: Importance,
+    teacher: str,
+    config: ModelConfig,
+    sizes: Sizes,
+    norm_correction: str = "masked",
+    keep_kinds: bool = False,
 ) -> PruningPlan:
-    """The plan that reaches the sizes and keeps what scores highest. Raises HalflapError on sizes that cannot be."""
+    """The plan that reaches the sizes and keeps what scores highest; keep_kinds: as of `drop_order`.
+
+    Raises HalflapError on sizes that cannot be.
+    """
     check_sizes(config, sizes)
-    by_block = dict.fromkeys(kept_blocks(importance, config, sizes), sizes)
+    by_block = dict.fromkeys(kept_blocks(importance, config, sizes, keep_kinds), sizes)
     return plan_by_block(importance, teacher, config, by_block, norm_correction, hidden_size=sizes.hidden_size)
 
 
@@ -104,19 +112,20 @@ def top(scores: Tensor, count: int) -> Tensor:
 # ---- depth
 
 
-def kept_blocks(importance: Importance, config: ModelConfig, sizes: Sizes) -> Row:
+def kept_blocks(importance: Importance, config: ModelConfig, sizes: Sizes, keep_kinds: bool = False) -> Row:
     """Blocks that stay, ascending: all but `drop_blocks`, or of all or of each type as many as asked, the best."""
     by_type = bool(counts_by_type(sizes))
     ranked = by_type or sizes.num_blocks not in (None, len(config.blocks))
-    return kept_after(config, sizes, drop_order(importance, config, by_type) if ranked else None)
+    return kept_after(config, sizes, drop_order(importance, config, by_type, keep_kinds) if ranked else None)
 
 
-def drop_order(importance: Importance, config: ModelConfig, by_type: bool = False) -> Row:
+def drop_order(importance: Importance, config: ModelConfig, by_type: bool = False, keep_kinds: bool = False) -> Row:
     """All blocks, the least important first; blocks of one layer together, by the sum of their scores.
 
-    The best of every kind goes last of all: without any attention, say, a model is another kind of model, which stock
-    transformers cannot decode with a cache. A block whose keys and values others read goes after them.
-    `by_type`: for counts of each type; see `ranks_blocks`.
+    A block whose keys and values others read goes after them. keep_kinds: the best of every kind goes last of all, as a
+    search chooses that is asked for a budget and not for a depth: without any attention, say, a model is another kind
+    of model, which stock transformers cannot decode with a cache. `by_type`: for counts of each type; see
+    `ranks_blocks`.
     """
     metric = ranks_blocks(importance, by_type)
     if metric is None:
@@ -124,7 +133,7 @@ def drop_order(importance: Importance, config: ModelConfig, by_type: bool = Fals
             "the importance file has no score of whole blocks, so none can be dropped; run `halflap score` again with "
             "--depth-metric, or name them with --sizes.drop-blocks"
         )
-    return rank_blocks(importance.depth[metric].tolist(), config, importance.removed)
+    return rank_blocks(importance.depth[metric].tolist(), config, importance.removed, keep_kinds)
 
 
 def ranks_blocks(importance: Importance, by_type: bool = False) -> str | None:
@@ -136,12 +145,13 @@ def ranks_blocks(importance: Importance, by_type: bool = False) -> str | None:
     return importance.depth_metric or next((name for name in order if name in importance.depth), None)
 
 
-def rank_blocks(scores: Sequence[float], config: ModelConfig, removed: Row = ()) -> Row:
+def rank_blocks(scores: Sequence[float], config: ModelConfig, removed: Row = (), keep_kinds: bool = False) -> Row:
     """`drop_order` by these scores (L,), after the blocks that are removed already."""
     units = [unit for unit in depth_units(config) if not {*unit} & {*removed}]
     units.sort(key=lambda unit: sum(scores[index] for index in unit))
-    best = {type(config.blocks[index]): unit for unit in units for index in unit}
-    units.sort(key=lambda unit: unit in best.values())  # stable
+    if keep_kinds:
+        best = {type(config.blocks[index]): unit for unit in units for index in unit}
+        units.sort(key=lambda unit: unit in best.values())  # stable
     return (*removed, *(index for unit in _readers_first(units, config, removed) for index in unit))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 PREFILL_TOKENS = 8192  # tokens of one prefill pass, all rows together: bounds its memory whatever the prompts
 SMALLEST_CHUNK = 256
+NEW_TOKENS = 128  # where no number is asked for
 CACHE_AHEAD = 512  # new tokens for which cache memory is taken at once
 
 
@@ -78,7 +80,7 @@ class _Row:
 def generate(
     model: HybridModel,
     prompts: Sequence[Prompt],
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     *,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -96,20 +98,23 @@ def generate(
     """Continue prompts (text or token ids) as one batch; greedy unless `temperature` is above 0.
 
     Each text matches `json_schema` (as data, or as JSON) or `regex` (of Rust's crate regex), as far as it comes within
-    `max_new_tokens`. `tokenizer` defaults to `model.tokenizer`; without any, prompts must be token ids and `text` is
-    "". `stream(row, piece)` is called as text becomes certain. Row i samples as a single prompt with seed `seed + i`
-    would. Raises HalflapError for a wrong prompt, token id, schema or sampling value, or when the model's positions do
-    not suffice.
+    `max_new_tokens`, by default 128 or as many as there are positions for. `tokenizer` defaults to `model.tokenizer`;
+    without any, prompts must be token ids and `text` is "". `stream(row, piece)` is called as text becomes certain. Row
+    i samples as a single prompt with seed `seed + i` would. Raises HalflapError for a wrong prompt, token id, schema or
+    sampling value, or when the model's positions do not suffice.
     """
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     stop = _checked_stop(stop, tokenizer)
-    require_number("max_new_tokens", max_new_tokens, whole=True)
-    if max_new_tokens < 1:
-        raise HalflapError(f"max_new_tokens is {max_new_tokens}; it must be at least 1: ask for a token or more")
+    if max_new_tokens is not None:
+        require_number("max_new_tokens", max_new_tokens, whole=True)
+        if max_new_tokens < 1:
+            raise HalflapError(f"max_new_tokens is {max_new_tokens}; it must be at least 1: ask for a token or more")
     ids = encode_prompts(prompts, model.config, tokenizer)
     if not ids:
         return []
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(NEW_TOKENS, most_positions(model.config) - max(map(len, ids))))
     require_positions(model.config, max(map(len, ids)) + max_new_tokens, "the longest prompt and its new tokens need")
     ends = end_tokens(model, tokenizer)
     grammar = _grammar(json_schema, regex)
@@ -187,10 +192,15 @@ def end_tokens(model: HybridModel, tokenizer: Tokenizer | None) -> frozenset[int
     return frozenset(i for i in ends if i is not None)
 
 
-def require_positions(config: ModelConfig, length: int, what: str) -> None:
-    """Raise HalflapError when `length` passes what rotary attention was made for; without it there is no such end."""
+def most_positions(config: ModelConfig) -> int:
+    """What rotary attention was made for; without it there is no end."""
     rotary = any(block.attention is not None and block.attention.rope is not None for block in config.blocks)
-    if rotary and length > config.max_position_embeddings:
+    return config.max_position_embeddings if rotary else sys.maxsize
+
+
+def require_positions(config: ModelConfig, length: int, what: str) -> None:
+    """Raise HalflapError when `length` passes `most_positions`."""
+    if length > most_positions(config):
         raise HalflapError(
             f"{what} {length} positions, and the model's rotary embedding has {config.max_position_embeddings}: "
             "give or ask for at most as many"

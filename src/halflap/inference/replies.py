@@ -22,7 +22,7 @@ SCORED_AT_ONCE = 64  # places of a prompt whose logits are held at once
 
 
 class Texts:
-    """The text of single tokens, remembered."""
+    """The text of single tokens as they read within a text, with the space that some begin with; remembered."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
@@ -32,7 +32,7 @@ class Texts:
         if self.tokenizer is None:
             return ""
         if token not in self._known:
-            self._known[token] = self.tokenizer.decode([token])
+            self._known[token] = self.tokenizer.token_bytes(token).decode(errors="replace")
         return self._known[token]
 
 

@@ -132,7 +132,7 @@ def test_places_rank_as_the_depth_scores_did(family: str) -> None:
     config = FAMILIES[family]
     importance = importance_of(random_model(config))
     elastic = elastic_of(importance, config, "masked")
-    assert elastic.drop_order == drop_order(importance, config)
+    assert elastic.drop_order == drop_order(importance, config, keep_kinds=True)
     assert drop_order(elastic.ranking(config, TEACHER), config) == elastic.drop_order
     assert drop_order(elastic.ranking(config, TEACHER), config, by_type=True) == elastic.drop_order
 

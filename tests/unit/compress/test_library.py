@@ -15,7 +15,7 @@ from halflap.compress.grid import SearchSpace, choices
 from halflap.compress.library import WHOLE, Library, Option, library_of
 from halflap.compress.programme import Programme, student_of
 from halflap.errors import HalflapError
-from halflap.models.config import ModelConfig
+from halflap.models.config import AttentionConfig, MLPConfig, ModelConfig
 from halflap.models.presets import hymba, preset
 
 TEACHER = read_config(Path(__file__).parents[3] / "demo" / "teacher")
@@ -74,6 +74,14 @@ def test_what_saves_nothing_is_not_tried() -> None:
         }
     short = library.saving(Budget(memory=1, context=32))
     assert not any(option.variant.change.window for option in short.options), "it hides nothing of such a context"
+
+
+def test_lists_of_both_kinds_of_heads_go_together_with_what_a_block_has() -> None:
+    """Of 8 query and 4 key/value heads: 6 are no multiple of 4, and of 2 they are."""
+    config = ModelConfig("llama", 64, 32, (AttentionConfig(8, 4, 4), MLPConfig(64, "silu", gated=True)) * 2)
+    space = SearchSpace(num_attention_heads=(6, 4), num_key_value_heads=(2,))
+    found = [o.name for o in library_of(config, space).options if o.blocks == (0,) and "num_" in o.name]
+    assert sorted(found) == ["0 num_attention_heads 4", "0 num_key_value_heads 2"]
 
 
 def test_windows_of_a_group_are_one() -> None:

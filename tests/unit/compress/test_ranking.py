@@ -97,12 +97,19 @@ def test_the_least_important_blocks_go() -> None:
         made(Sizes(num_blocks=2), dataclasses.replace(scores, depth={}))
 
 
-def test_the_best_block_of_every_kind_goes_last() -> None:
+def test_the_best_block_of_every_kind_goes_last_if_kinds_are_kept() -> None:
     """A hybrid stays one: its only attention goes after everything that has its like, however low it scores."""
     scores = importance()
     scores.depth["block_influence"][:] = torch.tensor([0.4, 0.2, 0.0, 0.3])
-    assert drop_order(scores, CONFIG) == (1, 2, 3, 0)
-    assert made(Sizes(num_blocks=3), scores).student.pattern() == "M*-"
+    assert drop_order(scores, CONFIG, keep_kinds=True) == (1, 2, 3, 0) and drop_order(scores, CONFIG) == (2, 1, 3, 0)
+    plan = plan_for(scores, "teacher", CONFIG, Sizes(num_blocks=3), keep_kinds=True)
+    assert plan.student.pattern() == "M*-" and made(Sizes(num_blocks=3), scores).student.pattern() == "M--"
+
+
+def test_a_number_of_blocks_beside_their_list_drops_the_list_alone() -> None:
+    scores = importance()
+    scores.depth["block_influence"][:] = torch.tensor([0.4, 0.1, 0.3, 0.2])
+    assert kept_blocks(scores, CONFIG, Sizes(num_blocks=3, drop_blocks=(2,))) == (0, 1, 3)
 
 
 def test_llama_drops_layers() -> None:

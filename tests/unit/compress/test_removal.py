@@ -163,8 +163,9 @@ def test_what_was_removed_goes_first_and_the_rest_by_the_last_round(make: Make, 
 def test_the_named_metric_ranks(make: Make) -> None:
     config: ModelConfig = make("nemotron_h").config
     depth = {"kl": torch.tensor([4.0, 3.0, 2.0, 1.0]), "kl_rank": torch.tensor([1.0, 2.0, 3.0, 4.0])}
-    assert drop_order(Importance("x", {}, depth), config)[0] == 3
-    assert drop_order(Importance("x", {}, depth, depth_metric="kl_rank"), config)[0] == 1  # the only M and * go last
+    named = Importance("x", {}, depth, depth_metric="kl_rank")
+    assert drop_order(Importance("x", {}, depth), config)[0] == 3 and drop_order(named, config)[0] == 0
+    assert drop_order(named, config, keep_kinds=True)[0] == 1  # the only M and * go last
 
 
 def test_counts_of_each_type_take_final_hidden_states_by_ranks_where_no_metric_is_named(make: Make) -> None:
@@ -173,7 +174,7 @@ def test_counts_of_each_type_take_final_hidden_states_by_ranks_where_no_metric_i
     unnamed, named = Importance("x", {}, depth), Importance("x", {}, depth, depth_metric="kl")
     assert ranks_blocks(unnamed) == ranks_blocks(named, by_type=True) == "kl"
     assert ranks_blocks(unnamed, by_type=True) == "hidden_mse_rank"
-    assert drop_order(unnamed, config)[0] == 3 and drop_order(unnamed, config, by_type=True)[0] == 1
+    assert drop_order(unnamed, config)[0] == 3 and drop_order(unnamed, config, by_type=True)[0] == 0
 
 
 @pytest.mark.parametrize(("family_name", "count"), [("nemotron_h", 4), ("nemotron_h", 9), ("llama", 1), ("llama", 4)])

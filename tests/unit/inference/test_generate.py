@@ -163,6 +163,14 @@ def test_rotary_positions_end(tokenizer: Tokenizer) -> None:
     assert len(generate(tiny("nemotron_h", max_position_embeddings=20), [[1, 2]], 19, ignore_eos=True)[0].tokens) == 19
 
 
+def test_without_a_number_there_are_as_many_tokens_as_positions(tokenizer: Tokenizer) -> None:
+    few = tiny("llama", max_position_embeddings=20)
+    assert len(generate(few, [[1, 2], [1, 2, 3]], ignore_eos=True)[0].tokens) == 17
+    assert len(generate(tiny("nemotron_h", max_position_embeddings=20), [[1, 2]], ignore_eos=True)[0].tokens) == 128
+    with pytest.raises(HalflapError, match=r"need 21 positions.* has 20"):
+        generate(few, [[1] * 20])
+
+
 def test_a_larger_tokenizer_is_refused(tokenizer: Tokenizer) -> None:
     config = ModelConfig("llama", tokenizer.vocab_size - 1, 32, FAMILIES["llama"])
     with pytest.raises(HalflapError, match="tokenizer has"):

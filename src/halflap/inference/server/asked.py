@@ -113,7 +113,7 @@ def chat(body: ChatBody, prompts: Prompts, settings: ServerSettings) -> Asked:
         tool_format=form,
         tool_names=frozenset(tool.function.name for tool in tools),
         most_calls=1 if body.parallel_tool_calls is False else None,
-        trimmed=not prompts.has_template,
+        trimmed=not prompts.has_template and grammar is None,
     )
 
 

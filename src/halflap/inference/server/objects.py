@@ -149,6 +149,7 @@ class ChatReply(_Reply):
         self._content: list[list[dict[str, Any]]] = [[] for _ in range(self.count)]
         self._reasons: list[str | None] = [None] * self.count
         self._begun: set[int] = set()
+        self._started: set[int] = set()  # choices of which some text has come
 
     def _added(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
         parts = self._parts(choice, piece)
@@ -177,7 +178,11 @@ class ChatReply(_Reply):
         return self._object([self._choice(i) for i in range(self.count)], usage)
 
     def _parts(self, choice: int, piece: Piece) -> list[str | ToolCall]:
-        text = piece.text.lstrip() if self.asked.trimmed and not self._text[choice] else piece.text
+        text = piece.text
+        if self.asked.trimmed and choice not in self._started:
+            text = text.lstrip()
+            if text:
+                self._started.add(choice)
         if self._parsers is None:
             return [text] if text else []
         parts = list(self._parsers[choice].push(text))

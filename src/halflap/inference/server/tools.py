@@ -156,8 +156,10 @@ def parse_calls(text: str, names: Collection[str]) -> list[ToolCall]:
             calls.append(ToolCall(name, arguments))
         elif isinstance(arguments, dict):
             try:
-                calls.append(ToolCall(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)))
-            except (ValueError, RecursionError):  # NaN, or nested too deep
+                written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+                written.encode()
+                calls.append(ToolCall(name, written))
+            except (ValueError, RecursionError):  # NaN, half a surrogate pair, or nested too deep
                 return []
         else:
             return []

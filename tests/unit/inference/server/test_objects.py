@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from halflap.inference.requests import Piece, Request, Token
 from halflap.inference.server.asked import Asked
 from halflap.inference.server.objects import ChatReply, CompletionReply
+from halflap.inference.server.tools import HERMES
 
 
 def asked(stream: bool) -> Asked:
@@ -39,3 +43,20 @@ def test_a_stream_keeps_nothing_of_what_it_has_sent(kind: Any) -> None:
     assert len(sent) >= 3 and sent[-1]["choices"][0]["logprobs"]
     kept = str(reply.whole({})["choices"])
     assert "b" in str(sent[-2]) and "'b'" not in kept and "'c'" not in kept
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_only_the_beginning_of_a_reply_is_trimmed(stream: bool) -> None:
+    """Of a call too, of which no text comes before it is whole."""
+    call = '{"name": "say", "arguments": {"text": "hello  world"}}'
+    names = {"tool_format": HERMES, "tool_names": frozenset({"say"}), "trimmed": True}
+    reply = ChatReply(dataclasses.replace(asked(stream), logprobs=False, **names), "tiny", lambda token: b"")
+    pieces = [" ", "\n<tool_call>", *re.findall(r"\s*\S+", call), "</tool_call>"]
+    chunks = [chunk for text in pieces for chunk in reply.add(0, Piece(0, text, ()))]
+    chunks += reply.add(0, Piece(0, "", (), finish_reason="stop"))
+    if stream:
+        changes = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+        (found,) = [one for change in changes for one in change.get("tool_calls", ())]
+    else:
+        (found,) = reply.whole({})["choices"][0]["message"]["tool_calls"]
+    assert json.loads(found["function"]["arguments"]) == {"text": "hello  world"}

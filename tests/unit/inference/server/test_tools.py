@@ -30,6 +30,7 @@ CASES = [
     (NEMOTRON, f"<TOOLCALL>[{CALL}, {CALL}]</TOOLCALL>", "", 2),
     (HERMES, '<tool_call>{"name": ["add"]}</tool_call>', '<tool_call>{"name": ["add"]}</tool_call>', 0),
     (WHOLE, '{"name": "add", "arguments": {"a": NaN}}', '{"name": "add", "arguments": {"a": NaN}}', 0),
+    (WHOLE, '{"name": "add", "arguments": {"a": "\\ud83d"}}', '{"name": "add", "arguments": {"a": "\\ud83d"}}', 0),
     (WHOLE, '{"name": "add", "arguments": [1]}', '{"name": "add", "arguments": [1]}', 0),
     (WHOLE, '{"name": "sub", "parameters": {}}', "", 1),
     (WHOLE, f"{CALL}\n{CALL}; {CALL}", "", 3),
