@@ -38,8 +38,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def words(place: Path, out: Path, *more: object, tokens: int = 512) -> tuple[object, ...]:
-    common = ("--data", place / "text.jsonl", "--tokens", tokens, "--sequence-length", 16, "--batch-size", 2)
+def words(place: Path, out: Path, *more: object, tokens: int = 512, rows: int = 2) -> tuple[object, ...]:
+    common = ("--data", place / "text.jsonl", "--tokens", tokens, "--sequence-length", 16, "--batch-size", rows)
     return ("score", place / "teacher", *common, "--out", out, *more)
 
 
@@ -108,11 +108,9 @@ def test_a_killed_score_ends_in_the_same_bytes(
 
 def test_blocks_score_alike_however_rows_are_batched(halflap: Callable[..., Any], place: Path, tmp_path: Path) -> None:
     depths = []
-    for size in (1, 4, 32):
-        score = words(place, tmp_path / str(size), "--batch-size", size, tokens=1024)
-        at = score.index("--batch-size")
-        halflap(*score[:at], *score[at + 2 :])
-        depths.append(Importance.load(tmp_path / str(size) / "importance.safetensors").depth)
+    for rows in (1, 4, 32):
+        assert halflap(*words(place, tmp_path / str(rows), tokens=1024, rows=rows)).status == 0
+        depths.append(Importance.load(tmp_path / str(rows) / "importance.safetensors").depth)
     for name, depth in depths[0].items():
         for other in depths[1:]:
             torch.testing.assert_close(depth, other[name], rtol=1e-4, atol=1e-7)

@@ -26,7 +26,7 @@ from halflap.commands.config_compress import (
 )
 from halflap.commands.corpora import Corpora, held_out_batches, open_corpora, training_loader
 from halflap.commands.device import must_stream
-from halflap.commands.given import Given, with_dropped
+from halflap.commands.given import Given, keeps_kinds, with_dropped
 from halflap.commands.resolve import plan_of
 from halflap.commands.sections import Budgets, ScoreSettings
 from halflap.commands.students import Teacher, budget_of, has_ceiling, open_teacher
@@ -381,13 +381,13 @@ def _plan_to_prune(recipe: PruneRecipe, teacher: Teacher, place: Path) -> tuple[
         )
     importance = Importance("none", {}) if file is None else scoring.read_importance(file, teacher)
     remark = seconds = None
-    keep_kinds = has_ceiling(recipe.budgets) and fixed.num_blocks is None
     if has_ceiling(recipe.budgets):
         table = timing.table_for(recipe.budgets, teacher, place)
         found = searching.unmeasured(recipe.budgets, table, teacher, importance, fixed, recipe.space, place)
         best, remark = found.candidates[0], found.remark
         sizes, seconds = with_dropped(best.sizes, fixed), best.costs.get("latency")
-    plan = plan_for(importance, teacher.digest, teacher.config, sizes, recipe.norm_correction, keep_kinds)
+    correction, keep_kinds = recipe.norm_correction, keeps_kinds(fixed)
+    plan = plan_for(importance, teacher.digest, teacher.config, sizes, correction, keep_kinds)
     return plan, remark, seconds
 
 

@@ -75,8 +75,8 @@ class Given:
         if trial.variants:
             return self.plan_of_variants(self.library.named(trial.variants))
         sizes, teacher = with_dropped(trial.sizes, self.fixed), self.teacher
-        keep_kinds = self.fixed.num_blocks is None  # else a number of blocks was asked for
-        return plan_for(self.importance, teacher.digest, teacher.config, sizes, self.recipe.norm_correction, keep_kinds)
+        correction, keep_kinds = self.recipe.norm_correction, keeps_kinds(self.fixed)
+        return plan_for(self.importance, teacher.digest, teacher.config, sizes, correction, keep_kinds)
 
     def shape_of(self, candidate: Candidate) -> ModelConfig:
         return self.plan_for(untried(candidate)).student
@@ -95,3 +95,8 @@ class Given:
 def with_dropped(sizes: Sizes, fixed: Sizes) -> Sizes:
     """Blocks named to be dropped stay named."""
     return dataclasses.replace(sizes, num_blocks=None, drop_blocks=fixed.drop_blocks) if fixed.drop_blocks else sizes
+
+
+def keeps_kinds(fixed: Sizes) -> bool:
+    """Whether the best block of every kind goes last: where no number of blocks was asked for."""
+    return fixed.num_blocks is None

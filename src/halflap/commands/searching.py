@@ -22,7 +22,7 @@ from halflap.commands.candidates import Measure, measured
 from halflap.commands.clock import CLOCK, agreed, clock_of, in_time_first
 from halflap.commands.config_compress import CompressRecipe, SearchRecipe
 from halflap.commands.device import must_stream
-from halflap.commands.given import Given, with_dropped
+from halflap.commands.given import Given, keeps_kinds, with_dropped
 from halflap.commands.scoring import text_digest
 from halflap.commands.sections import Budgets, LossSettings
 from halflap.commands.shortlist import Shortlist
@@ -235,7 +235,7 @@ def candidates(
     by_type = grid is choices_by_type
     order = None
     if importance.depth or by_type:
-        order = drop_order(importance, teacher.config, by_type, keep_kinds=fixed.num_blocks is None)
+        order = drop_order(importance, teacher.config, by_type, keeps_kinds(fixed))
     given = {name: (value,) for name, value in vars(fixed).items() if value and name != "drop_blocks"}
     whole = largest_sizes(teacher.config)
     if fixed.num_attention_heads == whole.get("num_attention_heads", 0):  # with a key/value head some of these would go
@@ -261,7 +261,7 @@ def unmeasured(
 
     def shape_of(candidate: Candidate) -> ModelConfig:
         sizes = with_dropped(candidate.sizes, fixed)
-        return plan_for(importance, teacher.digest, teacher.config, sizes, keep_kinds=fixed.num_blocks is None).student
+        return plan_for(importance, teacher.digest, teacher.config, sizes, keep_kinds=keeps_kinds(fixed)).student
 
     return in_time_first(
         clock_of(budgets, table, teacher, place / CLOCK),
